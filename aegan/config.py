@@ -1,0 +1,125 @@
+"""One frozen dataclass per section of params.yaml; no defaults, so that params.yaml states everything.
+
+`pipelines/params.py` builds them from the file; the library takes them as they are.
+Allowed values are declared as `Literal` types and checked there.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Arm = Literal["aegan", "gan", "ae", "aae", "egan"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from (stage `download`)."""
+
+    source: (
+        str  # manifold | a folder | .zip/.tar archive | kaggle:owner/name | s3://... | https://...
+    )
+    manifold_images: int  # size of the designed set, when source is `manifold`
+    manifold_size: int  # its side in pixels
+    manifold_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """How files become uint8 images in Parquet shards (stage `preprocess`)."""
+
+    image_size: int  # side in pixels after resizing
+    image_channels: int  # 3 (RGB) or 1 (gray)
+    fit: Literal["crop", "pad"]  # centre-crop the longer side, or pad the shorter one
+    max_pixels: int  # larger files are quarantined (decompression bombs)
+    near_duplicate_distance: float  # root mean square difference [0, 255] below which two are one
+    validation_fraction: float
+    test_fraction: float
+    rows_per_shard: int
+    rows_per_row_group: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The four networks."""
+
+    preset: Literal["demo", "paper"]  # architecture family
+    latent_dim: int
+    base_channels: int  # width of the generator's last stage; the others follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights and form of the objective (docs/method.md)."""
+
+    lambda_image_reconstruction: float  # weight of |x - x_tilde|
+    lambda_latent_reconstruction: float  # weight of (z - z_tilde)^2
+    lambda_image_adversarial: float
+    lambda_latent_adversarial: float
+    adversarial: Literal["bce", "relativistic"]
+    real_target: float  # discriminator targets of the `bce` form
+    fake_target: float
+    gamma: float  # weight of the R1 and R2 gradient penalties; 0 switches them off
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop: what is optimised, for how long, how often it reports."""
+
+    arm: Arm  # which terms of the objective are used
+    num_steps: int  # encoder/generator updates
+    batch_size: int  # over all workers
+    update_rule: Literal["shared", "reference"]  # one batch for all updates, or the author's rounds
+    learning_rate: float  # of encoder and generator
+    discriminator_learning_rate: float
+    beta1: float
+    beta2: float
+    max_gradient_norm: float  # of each variable; 0 switches clipping off
+    ema_half_life_images: float
+    horizontal_flip: bool
+    seed: int
+    reader: Literal["resident", "streamed"]  # whole split in memory, or row groups as they come
+    log_interval_steps: int
+    sample_interval_steps: int
+    checkpoint_interval_steps: int
+    checkpoints_kept: int  # newest ones, besides the best
+    max_rollbacks: int  # after a non-finite loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the training runs; nothing here changes what is computed but for rounding."""
+
+    num_workers: int
+    device: Literal["auto", "cpu", "cuda"]
+    threads_per_worker: int  # 0: cores divided by workers
+    max_failures: int  # restarts of crashed workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How the trained model is judged on held-out images (stage `evaluate`)."""
+
+    num_samples: int  # generated images, at most
+    feature_weights: str  # Inception weights file; empty: fixed random features
+    neighbours: int  # k of precision, recall, density and coverage
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig:
+    """Pictures and animations of paths between images (stage `interpolate`)."""
+
+    num_pairs: int
+    num_frames: int  # frames from one end to the other
+    path: Literal["slerp", "linear"]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """Where the model goes in MLflow (stage `register`)."""
+
+    experiment: str
+    model_name: str
+    alias: str

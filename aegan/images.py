@@ -1,0 +1,64 @@
+"""Images between the networks and people: value ranges, grids, files.
+
+Inside the project an image batch is uint8 [N, H, W, C]; networks see float [N, C, H, W] in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, C] => float32 [N, C, H, W] in [-1, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 127.5).sub_(1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float [N, C, H, W] in [-1, 1] => uint8 [N, H, W, C], rounded."""
+    pixels = x.float().add(1).mul_(127.5).round_().clamp_(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def grid(images: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
+    """uint8 [N, H, W, C] => one uint8 [H', W', C] picture, row by row on white."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    picture = np.full(shape, 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def to_pil(image: np.ndarray, *, scale: int = 1) -> Image.Image:
+    """uint8 [H, W, C] => PIL image, enlarged without smoothing."""
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    if scale == 1:
+        return picture
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_png(image: np.ndarray, path: Path, *, scale: int = 1) -> None:
+    """Write uint8 [H, W, C] aside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    to_pil(image, scale=scale).save(aside, format="PNG")
+    aside.replace(path)
+
+
+def read_images(paths: Sequence[str | Path], *, image_size: int, image_channels: int = 3) -> Tensor:
+    """Image files, centre-cropped and resized => uint8 [N, H, W, C]."""
+    mode = "RGB" if image_channels == 3 else "L"
+    images = []
+    for path in paths:
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file).convert(mode)
+        fitted = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.LANCZOS)
+        images.append(np.asarray(fitted).reshape(image_size, image_size, image_channels))
+    return torch.from_numpy(np.stack(images))

@@ -1,0 +1,253 @@
+"""The four networks, in the author's form (`paper`) and in a small fast one (`demo`).
+
+Sizes follow from `image_size` (a power of two, at least 16), `latent_dim` and `base_channels`.
+Source of the `paper` form: Lazarou 2020, arXiv 2004.05472, and docs/method.md for what is ours.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from aegan.config import ModelConfig
+from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+
+INPUT_NOISE = 0.01  # standard deviation of Gaussian noise on what E, D_x and D_z see
+LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # multiplicative Gaussian noise of rate .005
+PAPER_SLOPE = 0.02  # LeakyReLU of the paper's discriminators
+DEMO_SLOPE = 0.2
+
+
+class AEGAN(nn.Module):
+    """Generator and encoder and, in training, their two discriminators; `encoder` is None in a plain GAN."""
+
+    generator: nn.Module
+    encoder: nn.Module | None
+    image_discriminator: nn.Module | None
+    latent_discriminator: nn.Module | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        image_size: int,
+        image_channels: int,
+        encoder: bool = True,
+        discriminators: bool = True,
+    ) -> None:
+        super().__init__()
+        if image_size < 16 or image_size & (image_size - 1):
+            raise ValueError(f"image_size is {image_size}; it must be a power of two, 16 or more")
+        self.latent_dim = config.latent_dim
+        self.image_size = image_size
+        self.image_channels = image_channels
+        sizes = (image_size, image_channels, config.latent_dim, config.base_channels)
+        paper = config.preset == "paper"
+        self.generator = (PaperGenerator if paper else DemoGenerator)(*sizes)
+        self.encoder = (paper_encoder if paper else demo_encoder)(*sizes) if encoder else None
+        self.image_discriminator = self.latent_discriminator = None
+        if discriminators:
+            make = paper_image_discriminator if paper else demo_image_discriminator
+            self.image_discriminator = make(*sizes)
+            make_latent = PaperLatentDiscriminator if paper else demo_latent_discriminator
+            self.latent_discriminator = make_latent(config.latent_dim)
+
+
+class GaussianNoise(nn.Module):
+    """In training adds noise of standard deviation `std`, or multiplies by 1 + it; else nothing."""
+
+    def __init__(self, std: float, *, multiplicative: bool = False) -> None:
+        super().__init__()
+        self.std = std
+        self.multiplicative = multiplicative
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        noise = torch.randn_like(x)
+        if self.multiplicative:
+            return torch.addcmul(x, x, noise, value=self.std)
+        return torch.add(x, noise, alpha=self.std)
+
+
+# -- demo: few layers and strided convolutions, for minutes on a laptop ---------------------------
+
+
+class DemoGenerator(nn.Module):
+    """z [N, latent_dim] => x [N, C, H, W] in [-1, 1]: linear to 4x4, then upsampling convolutions."""
+
+    def __init__(
+        self, image_size: int, image_channels: int, latent_dim: int, base_channels: int
+    ) -> None:
+        super().__init__()
+        num_stages = int(math.log2(image_size // 4))
+        widths = [base_channels * min(2**i, 8) for i in range(num_stages, -1, -1)]
+        self.stem_channels = widths[0]
+        self.stem = nn.Linear(latent_dim, 4 * 4 * widths[0])
+        self.stem_norm = ChannelNorm(widths[0], negative_slope=DEMO_SLOPE)
+        self.convolutions = nn.ModuleList(
+            UpsampleConv2d(fan_in, fan_out, 3, scale=2)
+            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(
+            ChannelNorm(width, negative_slope=DEMO_SLOPE) for width in widths[1:]
+        )
+        self.to_image = SameConv2d(widths[-1], image_channels, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.stem_norm(_to_map(self.stem(z), self.stem_channels))
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            h = norm(convolution(h, None))
+        return torch.tanh(self.to_image(h))
+
+
+def demo_encoder(
+    image_size: int, image_channels: int, latent_dim: int, base_channels: int
+) -> nn.Module:
+    """x [N, C, H, W] => z [N, latent_dim]."""
+    return nn.Sequential(*_demo_features(image_size, image_channels, base_channels, latent_dim))
+
+
+def demo_image_discriminator(
+    image_size: int, image_channels: int, latent_dim: int, base_channels: int
+) -> nn.Module:
+    """x [N, C, H, W] => logit [N, 1]."""
+    return nn.Sequential(*_demo_features(image_size, image_channels, base_channels, 1))
+
+
+def demo_latent_discriminator(latent_dim: int) -> nn.Module:
+    """z [N, latent_dim] => logit [N, 1]."""
+    width = 256
+    return nn.Sequential(
+        nn.Linear(latent_dim, width), nn.LeakyReLU(DEMO_SLOPE),
+        nn.Linear(width, width), nn.LeakyReLU(DEMO_SLOPE),
+        nn.Linear(width, 1),
+    )  # fmt: skip
+
+
+def _demo_features(
+    image_size: int, image_channels: int, base_channels: int, outputs: int
+) -> Iterable[nn.Module]:
+    """Halve the side down to 4 with doubling widths, one more convolution, one linear map."""
+    width = image_channels
+    num_stages = int(math.log2(image_size // 4))
+    for stage in range(num_stages):
+        wider = base_channels * min(2**stage, 8)
+        yield SameConv2d(width, wider, 4, stride=2)
+        yield ChannelNorm(wider, negative_slope=DEMO_SLOPE)
+        width = wider
+    yield SameConv2d(width, 2 * width, 3)
+    yield ChannelNorm(2 * width, negative_slope=DEMO_SLOPE)
+    yield nn.Flatten()
+    yield nn.Linear(4 * 4 * 2 * width, outputs)
+
+
+# -- paper: the author's networks -----------------------------------------------------------------
+
+
+class PaperGenerator(nn.Module):
+    """z => x, with a second map of z tiled over space and concatenated before every convolution."""
+
+    latent_map_channels = 64
+
+    def __init__(
+        self, image_size: int, image_channels: int, latent_dim: int, base_channels: int
+    ) -> None:
+        super().__init__()
+        num_upsamplings = int(math.log2(image_size // 4))
+        widths = [base_channels * factor for factor in (4, 2, 2, 1, 1, 1)[:num_upsamplings]]
+        widths += [base_channels, image_channels]
+        scales = [2] * num_upsamplings + [1, 1]
+        self.stem_channels = base_channels
+        self.stem = nn.Linear(latent_dim, 4 * 4 * base_channels)
+        self.stem_norm = ChannelNorm(base_channels, negative_slope=0.0)
+        self.latent_map = nn.Linear(latent_dim, self.latent_map_channels)
+        self.latent_norm = ChannelNorm(self.latent_map_channels, negative_slope=0.0)
+        self.convolutions = nn.ModuleList(
+            UpsampleConv2d(
+                fan_in, fan_out, 4, scale=scale, latent_channels=self.latent_map_channels
+            )
+            for fan_in, fan_out, scale in zip(
+                [base_channels, *widths], widths, scales, strict=False
+            )
+        )
+        self.norms = nn.ModuleList(ChannelNorm(width, negative_slope=0.0) for width in widths[:-1])
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.stem_norm(_to_map(self.stem(z), self.stem_channels))
+        y = self.latent_norm(self.latent_map(z))
+        for convolution, norm in zip(self.convolutions, self.norms, strict=False):
+            h = norm(convolution(h, y))
+        return torch.tanh(self.convolutions[-1](h, y))
+
+
+def paper_encoder(
+    image_size: int, image_channels: int, latent_dim: int, base_channels: int
+) -> nn.Module:
+    """x [N, C, H, W] => z [N, latent_dim]: 4x4 convolutions, ReLU."""
+    return nn.Sequential(
+        *_paper_features(image_size, image_channels, base_channels, latent_dim, 4, 0.0)
+    )
+
+
+def paper_image_discriminator(
+    image_size: int, image_channels: int, latent_dim: int, base_channels: int
+) -> nn.Module:
+    """x [N, C, H, W] => logit [N, 1]: 3x3 convolutions, LeakyReLU."""
+    return nn.Sequential(
+        *_paper_features(image_size, image_channels, base_channels, 1, 3, PAPER_SLOPE)
+    )
+
+
+def _paper_features(
+    image_size: int,
+    image_channels: int,
+    base_channels: int,
+    outputs: int,
+    kernel_size: int,
+    slope: float,
+) -> Iterable[nn.Module]:
+    """Halve the side down to 4, two more convolutions, one linear map; noise as in the paper."""
+    num_stages = int(math.log2(image_size // 4))
+    factors = [*(1, 1, 2, 2, 2, 2)[:num_stages], 2, 4]
+    width = image_channels
+    yield GaussianNoise(INPUT_NOISE)
+    for layer, factor in enumerate(factors):
+        wider = base_channels * factor
+        yield SameConv2d(width, wider, kernel_size, stride=2 if layer < num_stages else 1)
+        yield ChannelNorm(wider, negative_slope=slope)
+        yield GaussianNoise(LAYER_NOISE, multiplicative=True)
+        width = wider
+    yield nn.Flatten()
+    yield nn.Linear(4 * 4 * width, outputs)
+
+
+class PaperLatentDiscriminator(nn.Module):
+    """z [N, latent_dim] => logit [N, 1]: 16 layers of width 16, each sees all that came before."""
+
+    num_layers, width, last_width = 16, 16, 128
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.input_noise = GaussianNoise(INPUT_NOISE)
+        self.layer_noise = GaussianNoise(LAYER_NOISE, multiplicative=True)
+        self.activation = nn.LeakyReLU(PAPER_SLOPE)
+        self.layers = nn.ModuleList(
+            nn.Linear(latent_dim + layer * self.width, self.width)
+            for layer in range(self.num_layers)
+        )
+        self.last = nn.Linear(latent_dim + self.num_layers * self.width, self.last_width)
+        self.to_logit = nn.Linear(self.last_width, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.input_noise(z)
+        for layer in self.layers:
+            h = torch.cat([h, self.layer_noise(self.activation(layer(h)))], dim=1)
+        logit: Tensor = self.to_logit(self.activation(self.last(h)))
+        return logit
+
+
+def _to_map(flat: Tensor, channels: int) -> Tensor:
+    """[N, 4 * 4 * channels] => [N, channels, 4, 4], channels last in memory."""
+    return flat.view(-1, 4, 4, channels).permute(0, 3, 1, 2)

@@ -1,0 +1,121 @@
+"""The only reader of params.yaml: sections become the dataclasses of `aegan.config`.
+
+`python -m pipelines.params OVERLAY.yaml` writes the values of an overlay (see presets/) into params.yaml.
+"""
+
+import dataclasses
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from aegan import config
+from pipelines.errors import UserError, run_stage
+
+PARAMS_FILE = Path("params.yaml")
+SECTIONS: dict[str, type] = {
+    "data": config.DataConfig,
+    "preprocess": config.PreprocessConfig,
+    "model": config.ModelConfig,
+    "loss": config.LossConfig,
+    "training": config.TrainingConfig,
+    "compute": config.ComputeConfig,
+    "evaluate": config.EvaluateConfig,
+    "interpolate": config.InterpolateConfig,
+    "register": config.RegisterConfig,
+}
+Section = TypeVar("Section")
+
+
+def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
+    """The section of `params.yaml` that belongs to a config class, checked; raises UserError."""
+    raw = read(path)
+    name = next(key for key, value in SECTIONS.items() if value is section)
+    return parse_section(name, raw[name])
+
+
+def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
+    """All sections as plain values; an unknown or missing section is a UserError."""
+    if not path.exists():
+        raise UserError(f"{path} not found: run from the project's root folder")
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
+    _check_keys(f"{path}: sections", raw, list(SECTIONS))
+    return raw
+
+
+def parse_section(name: str, values: Any) -> Any:
+    """One section's values as its dataclass; names the key, what is wrong and what is allowed."""
+    section = SECTIONS[name]
+    hints = get_type_hints(section)
+    if not isinstance(values, dict):
+        raise UserError(f"params.yaml: {name} must hold the keys {', '.join(hints)}")
+    _check_keys(f"params.yaml: keys of {name}", values, list(hints))
+    return section(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
+
+
+def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:
+    unknown = [key for key in found if key not in expected]
+    missing = [key for key in expected if key not in found]
+    if unknown or missing:
+        raise UserError(f"{where}: unknown {unknown}, missing {missing}; valid: {expected}")
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"params.yaml: {key} is {value!r}; allowed: {list(get_args(kind))}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"params.yaml: {key} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def as_dict(*sections: Any) -> dict[str, dict[str, Any]]:
+    """Config objects back to plain sections, for hashing, logging and JSON."""
+    names = {value: key for key, value in SECTIONS.items()}
+    return {names[type(section)]: dataclasses.asdict(section) for section in sections}
+
+
+def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
+    """Write an overlay's values into params.yaml, keeping its comments; returns the changed keys."""
+    if not overlay.exists():
+        available = ", ".join(str(file) for file in sorted(Path("presets").glob("*.yaml")))
+        raise UserError(f"{overlay} not found; available: {available}")
+    yaml = YAML()
+    document = yaml.load(path.read_text(encoding="utf-8"))
+    changed = []
+    for name, values in YAML(typ="safe").load(overlay.read_text(encoding="utf-8")).items():
+        if name not in SECTIONS:
+            raise UserError(f"{overlay}: unknown section {name!r}; valid: {list(SECTIONS)}")
+        for key, value in values.items():
+            if document[name].get(key) != value:
+                changed.append(f"{name}.{key}: {document[name].get(key)} -> {value}")
+            document[name][key] = value
+        parse_section(name, {key: value for key, value in document[name].items()})
+    text = StringIO()
+    yaml.dump(document, text)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text.getvalue(), encoding="utf-8")
+    aside.replace(path)
+    return changed
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m pipelines.params presets/NAME.yaml")
+    for line in apply_overlay(Path(sys.argv[1])) or ["nothing to change"]:
+        print(line)
+
+
+if __name__ == "__main__":
+    run_stage(main)
