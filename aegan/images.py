@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+PAUSE_MILLISECONDS = 600  # at both ends of an animation
+
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 [N, H, W, C] => float32 [N, C, H, W] in [-1, 1], channels last in memory."""
@@ -49,6 +51,35 @@ def save_png(image: np.ndarray, path: Path, *, scale: int = 1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     to_pil(image, scale=scale).save(aside, format="PNG")
+    aside.replace(path)
+
+
+def enlarge(images: np.ndarray, *, size: int) -> np.ndarray:
+    """uint8 [..., H, W, C] => [..., size, size, C], smoothly, for people to look at."""
+    *batch, height, width, channels = images.shape
+    tiles = [
+        to_pil(image).resize((size, size), Image.Resampling.LANCZOS)
+        for image in images.reshape(-1, height, width, channels)
+    ]
+    return np.stack([np.asarray(tile) for tile in tiles]).reshape(*batch, size, size, channels)
+
+
+def save_animation(frames: np.ndarray, path: Path, *, frames_per_second: float) -> None:
+    """Write uint8 [T, H, W, C] aside, then rename: a WebP that plays there and back for ever."""
+    there_and_back = [to_pil(frame) for frame in (*frames, *frames[-2:0:-1])]
+    milliseconds = [round(1000 / frames_per_second)] * len(there_and_back)
+    milliseconds[0] = milliseconds[len(frames) - 1] = PAUSE_MILLISECONDS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    there_and_back[0].save(
+        aside,
+        format="WEBP",
+        save_all=True,
+        append_images=there_and_back[1:],
+        duration=milliseconds,
+        loop=0,
+        quality=80,
+    )
     aside.replace(path)
 
 
