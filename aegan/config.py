@@ -87,6 +87,15 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that determines the weights; a checkpoint belongs to one such configuration."""
+
+    model: ModelConfig
+    loss: LossConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """How the training runs; nothing here changes what is computed but for rounding."""
 

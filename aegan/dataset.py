@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aegan.config import Split
@@ -23,23 +24,23 @@ def load_images(folder: Path, split: Split, *, limit: int | None = None) -> np.n
     rows = manifest["splits"][split]["rows"]
     images = np.empty((rows if limit is None else min(rows, limit), size, size, channels), np.uint8)
     start = 0
-    for shard in manifest["splits"][split]["shards"]:
-        file = pq.ParquetFile(folder / shard["file"])
-        for group in range(file.num_row_groups):
+    for file in (folder / shard["file"] for shard in manifest["splits"][split]["shards"]):
+        for group in range(pq.read_metadata(file).num_row_groups):
             if start == len(images):
                 return images
-            column = file.read_row_group(group, columns=["image"]).column("image")
-            for chunk in column.chunks:
-                pixels = np.frombuffer(
-                    chunk.buffers()[1],
-                    np.uint8,
-                    len(chunk) * size * size * channels,
-                    offset=chunk.offset * size * size * channels,
-                ).reshape(-1, size, size, channels)
-                taken = pixels[: len(images) - start]
-                images[start : start + len(taken)] = taken
-                start += len(taken)
+            pixels = read_row_group(file, group, images.shape[1:])[: len(images) - start]
+            images[start : start + len(pixels)] = pixels
+            start += len(pixels)
     return images
+
+
+def read_row_group(file: Path, group: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Images of one row group without a copy, uint8 [N, H, W, C]."""
+    column = pq.ParquetFile(file).read_row_group(group, columns=["image"]).column("image")
+    chunk = pa.concat_arrays(column.chunks)  # one chunk already, unless the file is unusual
+    size = int(np.prod(shape))
+    pixels = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
+    return pixels.reshape(-1, *shape)
 
 
 def load_columns(folder: Path, split: Split, columns: list[str]) -> dict[str, np.ndarray]:

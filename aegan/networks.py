@@ -4,6 +4,7 @@ Sizes follow from `image_size` (a power of two, at least 16), `latent_dim` and `
 Source of the `paper` form: Lazarou 2020, arXiv 2004.05472, and docs/method.md for what is ours.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -20,7 +21,7 @@ DEMO_SLOPE = 0.2
 
 
 class AEGAN(nn.Module):
-    """Generator and encoder and, in training, their two discriminators; `encoder` is None in a plain GAN."""
+    """Generator, encoder and, in training, their discriminators; a plain GAN has no encoder."""
 
     generator: nn.Module
     encoder: nn.Module | None
@@ -36,6 +37,7 @@ class AEGAN(nn.Module):
         encoder: bool = True,
         discriminators: bool = True,
     ) -> None:
+        # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
             raise ValueError(f"image_size is {image_size}; it must be a power of two, 16 or more")
@@ -45,13 +47,13 @@ class AEGAN(nn.Module):
         sizes = (image_size, image_channels, config.latent_dim, config.base_channels)
         paper = config.preset == "paper"
         self.generator = (PaperGenerator if paper else DemoGenerator)(*sizes)
-        self.encoder = (paper_encoder if paper else demo_encoder)(*sizes) if encoder else None
         self.image_discriminator = self.latent_discriminator = None
         if discriminators:
-            make = paper_image_discriminator if paper else demo_image_discriminator
-            self.image_discriminator = make(*sizes)
+            make_image = paper_image_discriminator if paper else demo_image_discriminator
             make_latent = PaperLatentDiscriminator if paper else demo_latent_discriminator
+            self.image_discriminator = make_image(*sizes)
             self.latent_discriminator = make_latent(config.latent_dim)
+        self.encoder = (paper_encoder if paper else demo_encoder)(*sizes) if encoder else None
 
 
 class GaussianNoise(nn.Module):
@@ -88,7 +90,7 @@ class DemoGenerator(nn.Module):
         self.stem_norm = ChannelNorm(widths[0], negative_slope=DEMO_SLOPE)
         self.convolutions = nn.ModuleList(
             UpsampleConv2d(fan_in, fan_out, 3, scale=2)
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+            for fan_in, fan_out in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(
             ChannelNorm(width, negative_slope=DEMO_SLOPE) for width in widths[1:]

@@ -36,7 +36,8 @@ def load(folder: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> AEGAN
         model.load_state_dict(load_file(file))
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit {folder / 'config.json'}: {error}") from None
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
 
 
 def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:
@@ -79,7 +80,8 @@ def interpolate(
     """Images along paths between latents [N, latent_dim] => uint8 [N, num_frames, H, W, C]."""
     steps = torch.linspace(0, 1, num_frames)
     latents = (slerp if path == "slerp" else lerp)(start, end, steps)
-    return decode(model, latents.flatten(0, 1)).unflatten(0, (len(start), num_frames))
+    images = decode(model, latents.flatten(0, 1))
+    return images.view(len(start), num_frames, *images.shape[1:])
 
 
 def lerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def lerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
 
 
 def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
-    """Great-circle path of Shoemake 1985, keeping the typical length of a Gaussian draw: shapes as `lerp`.
+    """Great-circle path of Shoemake 1985, for Gaussian latents; shapes as `lerp`.
 
     The angle is that between the two directions; lengths interpolate through the same weights.
     Falls back to `lerp` where the directions are (anti)parallel and no great circle is singled out.

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -34,7 +34,7 @@ def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
     """The section of `params.yaml` that belongs to a config class, checked; raises UserError."""
     raw = read(path)
     name = next(key for key, value in SECTIONS.items() if value is section)
-    return parse_section(name, raw[name])
+    return cast(Section, parse_section(name, raw[name]))
 
 
 def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
@@ -101,7 +101,7 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
             if document[name].get(key) != value:
                 changed.append(f"{name}.{key}: {document[name].get(key)} -> {value}")
             document[name][key] = value
-        parse_section(name, {key: value for key, value in document[name].items()})
+        parse_section(name, dict(document[name]))
     text = StringIO()
     yaml.dump(document, text)
     aside = path.with_suffix(".tmp")

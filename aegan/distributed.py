@@ -1,0 +1,32 @@
+"""The few collective operations of training; all are the identity in a single process."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around a module with trainable parameters, if a process group is up.
+
+    Gradients are averaged over ranks, so each rank's loss must be a mean over equal shares.
+    """
+    trainable = any(parameter.requires_grad for parameter in module.parameters())
+    if not (dist.is_initialized() and trainable):
+        return module
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is true on one; every rank must call it."""
+    if not dist.is_initialized():
+        return flag
+    tensor = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(tensor)
+    return tensor.item() > 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,145 @@
+"""Everything a checkpoint holds: networks, averages, optimisers, and how far training is."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aegan import checkpoint
+from aegan.config import TrainConfig
+from aegan.losses import ARMS
+from aegan.networks import AEGAN
+
+FORMAT = 1  # of checkpoints and exported models
+
+
+class TrainingState:
+    """The four networks with optimisers, and the averages (EMA) of generator and encoder.
+
+    A network that the arm does not use is absent (encoder) or frozen (a discriminator).
+    """
+
+    def __init__(self, config: TrainConfig, manifest: dict[str, Any], device: torch.device) -> None:
+        options, terms = config.training, ARMS[config.training.arm]
+        self._config = {**asdict(config), "dataset_sha256": manifest["dataset_sha256"]}
+        self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
+        encoder = options.arm != "gan"
+        adversarial = {kind: any(term.startswith(f"{kind}_") for term in terms) for kind in "xz"}
+        torch.manual_seed(options.seed)
+        self.model = AEGAN(
+            config.model, **self._sizes, encoder=encoder, discriminators=any(adversarial.values())
+        )
+        self.ema = AEGAN(config.model, **self._sizes, encoder=encoder, discriminators=False)
+        self.ema.load_state_dict(self.model.state_dict(), strict=False)
+        self.ema.eval().requires_grad_(False)
+        for module in (self.model, self.ema):
+            module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        discriminators = []
+        for kind, network in (
+            ("x", self.model.image_discriminator),
+            ("z", self.model.latent_discriminator),
+        ):
+            if network is not None:
+                network.requires_grad_(adversarial[kind])
+                discriminators += list(network.parameters()) if adversarial[kind] else []
+        betas = (options.beta1, options.beta2)
+        self.optimizers = {
+            "encoder_generator": torch.optim.Adam(
+                [
+                    *self.model.generator.parameters(),
+                    *(self.model.encoder.parameters() if self.model.encoder else ()),
+                ],
+                lr=options.learning_rate,
+                betas=betas,
+                fused=True,
+            )
+        }
+        if discriminators:
+            self.optimizers["discriminators"] = torch.optim.Adam(
+                discriminators, lr=options.discriminator_learning_rate, betas=betas, fused=True
+            )
+        self.step = 0  # encoder/generator updates done
+        self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
+        self.seconds = 0.0  # of training
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of this moment; see `aegan.checkpoint`."""
+        state = {
+            "format": FORMAT,
+            "config": self._config,
+            **self._sizes,
+            "attempt": self.attempt,
+            "seconds": self.seconds,
+            "torch": torch.__version__,
+        }
+        return checkpoint.save(folder, self.step, self._tensors(), state)
+
+    def restore(self, path: Path) -> None:
+        """Go back to a checkpoint; raises CheckpointError, ConfigChangedError."""
+        tensors, state = checkpoint.load(path)
+        checkpoint.check_config(state["config"], self._config)
+        for name, module in (("model", self.model), ("ema", self.ema)):
+            module.load_state_dict(_under(tensors, name))
+        for name, optimizer in self.optimizers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in _under(tensors, f"optimizer.{name}").items():
+                index, moment = key.split(".")
+                moments.setdefault(int(index), {})[moment] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.attempt = int(state["step"]), int(state["attempt"])
+        self.seconds = float(state["seconds"])
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                for moment, value in moments.items():
+                    named[f"optimizer.{name}.{index}.{moment}"] = value
+        return named
+
+
+def export_model(path: Path, folder: Path) -> dict[str, Any]:
+    """Write a checkpoint's generator and encoder as a model that `aegan.load` reads.
+
+    Returns the model's description (config.json). Raises CheckpointError.
+    """
+    tensors, state = checkpoint.load(path)
+    used = {
+        name: {
+            key: tensor
+            for key, tensor in _under(tensors, name).items()
+            if key.startswith(("generator.", "encoder."))
+        }
+        for name in ("model", "ema")
+    }
+    description = {
+        "format": state["format"],
+        "model": state["config"]["model"],
+        "image_size": state["image_size"],
+        "image_channels": state["image_channels"],
+        "has_encoder": any(key.startswith("encoder.") for key in used["ema"]),
+        "arm": state["config"]["training"]["arm"],
+        "step": state["step"],
+        "dataset_sha256": state["config"]["dataset_sha256"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(used["model"], folder / "weights.safetensors")
+    save_file(used["ema"], folder / "ema.safetensors")
+    checkpoint.write_json(folder / "config.json", description)
+    return description
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a dotted prefix, without it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
