@@ -1,0 +1,40 @@
+"""Variety of a set of images: multi-scale structural similarity of random pairs."""
+
+import torch
+from torch import Tensor
+
+from aegan.images import to_float
+
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
+WINDOW = 11  # pixels
+PAIRS = 500
+
+
+def ms_ssim(images: Tensor, *, seed: int) -> float:
+    """Mean similarity of neighbours in a random order of uint8 [N, H, W, C]; N >= 2.
+
+    The reference's five scales need 176 pixels: smaller images use the first ones, reweighted.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    left = to_float(images[order[:PAIRS]])
+    right = to_float(images[order.roll(-1)[:PAIRS]])
+    weights = SCALE_WEIGHTS[: _num_scales(images.shape[1])]
+    similarity = multiscale_structural_similarity_index_measure(
+        left,
+        right,
+        data_range=2.0,
+        kernel_size=WINDOW,
+        betas=tuple(weight / sum(weights) for weight in weights),
+    )
+    return float(similarity)
+
+
+def _num_scales(image_size: int) -> int:
+    """As many as leave the smallest at least the window's size, and as torchmetrics takes."""
+    return max(
+        scales
+        for scales in range(1, len(SCALE_WEIGHTS) + 1)
+        if image_size >> (scales - 1) >= WINDOW and image_size // max(1, scales - 1) ** 2 >= WINDOW
+    )
