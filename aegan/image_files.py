@@ -1,0 +1,85 @@
+"""The bytes of an image file -> one square uint8 image, checked: the same for training and for use.
+
+Files are untrusted: the format is read from the content (never from the name), sizes are checked
+before any pixel is decoded, and whatever a decoder raises becomes an `UnusableImageError`.
+"""
+
+import warnings
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class UnusableImageError(Exception):
+    """Why a file is no usable image: `<category>: <detail>`."""
+
+
+def decode_image(
+    content: bytes,
+    *,
+    image_size: int,
+    image_channels: int,
+    fit: Literal["crop", "pad"] = "crop",
+    max_pixels: int = 50_000_000,
+) -> np.ndarray:
+    """A whole file => uint8 [image_size, image_size, C], upright, first frame, alpha on white.
+
+    Raises UnusableImageError for anything that is not a complete image of at most `max_pixels`.
+    """
+    if not content:
+        raise UnusableImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata beside sound pixels
+            with Image.open(BytesIO(content), formats=FORMATS) as file:
+                return _convert(file, image_size, image_channels, fit, max_pixels)
+    except UnusableImageError:
+        raise
+    except UnidentifiedImageError:
+        raise UnusableImageError(f"not an image: none of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise UnusableImageError(f"too many pixels: more than {max_pixels}") from None
+    except Exception as error:  # decoders of untrusted bytes raise nearly anything
+        raise UnusableImageError(f"cannot be decoded: {type(error).__name__}: {error}") from None
+
+
+def _convert(
+    file: Image.Image, image_size: int, image_channels: int, fit: str, max_pixels: int
+) -> np.ndarray:
+    if file.width * file.height > max_pixels:
+        raise UnusableImageError(
+            f"too many pixels: {file.width}x{file.height}, at most {max_pixels}"
+        )
+    if file.format in ("JPEG", "MPO"):
+        # Large photographs are halved while decoding, never below four times the wanted size:
+        # the difference is under one grey level, and decoding is several times faster.
+        file.draft(None, (4 * image_size, 4 * image_size))
+    file.load()
+    image = ImageOps.exif_transpose(file)
+    image = _opaque(image).convert("RGB" if image_channels == 3 else "L")
+    size = (image_size, image_size)
+    if fit == "crop":
+        square = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    else:
+        square = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color="white")
+    return np.asarray(square).reshape(image_size, image_size, image_channels)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Composite transparency on white; bring 16-bit grey values into 8 bits."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnusableImageError("unknown range of values: more than 16 bits a pixel")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise UnusableImageError("unknown range of values: floating-point pixels")
+    return image

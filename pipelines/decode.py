@@ -1,0 +1,162 @@
+"""First pass of `preprocess`: row groups of the snapshot -> part files, on all cores.
+
+A worker reads its own row group and writes its own part: no pixel travels between processes.
+"""
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aegan.config import PreprocessConfig
+from aegan.image_files import UnusableImageError, decode_image
+from pipelines.errors import UserError
+from pipelines.near_duplicates import THUMBNAIL_SIZE, split_of, thumbnail
+from pipelines.progress import progress
+from pipelines.shards import write_parquet
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One row group of the snapshot and the part file it becomes."""
+
+    shard: Path
+    row_group: int
+    rows: int
+    part: Path
+
+
+def decode_snapshot(
+    config: PreprocessConfig,
+    raw: Path,
+    shards: list[dict[str, Any]],
+    *,
+    work: Path,
+    processes: int | None = None,
+) -> list[Path]:
+    """Decode all row groups that have no part in `work` yet; returns all parts in order."""
+    pieces = list(_plan(raw, shards, work))
+    missing = [piece for piece in pieces if not _is_complete(piece)]
+    processes = min(processes or _available_cores(), max(1, len(missing)))
+    decode = partial(_decode_row_group, config)
+    if processes == 1:
+        _run(map(decode, missing), total=len(missing))
+        return [piece.part for piece in pieces]
+    # `spawn`: a forked copy of a process with threads can hang.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_set_up_worker)
+    try:
+        _run(pool.map(decode, missing), total=len(missing))
+    except BrokenProcessPool:
+        raise UserError(
+            "a decoding process was killed, perhaps for lack of memory: lower "
+            "preprocess.max_pixels or free some, then run the same command again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [piece.part for piece in pieces]
+
+
+def _run(results: Iterator[None], *, total: int) -> None:
+    for _ in progress(results, "decoding", unit="parts", total=total):
+        pass
+
+
+def _plan(raw: Path, shards: list[dict[str, Any]], work: Path) -> Iterator[Piece]:
+    number = 0
+    for shard in shards:
+        file = raw / shard["file"]
+        if not file.exists() or file.stat().st_size != shard["bytes"]:
+            raise UserError(f"{file} is missing or changed: run the stage download again")
+        metadata = pq.read_metadata(file)
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            yield Piece(file, group, rows, work / f"part-{number:06d}.parquet")
+            number += 1
+
+
+def _is_complete(piece: Piece) -> bool:
+    """Whether an earlier run finished this part (parts are renamed into place when whole)."""
+    try:
+        return bool(pq.read_metadata(piece.part).num_rows == piece.rows)
+    except (FileNotFoundError, pa.ArrowInvalid):  # the latter after a power cut
+        return False
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _set_up_worker() -> None:
+    """One thread; Ctrl-C is the parent's business; when the parent is gone, so are we."""
+    pa.set_cpu_count(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _decode_row_group(config: PreprocessConfig, piece: Piece) -> None:
+    """Rows of the snapshot => the same rows decoded, or with the reason why not."""
+    found = pq.ParquetFile(piece.shard).read_row_group(piece.row_group)
+    rows = [_decode_file(config, content.as_py()) for content in found.column("content")]
+    decoded = pa.Table.from_pylist(rows, schema=_decoded_schema(config))
+    for name in found.column_names:
+        if name != "content":
+            decoded = decoded.append_column(name, found.column(name))
+    write_parquet(decoded, piece.part)
+
+
+def _decoded_schema(config: PreprocessConfig) -> pa.Schema:
+    return pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("image", pa.binary(config.image_size**2 * config.image_channels)),
+            ("thumbnail", pa.binary(THUMBNAIL_SIZE**2 * config.image_channels)),
+            ("split", pa.string()),
+            ("reason", pa.string()),  # the only one set when the file is no usable image
+        ]
+    )
+
+
+def _decode_file(config: PreprocessConfig, content: bytes) -> dict[str, Any]:
+    try:
+        image = decode_image(
+            content,
+            image_size=config.image_size,
+            image_channels=config.image_channels,
+            fit=config.fit,
+            max_pixels=config.max_pixels,
+        )
+    except UnusableImageError as error:
+        return {"reason": str(error)}
+    small = thumbnail(image)
+    split = split_of(
+        small,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+    )
+    pixels = image.tobytes()
+    return {
+        "image_id": hashlib.sha256(pixels).hexdigest(),
+        "image": pixels,
+        "thumbnail": small.tobytes(),
+        "split": split,
+    }

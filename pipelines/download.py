@@ -1,0 +1,189 @@
+"""Stage `download`: any source -> data/raw/, the files as found in a few Parquet shards."""
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from aegan import manifold
+from aegan.config import DataConfig
+from pipelines import params, storage, web
+from pipelines.errors import UserError, run_stage
+from pipelines.progress import progress
+from pipelines.shards import ShardWriter, new_folder, write_json
+from pipelines.sources import (
+    Entries,
+    RawFile,
+    Skipped,
+    is_archive_name,
+    read_archive,
+    read_bucket,
+    read_folder,
+    without_repetitions,
+)
+
+RAW = Path("data/raw")
+SCHEMA_VERSION = 1
+SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
+ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes
+ROW_GROUP_ROWS = 1024
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named stream of raw files."""
+
+    name: str
+    entries: Entries
+    archive: Path | None = None  # hashed as it is; otherwise the files are
+    factors: tuple[str, ...] = ()
+
+
+def download(config: DataConfig, folder: Path) -> dict[str, Any]:
+    """Write the snapshot of the source to `folder`; returns its manifest. Raises UserError."""
+    with new_folder(folder) as aside, _open_source(config, aside) as source:
+        manifest = _write_snapshot(source, aside)
+        write_json(manifest, aside / "manifest.json")
+    return manifest
+
+
+@contextmanager
+def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
+    """What `data.source` names; a fetched archive lies in the workspace meanwhile."""
+    address = config.source
+    scheme = address.partition(":")[0].lower()
+    fetched = workspace / "fetched"
+    try:
+        if address == "manifold":
+            yield _manifold(config)
+        elif scheme == "kaggle":
+            yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
+        elif scheme == "s3" and is_archive_name(address):
+            storage.download_object(address, fetched)
+            yield Source(address, read_archive(fetched, address), fetched)
+        elif scheme == "s3":
+            yield Source(address, read_bucket(address))
+        elif scheme in ("http", "https"):
+            web.fetch(address, fetched)
+            name = web.without_secrets(address)
+            yield Source(name, read_archive(fetched, name), fetched)
+        elif Path(address).is_dir():
+            yield Source(address, read_folder(Path(address)))
+        elif Path(address).is_file():
+            yield Source(address, read_archive(Path(address), address), Path(address))
+        else:
+            raise UserError(
+                f"data.source {address!r} not found: expected manifold, a folder, a .zip or .tar "
+                "archive, kaggle:owner/name, s3://bucket/prefix or https://host/archive.zip"
+            )
+    finally:
+        fetched.unlink(missing_ok=True)
+
+
+def _manifold(config: DataConfig) -> Source:
+    """The designed data set: PNG files of faces with their true factors."""
+    if config.manifold_images < 1 or config.manifold_size < 8:
+        raise UserError("data.manifold_images must be at least 1, data.manifold_size at least 8")
+
+    def entries() -> Entries:
+        for start in range(0, config.manifold_images, ROW_GROUP_ROWS):
+            count = min(ROW_GROUP_ROWS, config.manifold_images - start)
+            images, factors = manifold.generate(
+                start, count, seed=config.manifold_seed, image_size=config.manifold_size
+            )
+            for offset, (image, values) in enumerate(zip(images, factors, strict=True)):
+                png = io.BytesIO()
+                Image.fromarray(image).save(png, "PNG", compress_level=1)
+                name = f"face-{start + offset:07d}.png"
+                yield RawFile(name, png.getvalue(), tuple(values.tolist()))
+
+    return Source("manifold", entries(), factors=tuple(f.name for f in manifold.FACTORS))
+
+
+def _fetch_kaggle(handle: str) -> Path:
+    """The folder of a Kaggle data set, from kagglehub's cache or from Kaggle."""
+    if not re.fullmatch(r"[\w-]+/[\w-]+(/versions/\d+)?", handle, re.ASCII):
+        raise UserError(f"kaggle:{handle} is no data set: expected kaggle:owner/name")
+    import kagglehub  # slow to import, needed by this source alone
+
+    try:
+        return Path(kagglehub.dataset_download(handle))
+    except Exception as error:  # kagglehub documents no error types of its own
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"kaggle:{handle} cannot be fetched ({cause}): check the name and the network; "
+            "a private set needs KAGGLE_USERNAME and KAGGLE_KEY"
+        ) from None
+
+
+def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
+    columns = [("source", pa.string()), ("content", pa.large_binary())]
+    columns += [(f"factor_{name}", pa.float32()) for name in source.factors]
+    writer = ShardWriter(folder, "files", schema=pa.schema(columns))
+    hashes = hashlib.sha256()
+    skipped: list[Skipped] = []
+    group: list[RawFile] = []
+    group_bytes = files = total_bytes = 0
+
+    def write_group() -> None:
+        rows = zip(*((file.source, file.content, *file.factors) for file in group), strict=True)
+        arrays = [pa.array(values, kind) for values, (_, kind) in zip(rows, columns, strict=True)]
+        if writer.bytes + group_bytes > SHARD_BYTES:
+            writer.finish_shard()
+        writer.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns)))
+
+    entries = without_repetitions(source.entries)
+    for entry in progress(entries, f"reading {source.name}", unit="files", total=None):
+        if isinstance(entry, Skipped):
+            skipped.append(entry)
+            continue
+        size = len(entry.content)
+        if group and (group_bytes + size > ROW_GROUP_BYTES or len(group) == ROW_GROUP_ROWS):
+            write_group()
+            group, group_bytes = [], 0
+        group.append(entry)
+        group_bytes += size
+        files += 1
+        total_bytes += size
+        hashes.update(hashlib.sha256(entry.content).digest() + entry.source.encode() + b"\0")
+    if not group:
+        reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
+        raise UserError(f"no files in {source.name}{reason}")
+    write_group()
+    writer.finish_shard()
+
+    if source.archive is None:
+        sha256 = hashes.hexdigest()
+    else:
+        with source.archive.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    log.info("%s: %d files, %d bytes, %d skipped", source.name, files, total_bytes, len(skipped))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": source.name,
+        "source_sha256": sha256,
+        "files": files,
+        "bytes": total_bytes,
+        "shards": writer.shards,
+        "skipped": [{"source": item.source, "reason": item.reason} for item in skipped],
+        "factors": list(source.factors),
+    }
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    download(params.load(DataConfig), RAW)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,142 @@
+"""Which images show the same thing, and which split an image belongs to, both by content alone.
+
+The signature is a 16x16 thumbnail. Two images are near duplicates if the root mean square
+difference of their thumbnails, in grey levels, is below a distance.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from aegan.config import Split
+
+THUMBNAIL_SIZE = 16
+PROJECTION_DIMS = 8
+_PAIRS_AT_ONCE = 1 << 14  # compared exactly; bounds the memory
+
+Indices = NDArray[np.int64]
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, C] => uint8 [16, 16, C], every pixel the mean of its area."""
+    size = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    small = picture.resize(size, Image.Resampling.BOX)
+    return np.asarray(small).reshape(*size, image.shape[-1])
+
+
+def split_of(small: np.ndarray, *, validation_fraction: float, test_fraction: float) -> Split:
+    """The split of an image from its thumbnail alone, uint8 [16, 16, C].
+
+    The thumbnail is brought down to 12 coarse colour values (16 grey ones) first, so that most
+    near duplicates agree, while few other images do and the fractions come out as wanted.
+    """
+    cells = 2 if small.shape[-1] == 3 else 4
+    side = THUMBNAIL_SIZE // cells
+    coarse = np.round(small.reshape(cells, side, cells, side, -1).mean(axis=(1, 3)) / 16)
+    draw = int.from_bytes(hashlib.sha256(coarse.astype(np.uint8).tobytes()).digest()[:8]) / 2**64
+    if draw < test_fraction:
+        return "test"
+    return "validation" if draw < test_fraction + validation_fraction else "train"
+
+
+class NearDuplicates:
+    """Search among thumbnails uint8 [N, D], which may be a memory map.
+
+    No orthogonal projection lengthens a distance, so a tree over the first principal components
+    finds every near duplicate among its candidates; the candidates are then compared exactly.
+    """
+
+    def __init__(self, thumbnails: np.ndarray, *, distance: float) -> None:
+        self._thumbnails = thumbnails
+        self._limit = distance**2 * thumbnails.shape[1]  # of the summed squared differences
+        self._radius = self._limit**0.5 * (1 + 1e-4) + 1e-2  # room for rounding
+        self._points = _principal_components(thumbnails)
+
+    def nearest(self, queries: Indices, among: Indices) -> Indices:
+        """For each query a near duplicate among others (the nearest candidate), or -1."""
+        found = np.full(len(queries), -1, np.int64)
+        if not len(among):
+            return found
+        tree = cKDTree(self._points[among])
+        pending = np.arange(len(queries))
+        count = min(8, len(among))
+        while len(pending):
+            open_ends = []
+            for part in _parts(pending, _PAIRS_AT_ONCE * 4 // count + 1):
+                neighbours = self._candidates(tree, queries[part], count)
+                rows, columns = np.nonzero(neighbours < tree.n)
+                others = among[neighbours[rows, columns]]
+                squares = self._squared_differences(queries[part][rows], others)
+                # Written from the farthest to the nearest: the nearest stays.
+                order = np.lexsort((others, squares))[::-1]
+                order = order[squares[order] < self._limit]
+                found[part[rows[order]]] = others[order]
+                more = (found[part] < 0) & (neighbours[:, -1] < tree.n) & (count < len(among))
+                open_ends.append(part[more])
+            pending = np.concatenate(open_ends)
+            count = min(count * 4, len(among))
+        return found
+
+    def groups(self, images: Indices, *, neighbours: int = 16) -> tuple[int, int]:
+        """(groups, images in them) when each is tied to its nearest near duplicates."""
+        if len(images) < 2:
+            return 0, 0
+        tree = cKDTree(self._points[images])
+        count = min(neighbours + 1, len(images))
+        edges = [np.empty((2, 0), np.int64)]
+        for part in _parts(np.arange(len(images)), _PAIRS_AT_ONCE):
+            near = self._candidates(tree, images[part], count)
+            rows, columns = np.nonzero(near < tree.n)
+            pairs = np.stack([part[rows], near[rows, columns]])
+            pairs = pairs[:, pairs[0] != pairs[1]]
+            squares = self._squared_differences(images[pairs[0]], images[pairs[1]])
+            edges.append(pairs[:, squares < self._limit])
+        start, end = np.concatenate(edges, axis=1)
+        graph = coo_array((np.ones(len(start), np.bool_), (start, end)), shape=(len(images),) * 2)
+        _, labels = connected_components(graph, directed=False)
+        sizes = np.bincount(labels)
+        return int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
+
+    def _candidates(self, tree: cKDTree, queries: Indices, count: int) -> Indices:
+        """Positions in the tree [Q, count], nearest first; `tree.n` where there is none."""
+        _, positions = tree.query(
+            self._points[queries],
+            k=np.arange(1, count + 1),
+            distance_upper_bound=self._radius,
+            workers=-1,
+        )
+        return np.asarray(positions, np.int64)
+
+    def _squared_differences(self, first: Indices, second: Indices) -> NDArray[np.int64]:
+        sums = [np.empty(0, np.int64)]
+        for part in _parts(np.arange(len(first)), _PAIRS_AT_ONCE):
+            difference = self._thumbnails[first[part]].astype(np.int32)
+            difference -= self._thumbnails[second[part]]
+            sums.append(np.square(difference).sum(axis=1, dtype=np.int64))
+        return np.concatenate(sums)
+
+
+def _principal_components(thumbnails: np.ndarray) -> NDArray[np.float32]:
+    """uint8 [N, D] => float32 [N, 8] on an orthonormal basis fitted to 4096 of them."""
+    count, dims = thumbnails.shape
+    sample = thumbnails[np.linspace(0, count - 1, min(count, 4096)).astype(np.int64)]
+    mean = sample.mean(axis=0, dtype=np.float64)
+    centred = sample - mean
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    basis = vectors[:, -min(PROJECTION_DIMS, dims) :].astype(np.float32)
+    points = np.empty((count, basis.shape[1]), np.float32)
+    for part in _parts(np.arange(count), _PAIRS_AT_ONCE):
+        points[part] = (thumbnails[part] - mean.astype(np.float32)) @ basis
+    return points
+
+
+def _parts(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

@@ -1,0 +1,344 @@
+"""Stage `preprocess`: data/raw/ -> data/shards/, checked, resized, deduplicated, split images.
+
+Three passes; memory is bounded by row groups plus some 300 bytes an image:
+1. decode.py: all cores turn the row groups of the snapshot into part files in a work folder;
+2. deduplicate.py: ids and thumbnails alone say what becomes of each image;
+3. here: the parts stream into the shards of the three splits.
+The bytes do not depend on the number of processes. Killed, the next run uses the finished parts.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from aegan import image_files
+from aegan.config import SPLITS, PreprocessConfig
+from pipelines import decode, near_duplicates, params
+from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
+from pipelines.errors import UserError, run_stage
+from pipelines.progress import progress
+from pipelines.shards import ShardWriter, clear_disk_errors, new_folder, write_json
+
+RAW = Path("data/raw")
+SHARDS = Path("data/shards")
+ARTIFACTS = Path("artifacts/preprocess")
+RUNS = Path("runs")
+SCHEMA_VERSION = 1
+CONTACT_SHEET_IMAGES = 100
+
+log = logging.getLogger(__name__)
+
+
+def preprocess(
+    config: PreprocessConfig,
+    raw: Path,
+    *,
+    shards: Path,
+    artifacts: Path,
+    runs: Path,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Write the shards and the reports; returns the statistics. Raises UserError."""
+    _check(config)
+    snapshot = _read_snapshot(raw)
+    with _work_folder(runs, _fingerprint(config, snapshot)) as work:
+        parts = decode.decode_snapshot(
+            config, raw, snapshot["shards"], work=work, processes=processes
+        )
+        verdict = decide(
+            parts,
+            thumbnails_file=work / "thumbnails",
+            distance=config.near_duplicate_distance,
+        )
+        _check_splits(config, parts, verdict)
+        with new_folder(artifacts) as reports, new_folder(shards) as folder:
+            kept = _write_shards(config, snapshot, parts, verdict, folder)
+            reasons = _write_quarantine(snapshot, parts, verdict, reports / "quarantine.csv")
+            statistics = _statistics(snapshot, verdict, reasons) | kept.pixel_statistics()
+            write_json(statistics, reports / "statistics.json")
+            _draw(kept.sheet, reports / "contact_sheet.png")
+    log.info("kept %d of %d files", statistics["kept"], statistics["files"])
+    return statistics
+
+
+def _check(config: PreprocessConfig) -> None:
+    """What types alone cannot say about the parameters."""
+    requirements = {
+        "image_size must be at least 8": config.image_size >= 8,
+        "image_channels must be 1 or 3": config.image_channels in (1, 3),
+        "max_pixels must be above 0": config.max_pixels > 0,
+        "near_duplicate_distance must not be negative": config.near_duplicate_distance >= 0,
+        "validation_fraction must be above 0": config.validation_fraction > 0,
+        "test_fraction must be above 0": config.test_fraction > 0,
+        "validation_fraction and test_fraction must leave something to train on": (
+            config.validation_fraction + config.test_fraction < 1
+        ),
+        "rows_per_row_group must be above 0": config.rows_per_row_group > 0,
+        "rows_per_shard must be a multiple of rows_per_row_group": (
+            config.rows_per_shard > 0 and config.rows_per_shard % config.rows_per_row_group == 0
+        ),
+    }
+    for requirement, holds in requirements.items():
+        if not holds:
+            raise UserError(f"params.yaml: preprocess.{requirement}")
+
+
+def _read_snapshot(raw: Path) -> dict[str, Any]:
+    file = raw / "manifest.json"
+    if not file.exists():
+        raise UserError(f"{file} not found: run the stage download first")
+    snapshot: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return snapshot
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(config: PreprocessConfig, snapshot: dict[str, Any]) -> str:
+    """Of all that a part file depends on: parameters, files, code and decoder."""
+    modules = (image_files, near_duplicates, decode)
+    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules]
+    return _hash([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
+
+
+@contextmanager
+def _work_folder(runs: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder of the part files: kept when the run fails, removed when it ends well."""
+    folder = runs / f"preprocess-{fingerprint}"
+    with clear_disk_errors(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(runs / "preprocess.lock", timeout=0):
+                for old in runs.glob("preprocess-*"):
+                    if old != folder:  # left by a run under other parameters
+                        shutil.rmtree(old)
+                folder.mkdir(exist_ok=True)
+                yield folder
+                shutil.rmtree(folder)
+        except Timeout:
+            raise UserError(f"another preprocess run is at work in {runs}: wait for it") from None
+
+
+def _check_splits(config: PreprocessConfig, parts: list[Path], verdict: Verdict) -> None:
+    """Every split needs an image, or nothing after this stage can work."""
+    if (verdict.fate == UNUSABLE).all():
+        first = pq.read_table(parts[0], columns=["source", "reason"]).slice(0, 1).to_pylist()[0]
+        raise UserError(
+            f"no usable image among {len(verdict.fate)} files, the first is "
+            f"{first['source']} ({first['reason']}): check data.source"
+        )
+    counts = np.bincount(verdict.fate, minlength=len(SPLITS))
+    for split, count in zip(SPLITS, counts, strict=False):
+        if not count:
+            kept = int(counts[: len(SPLITS)].sum())
+            raise UserError(
+                f"no image falls into the {split} split: {kept} images are too few for "
+                f"preprocess.validation_fraction {config.validation_fraction} and test_fraction "
+                f"{config.test_fraction}; add images or change the fractions"
+            )
+
+
+def _schema(config: PreprocessConfig, factors: list[str]) -> pa.Schema:
+    """The data contract of docs/architecture.md."""
+    columns = [
+        ("image_id", pa.string()),
+        ("image", pa.binary(config.image_size**2 * config.image_channels)),
+        ("split", pa.string()),
+        ("label", pa.int64()),
+        ("source", pa.string()),
+        *((f"factor_{name}", pa.float32()) for name in factors),
+    ]
+    metadata = {
+        "height": config.image_size,
+        "width": config.image_size,
+        "channels": config.image_channels,
+        "schema_version": SCHEMA_VERSION,
+        "preprocess_sha256": _hash(dataclasses.asdict(config)),
+    }
+    return pa.schema(columns, {key: str(value) for key, value in metadata.items()})
+
+
+class _SplitWriter:
+    """Rows of one split into full row groups and full shards."""
+
+    def __init__(self, config: PreprocessConfig, writer: ShardWriter) -> None:
+        self._config, self._writer = config, writer
+        self._waiting: pa.Table = writer.schema.empty_table()
+
+    def add(self, rows: pa.Table) -> None:
+        size = self._config.rows_per_row_group
+        self._waiting = pa.concat_tables([self._waiting, rows])
+        while len(self._waiting) >= size:
+            self._write(self._waiting.slice(0, size))
+            self._waiting = self._waiting.slice(size).combine_chunks()
+
+    def finish(self) -> dict[str, Any]:
+        """The split's entry in the manifest."""
+        if len(self._waiting):
+            self._write(self._waiting)
+        self._writer.finish_shard()
+        shards = self._writer.shards
+        return {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
+
+    def _write(self, row_group: pa.Table) -> None:
+        self._writer.write(row_group)
+        if self._writer.rows == self._config.rows_per_shard:
+            self._writer.finish_shard()
+
+
+class _TrainingImages:
+    """What the reports say about the training images, gathered while they pass."""
+
+    def __init__(self, config: PreprocessConfig, count: int) -> None:
+        self._shape = (config.image_size, config.image_size, config.image_channels)
+        self._histogram = np.zeros((config.image_channels, 256), np.int64)
+        self._wanted = np.linspace(0, count - 1, min(count, CONTACT_SHEET_IMAGES)).astype(np.int64)
+        self._seen = 0
+        self.sheet: list[np.ndarray] = []  # evenly spaced images, uint8 [H, W, C]
+
+    def add(self, rows: pa.Table) -> None:
+        pixels = np.frombuffer(b"".join(rows.column("image").to_pylist()), np.uint8)
+        images = pixels.reshape(-1, *self._shape)
+        for channel, counts in enumerate(self._histogram):
+            counts += np.bincount(images[..., channel].ravel(), minlength=256)
+        positions = self._wanted - self._seen
+        self.sheet.extend(images[positions[(positions >= 0) & (positions < len(images))]])
+        self._seen += len(images)
+
+    def pixel_statistics(self) -> dict[str, Any]:
+        """Mean and standard deviation of each channel in grey levels, 0 to 255."""
+        names = ("red", "green", "blue") if len(self._histogram) == 3 else ("grey",)
+        levels = np.arange(256)
+        statistics: dict[str, Any] = {"pixel_mean": {}, "pixel_std": {}}
+        for name, counts in zip(names, self._histogram, strict=True):
+            mean = np.average(levels, weights=counts)
+            variance = np.average((levels - mean) ** 2, weights=counts)
+            statistics["pixel_mean"][name] = round(float(mean), 4)
+            statistics["pixel_std"][name] = round(float(variance**0.5), 4)
+        return statistics
+
+
+def _write_shards(
+    config: PreprocessConfig,
+    snapshot: dict[str, Any],
+    parts: list[Path],
+    verdict: Verdict,
+    folder: Path,
+) -> _TrainingImages:
+    """Stream the kept rows into the shards of their splits and write the manifest."""
+    schema = _schema(config, snapshot["factors"])
+    writers = {
+        split: _SplitWriter(config, ShardWriter(folder, split, schema=schema)) for split in SPLITS
+    }
+    training_images = _TrainingImages(config, int((verdict.fate == SPLITS.index("train")).sum()))
+    start = 0
+    for part in progress(parts, "writing", unit="parts", total=len(parts)):
+        table = pq.read_table(part)
+        labels = pa.nulls(len(table), pa.int64())  # no source states classes yet
+        table = table.append_column("label", labels).select(schema.names)
+        table = table.replace_schema_metadata(schema.metadata)
+        fate = verdict.fate[start : start + len(table)]
+        start += len(table)
+        for number, split in enumerate(SPLITS):
+            rows = table.take(np.flatnonzero(fate == number))
+            writers[split].add(rows)
+            if split == "train":
+                training_images.add(rows)
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    hashes = [shard["sha256"] for entry in splits.values() for shard in entry["shards"]]
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "image_size": config.image_size,
+        "image_channels": config.image_channels,
+        "preprocess_sha256": _hash(dataclasses.asdict(config)),
+        "dataset_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "source": snapshot["source"],
+        "source_sha256": snapshot["source_sha256"],
+        "factors": snapshot["factors"],
+        "splits": splits,
+    }
+    write_json(manifest, folder / "manifest.json")
+    return training_images
+
+
+def _write_quarantine(
+    snapshot: dict[str, Any], parts: list[Path], verdict: Verdict, file: Path
+) -> Counter[str]:
+    """A line for every file that is in no shard; returns how many for each kind of reason."""
+    kinds: Counter[str] = Counter()
+    with file.open("w", newline="", encoding="utf-8") as out:
+        quarantine = csv.writer(out, lineterminator="\n")
+        quarantine.writerow(["source", "reason"])
+        for source, reason in _left_out(snapshot, parts, verdict):
+            quarantine.writerow([source, reason])
+            kinds[reason.partition(":")[0]] += 1
+    return kinds
+
+
+def _left_out(
+    snapshot: dict[str, Any], parts: list[Path], verdict: Verdict
+) -> Iterator[tuple[str, str]]:
+    for entry in snapshot["skipped"]:
+        yield entry["source"], entry["reason"]
+    start = 0
+    for part in parts:
+        table = pq.read_table(part, columns=["source", "reason"])
+        fate = verdict.fate[start : start + len(table)]
+        for row in np.flatnonzero(fate >= len(SPLITS)):
+            source, reason = (column[row].as_py() for column in table.columns)
+            if fate[row] != UNUSABLE:
+                twin = verdict.sources[int(verdict.twin[start + row])].as_py()
+                kind = "duplicate" if fate[row] == DUPLICATE else "near duplicate of held-out image"
+                reason = f"{kind}: {twin}"
+            yield source, reason
+        start += len(table)
+
+
+def _statistics(
+    snapshot: dict[str, Any], verdict: Verdict, reasons: Counter[str]
+) -> dict[str, Any]:
+    """The counts; nothing that differs between two runs on the same files."""
+    counts = np.bincount(verdict.fate, minlength=len(SPLITS))[: len(SPLITS)]
+    groups, images_in_groups = verdict.groups
+    return {
+        "files": snapshot["files"] + len(snapshot["skipped"]),
+        "bytes": snapshot["bytes"],
+        "kept": int(counts.sum()),
+        **{split: int(count) for split, count in zip(SPLITS, counts, strict=True)},
+        "quarantined": reasons.total(),
+        "quarantined_by_reason": dict(sorted(reasons.items())),
+        "near_duplicate_groups": groups,
+        "images_in_near_duplicate_groups": images_in_groups,
+    }
+
+
+def _draw(images: list[np.ndarray], file: Path) -> None:
+    from aegan.images import grid, save_png  # needs torch, which no decoding process should load
+
+    columns = int(len(images) ** 0.5 + 0.5)
+    scale = max(1, 64 // images[0].shape[0])
+    save_png(grid(np.stack(images), columns=columns), file, scale=scale)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    preprocess(params.load(PreprocessConfig), RAW, shards=SHARDS, artifacts=ARTIFACTS, runs=RUNS)
+
+
+if __name__ == "__main__":
+    run_stage(main)

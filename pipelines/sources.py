@@ -1,0 +1,209 @@
+"""The raw files of any `data.source`, one at a time and never extracted to disk.
+
+Names and contents are untrusted: what is not a plain file of sane size under a plain relative name
+comes out as `Skipped` with its reason.
+"""
+
+import hashlib
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
+
+from pipelines import storage
+from pipelines.errors import UserError
+
+MAX_FILE_BYTES = 64 * 1024**2
+MAX_COMPRESSION = 200  # more is a decompression bomb
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
+PARALLEL_READS = 8  # from a bucket; each holds at most one file in memory
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One file as found."""
+
+    source: str
+    content: bytes
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One entry that was not read, and why."""
+
+    source: str
+    reason: str
+
+
+Entries = Iterator[RawFile | Skipped]
+
+
+def read_folder(folder: Path) -> Entries:
+    """Every regular file below a folder, shallow ones first, links not followed."""
+    for file in sorted(_walk(folder), key=lambda file: (len(file.parts), file)):
+        name = _text(str(PurePosixPath(file.relative_to(folder))))
+        try:
+            found = file.lstat()
+            if reason := _refusal(name, found.st_size, _kind(found.st_mode)):
+                yield Skipped(name, reason)
+            else:
+                yield RawFile(name, file.read_bytes())
+        except OSError as error:
+            yield Skipped(name, f"not readable: {error.strerror}")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder, onerror=_raise_unreadable):
+        paths = [Path(where) / name for name in folders]
+        yield from (path for path in paths if path.is_symlink())
+        yield from (Path(where) / name for name in files)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be listed ({error.strerror}): check its mode")
+
+
+def _kind(mode: int) -> str:
+    """What a file mode (of a folder, zip or tar entry) says, in words; "" for a plain file."""
+    if stat.S_ISREG(mode) or stat.S_IFMT(mode) == 0:  # zip entries often carry no type
+        return ""
+    return "link" if stat.S_ISLNK(mode) else "special file"
+
+
+def _refusal(name: str, size: int, kind: str, *, stored_bytes: int | None = None) -> str:
+    """Why an entry is not read; "" when it is."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:"):
+        return "unsafe path"
+    if not name.isprintable():
+        return "unsafe path: control characters"
+    if "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts):
+        return "hidden or system file"
+    if path.name.lower() in ("thumbs.db", "desktop.ini"):
+        return "hidden or system file"
+    if kind:
+        return f"{kind}: not followed" if kind == "link" else kind
+    if size > MAX_FILE_BYTES:
+        return f"too large: {size} bytes, at most {MAX_FILE_BYTES}"
+    if stored_bytes is not None and size > max(2**20, MAX_COMPRESSION * stored_bytes):
+        return f"decompression bomb: {stored_bytes} bytes become {size}"
+    return ""
+
+
+def _text(name: str) -> str:
+    """A file name that is valid UTF-8, whatever bytes the disk or the archive holds."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def is_archive_name(name: str) -> bool:
+    """Whether a file name or address ends like an archive's."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def read_archive(file: Path, name: str) -> Entries:
+    """Every plain file in a zip or tar archive; `name` is what errors call it."""
+    try:
+        if zipfile.is_zipfile(file):
+            yield from _read_zip(file)
+        elif tarfile.is_tarfile(file):
+            yield from _read_tar(file, name)
+        else:
+            raise UserError(f"{name} is neither a folder nor a zip or tar archive")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
+        raise UserError(f"{name} is damaged ({error}): fetch or pack it again") from None
+
+
+def _read_zip(file: Path) -> Entries:
+    with zipfile.ZipFile(file) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        for entry in sorted(entries, key=lambda entry: (entry.filename.count("/"), entry.filename)):
+            name = _text(entry.filename)
+            kind = _kind(entry.external_attr >> 16)
+            reason = _refusal(name, entry.file_size, kind, stored_bytes=entry.compress_size)
+            if entry.flag_bits & 1:
+                reason = reason or "encrypted"
+            if reason:
+                yield Skipped(name, reason)
+                continue
+            try:
+                with archive.open(entry) as stream:
+                    content = stream.read(MAX_FILE_BYTES + 1)
+            except (
+                zipfile.BadZipFile,
+                zlib.error,
+                LZMAError,
+                EOFError,
+                NotImplementedError,
+            ) as error:
+                yield Skipped(name, f"damaged in the archive: {error}")
+                continue
+            yield RawFile(name, content)
+
+
+def _read_tar(file: Path, name: str) -> Entries:
+    packed_bytes = file.stat().st_size
+    seen = 0
+    with tarfile.open(file) as archive:
+        while (entry := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every entry
+            seen += entry.size
+            if seen > max(MAX_FILE_BYTES, MAX_COMPRESSION * packed_bytes):
+                raise UserError(
+                    f"{name} is a decompression bomb: {packed_bytes} bytes become {seen}"
+                )
+            if entry.isdir():
+                continue
+            kind = "link" if entry.issym() or entry.islnk() else "special file"
+            path = _text(entry.name).removeprefix("./")
+            if reason := _refusal(path, entry.size, "" if entry.isreg() else kind):
+                yield Skipped(path, reason)
+                continue
+            stream = archive.extractfile(entry)
+            assert stream is not None  # entry is a regular file
+            yield RawFile(path, stream.read())
+
+
+def read_bucket(url: str) -> Entries:
+    """Every object below `s3://bucket/prefix`, several read at once, in the bucket's order."""
+    prefix = f"{url.rstrip('/')}/"
+
+    def read(address: str, size: int) -> RawFile | Skipped:
+        name = address.removeprefix(prefix)
+        if reason := _refusal(name, size, ""):
+            return Skipped(name, reason)
+        return RawFile(name, storage.read_object(address))
+
+    objects = (item for item in storage.list_objects(prefix) if not item[0].endswith("/"))
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        waiting: deque[Future[RawFile | Skipped]] = deque()
+        for address, size in objects:
+            waiting.append(pool.submit(read, address, size))
+            if len(waiting) == PARALLEL_READS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def without_repetitions(entries: Iterable[RawFile | Skipped]) -> Entries:
+    """Skip files whose bytes, or whose name, came before (nested copies of a whole set, say)."""
+    names: set[str] = set()
+    first_with: dict[bytes, str] = {}
+    for entry in entries:
+        if isinstance(entry, RawFile):
+            digest = hashlib.sha256(entry.content).digest()
+            if entry.source in names:
+                entry = Skipped(entry.source, "name occurs twice")
+            elif first := first_with.get(digest):
+                entry = Skipped(entry.source, f"identical file: {first}")
+            else:
+                names.add(entry.source)
+                first_with[digest] = entry.source
+        yield entry
