@@ -1,0 +1,205 @@
+"""Stage `register`: the trained model and all that is known of it go to MLflow (docs/serving.md).
+
+A run holds parameters, curves, metrics, data version and pictures; a version of the registered
+model holds the weights and answers requests. The same content registered again is that version.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aegan
+from aegan.config import RegisterConfig
+from pipelines import params, tracking
+from pipelines.errors import UserError, run_stage
+
+RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
+CURVES, SCORES = Path("artifacts/train/curves.csv"), Path("artifacts/evaluate/metrics.json")
+MANIFEST, DVC_LOCK = Path("data/shards/manifest.json"), Path("dvc.lock")
+OUTPUT = Path("artifacts/register/registration.json")
+FILES = {  # folder among the run's artifacts -> what goes there, as far as it exists
+    "samples": ["artifacts/train/samples"],
+    "interpolations": ["artifacts/interpolate"],
+    "report": ["report/index.html"],
+    "metrics": ["artifacts/train/run.json", "artifacts/train/curves.csv", "artifacts/evaluate"],
+    "data": ["data/shards/manifest.json", "artifacts/preprocess"],
+    "pipeline": ["params.yaml", "dvc.yaml", "dvc.lock"],
+}
+
+
+def register(config: RegisterConfig) -> dict[str, Any]:
+    """Register what the working folder holds; writes and returns `registration.json`."""
+    record = collect()
+    version = tracking.register(
+        record, experiment=config.experiment, model_name=config.model_name, alias=config.alias
+    )
+    registration = {
+        "model_name": config.model_name,
+        "version": version.number,
+        "alias": config.alias,
+        "model_uri": f"models:/{config.model_name}@{config.alias}",
+        "run_id": version.run_id,
+        "tracking_uri": tracking.without_credentials(tracking.tracking_uri()),
+        "model_sha256": record.version_tags["model_sha256"],
+        "reused": version.reused,
+    }
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    aside = OUTPUT.with_suffix(".tmp")
+    aside.write_text(json.dumps(registration, indent=2) + "\n", encoding="utf-8")
+    aside.replace(OUTPUT)
+    return registration
+
+
+def collect() -> tracking.Record:
+    """What the earlier stages left in the working folder; raises UserError where it is missing."""
+    run, scores, manifest = _read_json(RUN), _read_json(SCORES), _read_json(MANIFEST)
+    if manifest["dataset_sha256"] != run["dataset_sha256"]:
+        raise UserError(f"{MANIFEST} is not the data the model was trained on: run `dvc repro`")
+    if not (MODEL / "config.json").exists():
+        raise UserError(f"{MODEL}/config.json not found: run `dvc repro` first")
+
+    final = {f"evaluate/{name}": value for name, value in numbers(scores)}
+    now, step = time.time(), run["chosen_step"]
+    identity = {
+        "run_name": run["run_name"],
+        "model_sha256": hash_files([MODEL]),
+        "dataset_sha256": run["dataset_sha256"],
+    }
+    code = [Path(aegan.__file__).parent, tracking.SERVING_SCRIPT]
+    settings = {**params.read(), **run["params"]}
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    return tracking.Record(
+        run_name=run["run_name"],
+        model_folder=MODEL,
+        content_sha256=hash_files([MODEL, SCORES, *code]),
+        params={
+            f"{section}.{key}": tracking.without_credentials(str(value))
+            for section, values in settings.items()
+            for key, value in values.items()
+        },
+        points=[
+            *curves(Path("runs") / run["run_name"]),
+            *(tracking.Point(name, value, step, now) for name, value in final.items()),
+        ],
+        run_tags=identity | _code_version(run),
+        version_tags=identity
+        | {name: f"{value:.6g}" for name, value in final.items() if "frechet_distance" in name},
+        dataset={
+            "name": "shards",
+            "sha256": run["dataset_sha256"],
+            "source": tracking.without_credentials(str(manifest["source"])),
+            "profile": {
+                "rows": {name: split["rows"] for name, split in manifest["splits"].items()},
+                "shards": {shard["file"]: shard["sha256"] for shard in shards},
+            },
+        },
+        files={
+            folder: [Path(path) for path in paths if Path(path).exists()]
+            for folder, paths in FILES.items()
+        },
+    )
+
+
+def curves(run_folder: Path) -> Iterator[tracking.Point]:
+    """Curves of the training and of the machine it ran on, with the times they were measured.
+
+    A run that was trained elsewhere has no run folder here; its losses are among the artifacts.
+    """
+    if (run_folder / "metrics.jsonl").exists():
+        yield from _points("train/", _read_lines(run_folder / "metrics.jsonl"))
+    elif CURVES.exists():
+        rows = csv.DictReader(CURVES.read_text(encoding="utf-8").splitlines())
+        yield from _points("train/", [{"time": CURVES.stat().st_mtime, **row} for row in rows])
+    if (run_folder / "system.jsonl").exists():
+        rows_by_time = _read_lines(run_folder / "system.jsonl")
+        yield from _points("system/", [{"step": i, **row} for i, row in enumerate(rows_by_time)])
+
+
+def _points(prefix: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[tracking.Point]:
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "time") and _is_finite(value):
+                yield tracking.Point(
+                    prefix + name, float(value), int(row["step"]), float(row["time"])
+                )
+
+
+def numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every finite number in nested mappings, under its path: `ema/frechet_distance`."""
+    for key, value in tree.items():
+        name = prefix + re.sub(r"[^\w .:/-]", "_", key)  # the characters MLflow takes
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{name}/")
+        elif not isinstance(value, (str, bool)) and _is_finite(value):
+            yield name, float(value)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the names and contents of files and of all files in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and file.suffix != ".pyc":
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(f"{file.relative_to(path.parent)}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _code_version(run: Mapping[str, Any]) -> dict[str, str]:
+    tags = {"code_sha256": run.get("code_sha256"), "mlflow.source.git.commit": run["git_commit"]}
+    if DVC_LOCK.exists():
+        tags["dvc_lock_sha256"] = hash_files([DVC_LOCK])
+    return {name: value for name, value in tags.items() if value}
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):  # an empty cell, a word, a list
+        return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: run `dvc repro` first") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): run `dvc repro --force`") from None
+    return content
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def main() -> None:
+    registration = register(params.load(RegisterConfig))
+    name, alias = registration["model_name"], registration["alias"]
+    found = "the same content is there already:" if registration["reused"] else "registered"
+    print(f"{found} {name} version {registration['version']}, alias {alias}")
+    print(f"model: {registration['model_uri']} in {registration['tracking_uri']}")
+    uri = registration["tracking_uri"]
+    if uri.startswith("http"):
+        print(f"MLflow page: {uri}")
+    else:
+        print(
+            "MLflow page: MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui "
+            f"--backend-store-uri {uri} --host 127.0.0.1"
+        )
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,271 @@
+"""Registering in a real SQLite store, and loading from it."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import aegan
+from aegan.config import RegisterConfig
+from pipelines import register, tracking
+from pipelines.errors import UserError
+from tests.trained import ROOT, RUN_NAME, START, write_project
+
+CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project folder, entered, whose model is registered; shared: a new store takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        root = write_project(tmp_path_factory.mktemp("project"))
+        patch.chdir(root)
+        register.register(CONFIG)
+        yield root
+
+
+@pytest.fixture
+def store(registered: Path) -> Any:
+    """A client of the shared store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient("sqlite:///mlflow.db")
+
+
+def test_registering_points_the_alias_at_a_version_that_answers(
+    registered: Path, store: Any
+) -> None:
+    import mlflow
+
+    written = json.loads(Path("artifacts/register/registration.json").read_text())
+    version = store.get_model_version_by_alias("aegan", "candidate")
+    assert (written["version"], written["run_id"]) == (str(version.version), version.run_id)
+    assert store.get_run(version.run_id).info.status == "FINISHED"
+
+    service = mlflow.pyfunc.load_model(written["model_uri"])
+    [record] = service.predict([], params={"operation": "generate", "seed": 3})
+    image = np.array(Image.open(io.BytesIO(base64.b64decode(record["image"]))))
+    model = aegan.load("artifacts/train/model")
+    np.testing.assert_array_equal(image, aegan.sample(model, 1, seed=3)[0])
+
+
+def test_the_run_holds_parameters_curves_machine_and_scores(registered: Path, store: Any) -> None:
+    run = store.get_run(store.get_model_version_by_alias("aegan", "candidate").run_id)
+    assert run.data.params["loss.lambda_image_reconstruction"] == "10.0"
+    assert run.data.params["training.arm"] == "aegan"
+    assert run.data.params["preprocess.image_size"] == "32"
+    curve = store.get_metric_history(run.info.run_id, "train/image_reconstruction")
+    assert [(point.step, point.value, point.timestamp) for point in curve] == [
+        (20, 1 / 20, (START + 20) * 1000),
+        (40, 1 / 40, (START + 40) * 1000),
+    ]
+    machine = store.get_metric_history(run.info.run_id, "system/cpu_percent")
+    assert [point.value for point in machine] == [50, 51, 52]
+    assert run.data.metrics["evaluate/frechet_distance/ema"] == 1.5
+    assert "evaluate/mean_absolute_error/weights" not in run.data.metrics  # it was not a number
+
+
+def test_the_run_holds_the_version_of_data_and_code(registered: Path, store: Any) -> None:
+    version = store.get_model_version_by_alias("aegan", "candidate")
+    run = store.get_run(version.run_id)
+    manifest = json.loads(Path("data/shards/manifest.json").read_text())
+    assert run.data.tags["dataset_sha256"] == manifest["dataset_sha256"]
+    assert run.data.tags["mlflow.source.git.commit"] == "f" * 40
+    assert len(run.data.tags["dvc_lock_sha256"]) == 64
+    assert version.tags["run_name"] == RUN_NAME
+    assert version.tags["evaluate/frechet_distance/ema"] == "1.5"
+    profile = json.loads(run.inputs.dataset_inputs[0].dataset.profile)
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    assert profile["shards"] == {shard["file"]: shard["sha256"] for shard in shards}
+
+
+def test_the_run_holds_pictures_and_report(registered: Path, store: Any) -> None:
+    run_id = store.get_model_version_by_alias("aegan", "candidate").run_id
+    folders = {entry.path for entry in store.list_artifacts(run_id)}
+    assert {"samples", "interpolations", "report", "metrics", "data"} <= folders
+    report = store.list_artifacts(run_id, "report")
+    assert [entry.path for entry in report] == ["report/index.html"]
+
+
+def test_the_stored_model_needs_nothing_pickled_and_pins_what_it_needs(
+    registered: Path, store: Any
+) -> None:
+    import mlflow
+
+    folder = Path(mlflow.artifacts.download_artifacts("models:/aegan@candidate"))
+    assert not list(folder.rglob("*.pkl"))
+    assert (folder / "code/aegan/sampling.py").exists()
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert {line.split("==")[0] for line in requirements} == set(tracking.SERVED_PACKAGES)
+    assert all("==" in line and "+" not in line for line in requirements)
+
+
+def test_a_model_loads_from_the_registry_as_from_its_folder(registered: Path) -> None:
+    latents = aegan.random_latents(2, 8, seed=0)
+    expected = aegan.decode(tracking.load_model("artifacts/train/model"), latents)
+    loaded = tracking.load_model("models:/aegan@candidate")
+    assert torch.equal(aegan.decode(loaded, latents), expected)
+    assert loaded.encoder is not None
+
+
+def test_the_same_content_is_registered_once_and_other_content_again(
+    registered: Path, store: Any
+) -> None:
+    first = store.get_model_version_by_alias("aegan", "candidate")
+    again = register.register(CONFIG)
+    assert again["reused"]
+    assert again["version"] == str(first.version)
+    scores = Path("artifacts/evaluate/metrics.json")
+    content = scores.read_text()
+    scores.write_text('{"frechet_distance": {"ema": 1.0}}')
+    other = register.register(CONFIG)
+    assert int(other["version"]) == int(first.version) + 1
+    scores.write_text(content)
+    assert register.register(CONFIG)["version"] == str(first.version)  # the alias moves back
+    alias = store.get_model_version_by_alias("aegan", "candidate")
+    assert alias.version == first.version
+
+
+def test_a_version_whose_files_are_gone_is_not_reused(
+    registered: Path, store: Any, tmp_path: Path
+) -> None:
+    before = register.register(CONFIG)
+    uri = store.get_model_version_download_uri("aegan", before["version"])
+    import mlflow
+
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    shutil.move(folder, tmp_path / "elsewhere")
+    after = register.register(CONFIG)
+    assert not after["reused"]
+    assert after["version"] != before["version"]
+
+
+def test_passwords_reach_neither_files_nor_messages(
+    registered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again when the server is closed
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:s3cret@127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError) as error:
+        register.register(CONFIG)
+    assert "s3cret" not in str(error.value)
+    assert f"127.0.0.1:{port}" in str(error.value)
+    assert "start the server" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_store_that_is_no_database_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_project(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("mlflow.db").write_text("this is no database" * 100)
+    with pytest.raises(UserError, match=r"^mlflow.db: file is not a database; .*move the file"):
+        register.register(CONFIG)
+    assert not Path("artifacts/register").exists()
+
+
+def test_a_locked_store_is_one_clear_error(
+    registered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SQLITE_WAIT_SECONDS", 0.1)
+    other = sqlite3.connect("mlflow.db")
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(UserError, match="database is locked; close the program"):
+            register.register(CONFIG)
+    finally:
+        other.close()
+
+
+def test_loading_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"mlflow.db not found: run from"):
+        tracking.load_model("models:/aegan@candidate")
+    with pytest.raises(UserError, match="is no model folder"):
+        tracking.load_model(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_alias_is_one_clear_error(registered: Path) -> None:
+    with pytest.raises(UserError, match="nobody"):
+        tracking.load_model("models:/aegan@nobody")
+
+
+def test_missing_stages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"artifacts/train/run.json not found: run `dvc repro`"):
+        register.register(CONFIG)
+
+
+def test_a_model_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_project(tmp_path))
+    run = json.loads(Path("artifacts/train/run.json").read_text())
+    Path("artifacts/train/run.json").write_text(json.dumps({**run, "dataset_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="not the data the model was trained on"):
+        register.collect()
+
+
+def test_without_a_run_folder_the_curves_come_from_the_artifacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_project(tmp_path))
+    shutil.rmtree("runs")
+    points = [(p.name, p.step, p.value) for p in register.collect().points]
+    assert ("train/image_reconstruction", 40, 0.25) in points
+    assert not [name for name, _, _ in points if name.startswith("system/")]
+
+
+@pytest.mark.slow
+def test_registering_calls_nobody_and_writes_nowhere_else(tmp_path: Path) -> None:
+    """In a fresh home, without the variables by which MLflow would spare a test run or CI."""
+    root, home, temporary = write_project(tmp_path / "project"), tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary)}
+    watch = (
+        "import sys, runpy\n"
+        "def hook(event, args):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.bind'):\n"
+        "        host = args[0] if event == 'socket.getaddrinfo' else args[1][0]\n"
+        "        if host not in ('127.0.0.1', '::1'):\n"
+        "            print('NETWORK', event, args, file=sys.stderr)\n"
+        "sys.addaudithook(hook)\n"
+        "runpy.run_module('pipelines.register', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", watch],
+        cwd=root,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert "models:/aegan@candidate" in done.stdout
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+    assert list(temporary.iterdir()) == []

@@ -1,0 +1,72 @@
+"""A tiny project folder as the stages before `register` leave it, for tests."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from aegan.config import ModelConfig
+from aegan.images import save_png
+from aegan.networks import AEGAN
+from tests.shards import write_shards
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ModelConfig(preset="demo", latent_dim=8, base_channels=4)
+RUN_NAME = "0123456789abcdef"
+START = 1_700_000_000.0  # seconds since 1970
+
+
+def write_model(folder: Path, *, encoder: bool = True, seed: int = 0) -> Path:
+    """Untrained networks for 16x16 RGB images and latents of 8, in the format of `aegan.load`."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    model = AEGAN(CONFIG, image_size=16, image_channels=3, encoder=encoder, discriminators=False)
+    config = {"model": dataclasses.asdict(CONFIG), "image_size": 16, "image_channels": 3}
+    (folder / "config.json").write_text(json.dumps({**config, "has_encoder": encoder}))
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    for name in ("ema", "weights"):
+        save_file(weights, folder / f"{name}.safetensors")
+    return folder
+
+
+def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
+    """Everything that `register` reads; run it with `root` as the working folder."""
+    write_model(root / "artifacts/train/model", encoder=encoder, seed=seed)
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    write_shards(root / "data/shards", dict.fromkeys(("train", "validation", "test"), images))
+    manifest = json.loads((root / "data/shards/manifest.json").read_text())
+    loss = {"lambda_image_reconstruction": 10.0, "adversarial": "bce"}
+    run = {"run_name": RUN_NAME, "dataset_sha256": manifest["dataset_sha256"]}
+    run |= {"params": {"loss": loss}, "step": 40, "chosen_step": 20, "git_commit": "f" * 40}
+    _write_json(root / "artifacts/train/run.json", run)
+    scores = {"frechet_distance": {"ema": 1.5, "weights": 2.5, "floor": 0.5}}
+    scores["mean_absolute_error"] = {"ema": 0.25, "weights": float("nan"), "floor": 0.0}
+    _write_json(root / "artifacts/evaluate/metrics.json", scores)
+    (root / "artifacts/train/curves.csv").write_text("step,image_reconstruction\n20,0.5\n40,0.25\n")
+    save_png(images[0], root / "artifacts/train/samples/step-00000040-samples.png")
+    save_png(images[1], root / "artifacts/interpolate/random.png")
+    (root / "report").mkdir()
+    (root / "report/index.html").write_text("<html>report</html>")
+    run_folder = root / "runs" / RUN_NAME
+    run_folder.mkdir(parents=True)
+    losses = [
+        {"step": step, "time": START + step, "seconds": step, "image_reconstruction": 1 / step}
+        for step in (20, 40)
+    ]
+    machine = [{"time": START + second, "cpu_percent": 50.0 + second} for second in range(3)]
+    for name, rows in (("metrics", losses), ("system", machine)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (run_folder / f"{name}.jsonl").write_text(lines)
+    shutil.copy(ROOT / "params.yaml", root / "params.yaml")
+    (root / "dvc.lock").write_text("schema: '2.0'\n")
+    return root
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
