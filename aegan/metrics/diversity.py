@@ -8,6 +8,7 @@ from aegan.images import to_float
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
 WINDOW = 11  # pixels
 PAIRS = 500
+BATCH_SIZE = 100
 
 
 def ms_ssim(images: Tensor, *, seed: int) -> float:
@@ -18,17 +19,19 @@ def ms_ssim(images: Tensor, *, seed: int) -> float:
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    left = to_float(images[order[:PAIRS]])
-    right = to_float(images[order.roll(-1)[:PAIRS]])
+    left, right = images[order[:PAIRS]], images[order.roll(-1)[:PAIRS]]
     weights = SCALE_WEIGHTS[: _num_scales(images.shape[1])]
-    similarity = multiscale_structural_similarity_index_measure(
-        left,
-        right,
-        data_range=2.0,
-        kernel_size=WINDOW,
-        betas=tuple(weight / sum(weights) for weight in weights),
-    )
-    return float(similarity)
+    betas = tuple(weight / sum(weights) for weight in weights)
+    total = 0.0
+    for left_batch, right_batch in zip(
+        left.split(BATCH_SIZE), right.split(BATCH_SIZE), strict=True
+    ):
+        similarity = multiscale_structural_similarity_index_measure(
+            to_float(left_batch), to_float(right_batch),
+            data_range=2.0, kernel_size=WINDOW, betas=betas,
+        )  # fmt: skip
+        total += float(similarity) * len(left_batch)
+    return total / len(left)
 
 
 def _num_scales(image_size: int) -> int:

@@ -84,6 +84,16 @@ class FactorReader:
         return unembed(self.regression.predict(pixels(images)), self.specs)
 
 
+def principal_components(train: Tensor, test: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """What the best linear encoder keeps: codes [N, <= count] of uint8 images, fitted on train."""
+    from sklearn.decomposition import PCA
+
+    fitted_to = pixels(train)
+    analysis = PCA(min(count, *fitted_to.shape), random_state=0).fit(fitted_to)
+    codes = [torch.from_numpy(analysis.transform(values)) for values in (fitted_to, pixels(test))]
+    return codes[0], codes[1]
+
+
 def pixels(images: Tensor) -> NDArray[np.float32]:
     """uint8 [N, H, W, C] => [N, values], pooled to at most READING_SIZE pixels a side."""
     size = min(READING_SIZE, images.shape[1])

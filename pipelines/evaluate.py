@@ -1,0 +1,378 @@
+"""Stage `evaluate`: every metric of the trained model on images it has never seen.
+
+Writes `metrics.json` (docs/metrics.md explains its shape) and `latent.png`. Both sets of weights
+meet the same images and the same random draws, and so does the floor beside each figure.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import aegan
+from aegan import dataset
+from aegan.config import EvaluateConfig, Split
+from aegan.manifold import FACTORS, Factor
+from aegan.metrics import METRICS, Better
+from aegan.metrics.diversity import ms_ssim
+from aegan.metrics.factors import (
+    FactorReader,
+    joint_distance,
+    marginal_distances,
+    principal_components,
+    recovery,
+)
+from aegan.metrics.features import RANDOM_FEATURES, extract, inception_features, random_features
+from aegan.metrics.frechet import frechet_distance
+from aegan.metrics.kernel import kernel_distance
+from aegan.metrics.latent import gaussianity
+from aegan.metrics.neighbours import precision_recall_density_coverage
+from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
+from aegan.metrics.sliced_wasserstein import sliced_wasserstein
+from pipelines import params
+from pipelines.errors import UserError, run_stage
+
+MODEL = Path("artifacts/train/model")
+SHARDS = Path("data/shards")
+OUTPUT = Path("artifacts/evaluate")
+
+WEIGHTS: tuple[Literal["ema", "raw"], ...] = ("ema", "raw")
+MAX_TRAIN_IMAGES = 4000  # that regressions are fitted on and nearest images are sought among
+MIN_IMAGES = 8  # with fewer, distances between halves say nothing
+DIMENSIONS_SHOWN = 32
+INK, ACCENT = "#333333", "#4a86d8"
+
+Scores = dict[str, float]  # metric, or metric/factor => value
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """Real images, uint8 [N, H, W, C], and the designed set's factors of each, [N, F]."""
+
+    train: Tensor
+    test: Tensor  # an even number
+    train_factors: NDArray[np.float64]
+    test_factors: NDArray[np.float64]
+    factors: list[Factor]  # empty where they are not known
+
+
+def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateConfig) -> None:
+    """Measure both sets of weights and write the stage's files into `output`; raises UserError."""
+    models = {weights: load_model(model_folder, weights) for weights in WEIGHTS}
+    model = models["ema"]
+    real = read_real_images(shards, model, config)
+    features, extractor = load_extractor(config, model.image_channels)
+    logger.info("%d test images, features: %s", len(real.test), features)
+
+    z = aegan.random_latents(len(real.test), model.latent_dim, seed=config.seed)
+    measure = Measure(real, z, extractor, config)
+    scores = {"floor": measure.floor()}
+    scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    draw_latents(None if model.encoder is None else aegan.encode(model, real.test), output)
+    figures = {
+        "features": features,
+        "num_images": len(real.test),
+        **summarise(scores, missing=lambda name: why_missing(name, real, model)),
+    }
+    aside = output / ".metrics.json.tmp"
+    aside.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    aside.replace(output / "metrics.json")
+
+
+# -- what is compared -----------------------------------------------------------------------------
+
+
+def load_model(folder: Path, weights: Literal["ema", "raw"]) -> aegan.AEGAN:
+    """One set of weights; UserError where training has left none that can be read."""
+    try:
+        return aegan.load(folder, weights=weights)
+    except FileNotFoundError:
+        raise UserError(f"no model in {folder}: run the stage train first") from None
+    except Exception as error:  # files from outside: whatever is wrong, the cure is the same
+        raise UserError(f"{folder} is not a readable model ({error}): run train again") from None
+
+
+def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -> RealImages:
+    """An even number of test images, and some of the training images; raises UserError."""
+    try:
+        manifest = dataset.read_manifest(shards)
+        train = dataset.load_images(shards, "train", limit=MAX_TRAIN_IMAGES)
+        test = dataset.load_images(shards, "test", limit=config.num_samples)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} not found: run the stage preprocess first") from None
+    found, expected = test.shape[1:], (model.image_size, model.image_size, model.image_channels)
+    if found != expected:
+        raise UserError(f"{shards} holds {found} images, the model makes {expected}: run train")
+    if len(test) < 2 or len(train) < 2:
+        raise UserError(
+            f"{shards} has {len(train)} train and {len(test)} test images, each needs two or more: "
+            "add images or raise preprocess.test_fraction"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(test))[: len(test) // 2 * 2]
+    known = {factor.name: factor for factor in FACTORS}
+    factors = [known[name] for name in manifest["factors"] if name in known]
+    return RealImages(
+        train=torch.from_numpy(train),
+        test=torch.from_numpy(test[order]),
+        train_factors=read_factors(shards, "train", factors)[: len(train)],
+        test_factors=read_factors(shards, "test", factors)[: len(test)][order],
+        factors=factors,
+    )
+
+
+def read_factors(shards: Path, split: Split, factors: list[Factor]) -> NDArray[np.float64]:
+    """[N, F] in shard order; [N, 0] where no factors are known."""
+    names = [f"factor_{factor.name}" for factor in factors]
+    columns = dataset.load_columns(shards, split, names or ["image_id"])
+    rows = len(next(iter(columns.values())))
+    return np.array([columns[name] for name in names], np.float64).reshape(len(names), rows).T
+
+
+def load_extractor(config: EvaluateConfig, image_channels: int) -> tuple[str, nn.Module]:
+    """The feature extractor and the name that stands beside its figures; raises UserError."""
+    if not config.feature_weights:
+        return RANDOM_FEATURES, random_features(image_channels)
+    weights = Path(config.feature_weights)
+    if not weights.is_file():
+        raise UserError(f"evaluate.feature_weights: {weights} not found; empty: random features")
+    try:
+        return f"inception_v3 ({weights.name})", inception_features(weights)
+    except ModuleNotFoundError:
+        raise UserError(
+            "evaluate.feature_weights needs the library torch-fidelity: "
+            "pip install torch-fidelity, or leave it empty for random features"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{weights} holds no Inception v3 weights ({error})") from None
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+class Measure:
+    """Applies the same functions, images and random draws to models and to the floors."""
+
+    def __init__(
+        self, real: RealImages, z: Tensor, extractor: nn.Module, config: EvaluateConfig
+    ) -> None:
+        self.real, self.z, self.extractor, self.config = real, z, extractor, config
+        self.features = extract(extractor, real.test)
+        self.reader = None
+        if real.factors:
+            logger.info("reading factors off images")
+            self.reader = FactorReader(real.train, real.train_factors, real.factors)
+
+    def model(self, model: aegan.AEGAN, *, name: str) -> Scores:
+        """Every metric that a model and the images allow."""
+        samples = aegan.decode(model, self.z)
+        scores = self.samples(samples, name=name)
+        if model.encoder is None:
+            return scores
+        z_hat, z_tilde = aegan.encode(model, self.real.test), aegan.encode(model, samples)
+        if not (z_hat.isfinite().all() and z_tilde.isfinite().all()):
+            raise UserError("the model's latents are not finite: run train again")
+        scores |= self.encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
+        return scores | self.factors(aegan.encode(model, self.real.train), z_hat, name=name)
+
+    def floor(self) -> Scores:
+        """The same figures for what `METRICS[...].floor` says."""
+        train, test = self.real.train, self.real.test
+        other_half = test.roll(len(test) // 2, dims=0)
+        nearest = nearest_images(test, train)
+        guess = torch.zeros_like(self.z)
+        codes = principal_components(train, test, count=self.z.shape[1])
+        return (
+            self.samples(other_half, name="floor")
+            | self.encoder(self.z, guess, nearest, name="floor")
+            | self.factors(*codes, name="floor")
+        )
+
+    def samples(self, samples: Tensor, *, name: str) -> Scores:
+        """Each half of the test images against as many samples; the mean of both."""
+        if len(samples) < MIN_IMAGES:
+            return {}
+        logger.info("%s: samples", name)
+        features = extract(self.extractor, samples)
+        scores = _mean(
+            {
+                "frechet_distance": frechet_distance(real_features, features),
+                "kernel_distance": kernel_distance(real_features, features),
+                "sliced_wasserstein": sliced_wasserstein(real, half, seed=self.config.seed),
+                **precision_recall_density_coverage(
+                    real_features, features, neighbours=self.config.neighbours
+                ),
+            }
+            for real, half, real_features, features in zip(
+                self.real.test.chunk(2),
+                samples.chunk(2),
+                self.features.chunk(2),
+                features.chunk(2),
+                strict=True,
+            )
+        )
+        scores["ms_ssim"] = ms_ssim(samples, seed=self.config.seed)
+        if self.reader is None:
+            return scores
+        logger.info("%s: factors of the samples", name)
+        readings = (
+            np.split(self.reader.read(self.real.test), 2),
+            np.split(self.reader.read(samples), 2),
+        )
+        return scores | _mean(
+            factor_distances(real, half, self.real.factors)
+            for real, half in zip(*readings, strict=True)
+        )
+
+    def encoder(self, z_hat: Tensor, z_tilde: Tensor, x_tilde: Tensor, *, name: str) -> Scores:
+        """Latents of the test images and of samples, and the test images' reconstructions."""
+        logger.info("%s: reconstructions and latents", name)
+        scores = {
+            f"reconstruction_{key}": value
+            for key, value in reconstruction_errors(self.real.test, x_tilde).items()
+        }
+        scores["latent_reconstruction_mse"] = float((self.z - z_tilde).square().mean())
+        if len(z_hat) >= MIN_IMAGES:
+            scores |= {f"latent_{key}": value for key, value in gaussianity(z_hat).items()}
+        return scores
+
+    def factors(self, train: Tensor, test: Tensor, *, name: str) -> Scores:
+        """How much codes [N, D] of train and test images say about the true factors."""
+        if not self.real.factors or len(test) < MIN_IMAGES:
+            return {}
+        logger.info("%s: factors in the latents", name)
+        by_regression = recovery(
+            train.double().numpy(),
+            self.real.train_factors,
+            test.double().numpy(),
+            self.real.test_factors,
+            self.real.factors,
+        )
+        return {
+            key: value
+            for regression, by_factor in by_regression.items()
+            for key, value in _with_mean(f"factor_recovery_{regression}", by_factor).items()
+        }
+
+
+def factor_distances(
+    a: NDArray[np.float64], b: NDArray[np.float64], factors: list[Factor]
+) -> Scores:
+    """Marginal distance in the mean and per factor, joint distance over all pairs of factors."""
+    scores = _with_mean("factor_marginal_distance", marginal_distances(a, b, factors))
+    return scores | {"factor_joint_distance": joint_distance(a, b)}
+
+
+def _mean(scores: Iterable[Scores]) -> Scores:
+    """Key by key."""
+    rows = list(scores)
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def _with_mean(name: str, by_factor: Scores) -> Scores:
+    """`name`: the mean, `name/factor`: each."""
+    mean = sum(by_factor.values()) / len(by_factor)
+    return {name: mean} | {f"{name}/{factor}": value for factor, value in by_factor.items()}
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def summarise(
+    scores: dict[str, Scores], *, missing: Callable[[str], str]
+) -> dict[str, dict[str, Any]]:
+    """Per metric its three figures and which weights are better; `not_measured` says why not."""
+    summary: dict[str, dict[str, Any]] = {}
+    not_measured = {}
+    for name, metric in METRICS.items():
+        row = {column: values.get(name, math.nan) for column, values in scores.items()}
+        if not all(map(math.isfinite, row.values())):
+            not_measured[name] = missing(name)
+            continue
+        summary[name] = {**row, "best": better_weights(row, metric.better)}
+        factors = [key for key in scores["floor"] if key.startswith(f"{name}/")]
+        if factors:
+            summary[name]["factors"] = {
+                key.partition("/")[2]: {column: values[key] for column, values in scores.items()}
+                for key in factors
+            }
+    return summary | {"not_measured": not_measured}
+
+
+def better_weights(row: Scores, better: Better) -> str:
+    """`ema` or `raw`, and `ema` when equal."""
+    rank = {
+        "lower": lambda value: value,
+        "higher": lambda value: -value,
+        "floor": lambda value: abs(value - row["floor"]),
+    }[better]
+    return min(WEIGHTS, key=lambda weights: rank(row[weights]))
+
+
+def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
+    """Why a metric has no figure."""
+    needs_encoder = name.startswith(("reconstruction_", "latent_", "factor_recovery_"))
+    if needs_encoder and model.encoder is None:
+        return "a plain GAN has no encoder"
+    if name.startswith("factor_") and not real.factors:
+        return "only the designed set's true factors are known"
+    if len(real.test) < MIN_IMAGES:
+        return f"needs {MIN_IMAGES} test images, there are {len(real.test)}"
+    return "the figure is not finite"
+
+
+def draw_latents(z_hat: Tensor | None, output: Path) -> None:
+    """latent.png: each dimension of the encoded test images [N, D] against the normal curve."""
+    from matplotlib.figure import Figure
+
+    count = 0 if z_hat is None else min(z_hat.shape[1], DIMENSIONS_SHOWN)
+    columns = 8
+    rows = max(1, -(-count // columns))
+    figure = Figure(figsize=(1.35 * columns, 1.15 * rows + 0.7), dpi=110, layout="constrained")
+    if z_hat is None:
+        figure.text(0.5, 0.5, "A plain GAN has no encoder: no latents.", ha="center", color=INK)
+    else:
+        shown = (
+            f", the first {count} of {z_hat.shape[1]} dimensions" if count < z_hat.shape[1] else ""
+        )
+        figure.suptitle(
+            f"E(x) of {len(z_hat)} test images (bars) and the prior N(0, 1) (line){shown}",
+            fontsize=10,
+            color=INK,
+        )
+    grid = np.linspace(-4, 4, 81)
+    normal = np.exp(-np.square(grid) / 2) / math.sqrt(2 * math.pi)
+    for index in range(count):
+        assert z_hat is not None
+        values = z_hat[:, index].numpy()
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.hist(values.clip(-4, 4), bins=32, range=(-4, 4), density=True, color=ACCENT)
+        axes.plot(grid, normal, color=INK, linewidth=1)
+        label = f"{values.mean():+.2f} ± {values.std():.2f}"
+        axes.set_title(f"z{index}  {label}", fontsize=6.5, color=INK, pad=2)
+        axes.set(xlim=(-4, 4), ylim=(0, 0.8), xticks=(-2, 0, 2), yticks=())
+        axes.tick_params(labelsize=6, length=2, colors=INK)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+    aside = output / ".latent.png.tmp"
+    figure.savefig(aside, format="png", metadata={"Software": None})
+    aside.replace(output / "latent.png")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    evaluate(MODEL, SHARDS, OUTPUT, params.load(EvaluateConfig))
+    logger.info("metrics: %s", OUTPUT / "metrics.json")
+
+
+if __name__ == "__main__":
+    run_stage(main)
