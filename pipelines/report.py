@@ -1,0 +1,323 @@
+"""Stage `report`: one self-contained page about a run, made from the files the other stages left.
+
+`report/index.html` holds its pictures and styles inside, loads nothing from anywhere and needs no
+JavaScript (a few lines turn the film strip into a slider). The page's text is in `report.html.j2`.
+"""
+
+import base64
+import csv
+import json
+import logging
+import math
+import re
+from collections import defaultdict
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from aegan.metrics import METRICS
+from pipelines.errors import UserError, run_stage
+from pipelines.web import without_secrets
+
+ARTIFACTS = Path("artifacts")
+SHARDS = Path("data/shards")
+OUTPUT = Path("report/index.html")
+
+MAX_PICTURE_PIXELS = 1200  # side; larger pictures are shrunk
+MAX_MOMENTS = 10  # of the film strip
+MAX_REASONS, MAX_EXAMPLES, MAX_TEXT = 20, 3, 120
+MAX_POINTS = 400  # of a curve; more are averaged
+ACCENT, BLACK = "#010203", "#000000"  # in the drawings, replaced by the page's own colours
+NOT_DRAWN = ("step", "time", "seconds")
+METRIC_GROUPS = {  # prefix of the metric's name: heading
+    "reconstruction_": "There and back",
+    "latent_reconstruction_": "There and back",
+    "latent_": "The latent space",
+    "factor_": "The known factors of the designed set",
+    "": "Samples",
+}
+SPELLING = {word: word.upper() for word in ("mae", "mse", "psnr", "ssim", "ms", "mmd")}
+SPELLING |= {"frechet": "Fréchet", "wasserstein": "Wasserstein"}
+
+CURVES = {  # column of curves.csv: title, what to look for
+    "image_reconstruction": (
+        "Image reconstruction",
+        "Distance between training images and their reconstructions. It should fall and level off.",
+    ),
+    "latent_reconstruction": (
+        "Latent reconstruction",
+        "Distance between a latent vector and what the encoder reads off the image made from it. "
+        "It should fall: every vector then has an image of its own.",
+    ),
+    "image_discriminator": (
+        "Image discriminator",
+        "The error of the judge of images. It should settle; near zero means it always wins and "
+        "the generator learns no more.",
+    ),
+    "latent_discriminator": (
+        "Latent discriminator",
+        "The error of the judge of latent vectors. A high plateau is good: it cannot tell encoded "
+        "images from random draws.",
+    ),
+    "x_hat_adversarial": (
+        "Generated images",
+        "How easily the judge spots images made from random vectors. It rises as the judge learns "
+        "and should not run away.",
+    ),
+    "x_tilde_adversarial": (
+        "Reconstructed images",
+        "How easily the judge spots reconstructions. Keeping this low keeps them sharp.",
+    ),
+    "z_hat_adversarial": (
+        "Encoded images",
+        "How easily the judge spots real images by their latent vectors. Low: it takes "
+        "them for random draws.",
+    ),
+    "z_tilde_adversarial": (
+        "Re-encoded vectors",
+        "The same for latent vectors read off generated images.",
+    ),
+    "validation_image_reconstruction": (
+        "Held-out reconstruction",
+        "The distance for images that were not trained on, at every checkpoint. If it rises while "
+        "the other falls, the model is learning its images by heart.",
+    ),
+    "validation_frechet_distance": (
+        "Distance of samples",
+        "How far random samples are from held-out images as a whole (Fréchet distance on fixed "
+        "random features), at every checkpoint. The lower, the more alike and the more varied.",
+    ),
+    "images_per_second": ("Images a second", "The speed of training."),
+    "image_gradient_penalty": (
+        "Gradient penalty, images",
+        "How steeply the judge of images reacts to small changes; the penalty keeps it smooth.",
+    ),
+    "latent_gradient_penalty": (
+        "Gradient penalty, latents",
+        "The same for the judge of latent vectors.",
+    ),
+}
+
+logger = logging.getLogger(__name__)
+
+
+def build(artifacts: Path, shards: Path) -> str:
+    """The page as HTML; a missing or contradictory input is a UserError that names the stage."""
+    run = read_json(artifacts / "train/run.json", stage="train")
+    manifest = read_json(shards / "manifest.json", stage="preprocess")
+    drawn = read_json(artifacts / "interpolate/index.json", stage="interpolate")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    try:
+        if run["dataset_sha256"] != manifest["dataset_sha256"]:
+            raise UserError(
+                f"{artifacts / 'train'} comes from other data than {shards}: run the stage train"
+            )
+        return environment.get_template("report.html.j2").render(
+            run=run,
+            settings=run["params"],
+            manifest=manifest,
+            source=shown_source(manifest["source"]),
+            duration=in_words(run["seconds"]),
+            note=drawn["note"],
+            pictures=read_pictures(artifacts / "interpolate", drawn["pictures"]),
+            contact_sheet=embed(artifacts / "preprocess/contact_sheet.png", stage="preprocess"),
+            quarantine=read_quarantine(artifacts / "preprocess/quarantine.csv"),
+            curves=draw_curves(artifacts / "train/curves.csv"),
+            moments=read_moments(artifacts / "train/samples"),
+            metrics=read_metrics(artifacts / "evaluate/metrics.json"),
+            latent=embed(artifacts / "evaluate/latent.png", stage="evaluate"),
+        )
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise UserError(f"files of different versions meet here ({error}): run dvc repro") from None
+
+
+def read_json(file: Path, *, stage: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(read_text(file, stage=stage))
+    return values
+
+
+def read_text(file: Path, *, stage: str) -> str:
+    return read_bytes(file, stage=stage).decode("utf-8", errors="replace")
+
+
+def read_bytes(file: Path, *, stage: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file} not found: run the stage {stage} first") from None
+
+
+def embed(file: Path, *, stage: str) -> str:
+    """A still picture as a data URI, as WebP and shrunk where it is large: the page stays small."""
+    picture = Image.open(BytesIO(read_bytes(file, stage=stage))).convert("RGB")
+    picture.thumbnail((MAX_PICTURE_PIXELS, MAX_PICTURE_PIXELS), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    picture.save(buffer, format="WEBP", quality=85, method=6)
+    return data_uri(buffer.getvalue())
+
+
+def data_uri(webp: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(webp).decode("ascii")
+
+
+def read_quarantine(file: Path) -> list[dict[str, Any]]:
+    """Rejected files counted by reason, most frequent first, each with a few examples."""
+    sources = defaultdict(list)
+    for row in csv.DictReader(StringIO(read_text(file, stage="preprocess"))):
+        reason, _, _ = row["reason"].partition(":")  # what follows differs from file to file
+        sources[reason[:MAX_TEXT]].append(row["source"][:MAX_TEXT])
+    reasons = sorted(sources.items(), key=lambda item: -len(item[1]))
+    return [
+        {"reason": reason, "count": len(names), "examples": names[:MAX_EXAMPLES]}
+        for reason, names in reasons[:MAX_REASONS]
+    ]
+
+
+def read_moments(folder: Path) -> list[dict[str, Any]]:
+    """Sample grids through time, at most `MAX_MOMENTS`, evenly spread from first to last."""
+    files = {
+        int(match[1]): file
+        for file in sorted(folder.glob("step-*-samples.png"))
+        if (match := re.fullmatch(r"step-(\d+)-samples\.png", file.name))
+    }
+    if not files:
+        raise UserError(f"no sample grids in {folder}: run the stage train first")
+    steps = sorted(files)
+    if len(steps) > MAX_MOMENTS:
+        steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, MAX_MOMENTS)]
+    return [
+        {
+            "step": step,
+            "samples": embed(files[step], stage="train"),
+            "reconstructions": embed(other, stage="train")
+            if (other := folder / files[step].name.replace("samples", "reconstructions")).exists()
+            else None,
+        }
+        for step in steps
+    ]
+
+
+def read_pictures(folder: Path, pictures: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the stage `interpolate` drew, by name, with the files as data URIs."""
+    return {
+        picture["name"]: {
+            **picture,
+            "grid": embed(folder / picture["grid"], stage="interpolate"),
+            "animation": picture["animation"]
+            and data_uri(read_bytes(folder / picture["animation"], stage="interpolate")),
+        }
+        for picture in pictures
+    }
+
+
+def read_metrics(file: Path) -> dict[str, Any]:
+    """The figures with what they mean, by group, in the order of `aegan.metrics`."""
+    values = read_json(file, stage="evaluate")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, metric in METRICS.items():
+        if name in values["not_measured"]:
+            continue
+        row = values[name]
+        title = " ".join(SPELLING.get(word, word) for word in name.split("_"))
+        prefix = next(prefix for prefix in METRIC_GROUPS if name.startswith(prefix))
+        groups.setdefault(METRIC_GROUPS[prefix], []).append(
+            {
+                "title": title[0].upper() + title[1:],
+                "metric": metric,
+                "verdict": verdict(metric.better, row[row["best"]], row["floor"]),
+                **row,
+            }
+        )
+    not_measured = dict.fromkeys(values["not_measured"].values())
+    return {**values, "groups": groups, "not_measured": list(not_measured)}
+
+
+def verdict(better: str, value: float, floor: float) -> str:
+    """How a figure compares with the one it stands beside, in words."""
+    if better == "floor":
+        near = math.isclose(value, floor, rel_tol=0.05)
+        return "about the same" if near else "higher" if value > floor else "lower"
+    if value <= floor if better == "lower" else value >= floor:
+        return "reached"
+    if floor <= 0:
+        return "not reached"
+    return f"{value / floor:.2g} × that" if better == "lower" else f"{value / floor:.0%} of that"
+
+
+def shown_source(source: str) -> str:
+    """Without passwords and signatures: a report is made to be shown."""
+    return without_secrets(source) if "://" in source else source
+
+
+def in_words(seconds: float) -> str:
+    """412.3 => "6 min 52 s"."""
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.0f} s"
+
+
+def draw_curves(file: Path) -> list[dict[str, Any]]:
+    """One small drawing for each column of the curves that holds numbers."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in csv.DictReader(StringIO(read_text(file, stage="train"))):
+        for name, value in row.items():
+            if value and name not in NOT_DRAWN and math.isfinite(float(value)):
+                points[name].append((float(row["step"]), float(value)))
+    return [
+        {
+            "title": CURVES.get(name, (name.replace("_", " ").capitalize(), ""))[0],
+            "explanation": CURVES.get(name, ("", ""))[1],
+            "last": values[-1][1],
+            "drawing": draw_curve(np.array(values)),
+        }
+        for name, values in points.items()
+    ]
+
+
+def draw_curve(points: np.ndarray) -> Markup:
+    """(step, value) [N, 2] => inline SVG in the page's colours: values and their running mean."""
+    if len(points) > MAX_POINTS:
+        points = np.array([part.mean(axis=0) for part in np.array_split(points, MAX_POINTS)])
+    steps, values = points.T
+    window = max(1, len(values) // 15)
+    centres, means = (np.convolve(of, np.full(window, 1 / window), "valid") for of in points.T)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aegan", "font.size": 8}):
+        figure = Figure(figsize=(3.4, 1.7), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, values, color=ACCENT, linewidth=0.8, alpha=0.3)
+        axes.plot(centres, means, color=ACCENT, linewidth=1.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.locator_params(nbins=4)
+        buffer = StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(ACCENT, "var(--accent)").replace(BLACK, "currentColor")
+    return Markup(svg)  # numbers alone went in
+
+
+def main() -> None:
+    page = build(ARTIFACTS, SHARDS)
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    aside = OUTPUT.with_name(f".{OUTPUT.name}.tmp")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(OUTPUT)
+    logger.info("report: %s", OUTPUT.resolve())
+
+
+if __name__ == "__main__":
+    run_stage(main)
