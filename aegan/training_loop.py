@@ -114,9 +114,8 @@ def train(
         _forget_rows_after(log, state.step)
 
     # Train.
-    selected_by = "validation_image_reconstruction" if 1 else (
-        "frechet_distance" if "x_hat" in terms else "image_reconstruction"
-    )
+    realism = "x_hat" in terms  # does the arm train samples, or reconstructions only?
+    selected_by = f"validation_{'frechet_distance' if realism else 'image_reconstruction'}"
     losses = _LossLog()
     clock, clock_step = time.perf_counter(), state.step
     while state.step < options.num_steps:
@@ -304,7 +303,7 @@ class _LossLog:
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, max_gradient_norm: float) -> None:
     """One optimiser step; clips the gradient norm of each variable, as the author does."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     if max_gradient_norm > 0:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norms = torch._foreach_norm(gradients)

@@ -2,13 +2,21 @@
 
 from torch import Tensor
 
+from aegan.metrics.features import extract, random_features
+from aegan.metrics.frechet import frechet_distance
 from aegan.networks import AEGAN
-from aegan.sampling import reconstruct
+from aegan.sampling import reconstruct, sample
 
 
 def validate(model: AEGAN, images: Tensor, *, seed: int) -> dict[str, float]:
     """Scores of a model on validation images, uint8 [N, H, W, C]; lower is better for each."""
-    scores = {}
+    extractor = random_features(model.image_channels)
+    samples = sample(model, len(images), seed=seed)
+    scores = {
+        "validation_frechet_distance": frechet_distance(
+            extract(extractor, samples), extract(extractor, images)
+        )
+    }
     if model.encoder is not None:
         difference = reconstruct(model, images).float() - images.float()
         scores["validation_image_reconstruction"] = float(difference.abs().mean() / 127.5)

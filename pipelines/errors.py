@@ -1,5 +1,7 @@
 """Errors that a user can cure are one line; everything else is a bug and keeps its traceback."""
 
+import logging
+import signal
 import sys
 from collections.abc import Callable
 
@@ -9,7 +11,9 @@ class UserError(Exception):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main function and turn a UserError into one line and exit code 1."""
+    """Run a stage's main function: plain log lines, one line for a UserError, 130 for Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
         main()
     except UserError as error:

@@ -1,6 +1,6 @@
 """The only reader of params.yaml: sections become the dataclasses of `aegan.config`.
 
-`python -m pipelines.params OVERLAY.yaml` writes the values of an overlay (see presets/) into params.yaml.
+`python -m pipelines.params presets/NAME.yaml` writes an overlay's values into params.yaml.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def as_dict(*sections: Any) -> dict[str, dict[str, Any]]:
 
 
 def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
-    """Write an overlay's values into params.yaml, keeping its comments; returns the changed keys."""
+    """Write an overlay's values into params.yaml, keeping comments; returns what changed."""
     if not overlay.exists():
         available = ", ".join(str(file) for file in sorted(Path("presets").glob("*.yaml")))
         raise UserError(f"{overlay} not found; available: {available}")

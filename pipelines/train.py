@@ -1,0 +1,294 @@
+"""Stage `train`: run the training loop under Ray Train and publish the best checkpoint's model.
+
+Works in runs/<name>/, where the name is a hash of data, parameters and code: the same command
+resumes, a changed one starts afresh. See docs/architecture.md.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import threading
+import uuid
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aegan import checkpoint
+from aegan.config import (
+    ComputeConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from aegan.dataset import read_manifest
+from pipelines import params
+from pipelines.cluster import ray_session
+from pipelines.errors import UserError, run_stage
+from pipelines.follow import follow
+
+SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/train")
+LIBRARY = Path(__file__).parent.parent / "aegan"
+CODE = (  # what determines the weights, besides data and parameters; dvc.yaml names the same
+    "checkpoint.py",
+    "dataset.py",
+    "distributed.py",
+    "ema.py",
+    "images.py",
+    "layers.py",
+    "losses.py",
+    "metrics/features.py",
+    "metrics/frechet.py",
+    "networks.py",
+    "reader.py",
+    "sampling.py",
+    "state.py",
+    "training_loop.py",
+    "validation.py",
+)
+STOP_FILE, OUTCOME_FILE = "stop", "outcome.json"
+ORPHAN_WAIT_SECONDS = 60
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    config = TrainConfig(
+        model=params.load(ModelConfig),
+        loss=params.load(LossConfig),
+        training=params.load(TrainingConfig),
+    )
+    run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
+    publish(run_folder, OUTPUT)
+
+
+def train(config: TrainConfig, compute: ComputeConfig, *, shards: Path, runs: Path) -> Path:
+    """Train to the end and return the run's folder; an interrupted run is resumed.
+
+    Raises UserError; KeyboardInterrupt after a checkpoint was saved.
+    """
+    if not (shards / "manifest.json").exists():
+        raise UserError(f"{shards} has no images: run `dvc repro preprocess` first")
+    manifest = read_manifest(shards)
+    name = run_name(config, manifest["dataset_sha256"])
+    run_folder = (runs / name).resolve()
+    checkpoints = run_folder / "checkpoints"
+    done = checkpoint.steps(checkpoints)
+    if done and done[-1] == config.training.num_steps:
+        log.info("run %s is complete already", name)
+        return run_folder
+    verb = f"resuming at step {done[-1]} of" if done else "starting"
+    log.info(
+        "%s run %s: %s images, arm %s",
+        verb,
+        name,
+        manifest["splits"]["train"]["rows"],
+        config.training.arm,
+    )
+    run_folder.mkdir(parents=True, exist_ok=True)
+    for stale in (STOP_FILE, OUTCOME_FILE):
+        (run_folder / stale).unlink(missing_ok=True)
+    facts = {
+        "run_name": name,
+        "dataset_sha256": manifest["dataset_sha256"],
+        "code_sha256": code_sha256(),
+        "params": {**params.as_dict(config.model, config.loss, config.training)},
+        "world_size": compute.num_workers,
+        "git_commit": _git_commit(),
+        "versions": {package: version(package) for package in ("torch", "ray", "numpy")},
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+    }
+    checkpoint.write_json(run_folder / "run.json", facts)
+    outcome = _run(config, compute, shards=shards.resolve(), run_folder=run_folder)
+    if outcome is None:
+        raise UserError(
+            f"training ended without a result: AEGAN_RAY_LOGS=1 shows why ({run_folder})"
+        )
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    if not outcome["finished"]:
+        log.info("stopped at step %s; the same command goes on from there", outcome["step"])
+        raise KeyboardInterrupt
+    return run_folder
+
+
+def run_name(config: TrainConfig, dataset_sha256: str) -> str:
+    """A name that changes with data, parameters and code, and with nothing else."""
+    content = json.dumps([asdict(config), dataset_sha256, code_sha256()], sort_keys=True)
+    return f"{config.training.arm}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def code_sha256() -> str:
+    sources = [(LIBRARY / file).read_bytes() for file in CODE]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+
+
+def _run(
+    config: TrainConfig, compute: ComputeConfig, *, shards: Path, run_folder: Path
+) -> dict[str, Any] | None:
+    """Run the workers and show their progress; returns what rank 0 said of the end."""
+    with ray_session() as local:
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from pipelines.loopback import LoopbackTorchConfig
+
+        gpus = ray.cluster_resources().get("GPU", 0)
+        use_gpu = compute.device == "cuda" or (compute.device == "auto" and gpus > 0)
+        if use_gpu and gpus < compute.num_workers:
+            raise UserError(
+                f"compute.num_workers is {compute.num_workers}, but there are {gpus:.0f} GPUs: "
+                "lower it or set compute.device: cpu"
+            )
+        cpus = ray.cluster_resources().get("CPU", 1)
+        if not use_gpu and cpus < compute.num_workers:
+            raise UserError(
+                f"compute.num_workers is {compute.num_workers}, but there are {cpus:.0f} CPUs: "
+                "lower it"
+            )
+        threads = compute.threads_per_worker or max(int(cpus) // compute.num_workers, 1)
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "config": asdict(config),
+                "shards": str(shards),
+                "run_folder": str(run_folder),
+                "threads": threads,
+            },
+            torch_config=LoopbackTorchConfig(folder=str(run_folder)) if local else TorchConfig(),
+            scaling_config=ScalingConfig(num_workers=compute.num_workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                # A name of its own each time: Ray hands back the old result for a reused one.
+                # Resuming is the business of our own checkpoints.
+                name=uuid.uuid4().hex[:12],
+                storage_path=str(run_folder / "ray"),
+                failure_config=FailureConfig(max_failures=compute.max_failures),
+            ),
+        )
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # handed to the main thread below
+                failure.append(error)
+
+        # Ray runs beside the main thread, which keeps Ctrl-C: workers save before they end.
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        follow(
+            run_folder,
+            thread,
+            num_steps=config.training.num_steps,
+            stop_file=run_folder / STOP_FILE,
+        )
+    shutil.rmtree(run_folder / "ray", ignore_errors=True)
+    outcome = run_folder / OUTCOME_FILE
+    if outcome.exists():
+        return dict(json.loads(outcome.read_text(encoding="utf-8")))
+    if failure:
+        raise UserError(
+            f"a training worker failed more than {compute.max_failures} times: {failure[0]}"
+        )
+    return None
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What runs on each worker. An error that a retry cannot cure goes into the outcome file."""
+    import ray.train
+    import ray.train.torch
+    import torch
+    from filelock import FileLock
+
+    from aegan.checkpoint import CheckpointError
+    from aegan.training_loop import DivergedError
+    from aegan.training_loop import train as training_loop
+
+    torch.set_num_threads(settings["threads"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    run_folder = Path(settings["run_folder"])
+    config = TrainConfig(
+        model=ModelConfig(**settings["config"]["model"]),
+        loss=LossConfig(**settings["config"]["loss"]),
+        training=TrainingConfig(**settings["config"]["training"]),
+    )
+    lock = FileLock(run_folder / "lock", timeout=ORPHAN_WAIT_SECONDS)  # of a killed run's worker
+    if rank == 0:
+        lock.acquire()
+    try:
+        outcome = asdict(
+            training_loop(
+                config,
+                shards=Path(settings["shards"]),
+                run_folder=run_folder,
+                device=ray.train.torch.get_device(),
+                rank=rank,
+                world_size=context.get_world_size(),
+                report=ray.train.report,
+                should_stop=(run_folder / STOP_FILE).exists,
+            )
+        )
+    except (CheckpointError, DivergedError, ValueError) as error:
+        outcome = {"error": str(error)}
+    if rank == 0:
+        checkpoint.write_json(run_folder / OUTCOME_FILE, outcome)
+        lock.release()
+
+
+def publish(run_folder: Path, output: Path) -> None:
+    """Copy what the later stages use out of the run's folder: best model, curves, pictures."""
+    from aegan.state import export_model
+
+    checkpoints = run_folder / "checkpoints"
+    marked = checkpoint.best(checkpoints)
+    last_step = checkpoint.steps(checkpoints)[-1]
+    chosen = marked[0] if marked else last_step
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    export_model(checkpoint.path_of(checkpoints, chosen), output / "model")
+    shutil.copytree(run_folder / "samples", output / "samples")
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    _write_curves(rows, output / "curves.csv")
+    facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    batch_size = facts["params"]["training"]["batch_size"]
+    speeds = sorted(row["images_per_second"] for row in rows)
+    summary = {
+        "step": last_step,
+        "chosen_step": chosen,
+        "images_shown": last_step * batch_size,
+        "seconds": rows[-1]["seconds"],
+        "images_per_second": speeds[len(speeds) // 2],
+    }
+    _, state = checkpoint.load(checkpoint.path_of(checkpoints, last_step))
+    checkpoint.write_json(output / "run.json", {**facts, **summary, "rollbacks": state["attempt"]})
+    final = {key: value for key, value in rows[-1].items() if key not in ("time", "seconds")}
+    checkpoint.write_json(output / "metrics.json", {**final, **summary})
+    log.info(
+        "trained %s steps; best checkpoint: step %s, in %s", last_step, chosen, output / "model"
+    )
+
+
+def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "time"))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows({key: row[key] for key in row if key in columns} for row in rows)
+
+
+def _git_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    run_stage(main)
