@@ -109,10 +109,43 @@ logger = logging.getLogger(__name__)
 
 
 def build(artifacts: Path, shards: Path) -> str:
-    """The page as HTML; a missing or contradictory input is a UserError that names the stage."""
+    """The page as HTML; missing or contradictory inputs are a UserError that names the stage."""
+    try:
+        return render(gather(artifacts, shards))
+    except (KeyError, ValueError, OSError, jinja2.UndefinedError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"the stages' files do not fit together ({problem}): run dvc repro"
+        ) from error
+
+
+def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
+    """Everything that the page shows, read and drawn."""
     run = read_json(artifacts / "train/run.json", stage="train")
     manifest = read_json(shards / "manifest.json", stage="preprocess")
+    if run["dataset_sha256"] != manifest["dataset_sha256"]:
+        raise UserError(
+            f"{artifacts / 'train'} comes from other data than {shards}: run the stage train"
+        )
     drawn = read_json(artifacts / "interpolate/index.json", stage="interpolate")
+    return {
+        "run": run,
+        "manifest": manifest,
+        "source": shown_source(manifest["source"]),
+        "duration": in_words(run["seconds"]),
+        "note": drawn["note"],
+        "pictures": read_pictures(artifacts / "interpolate", drawn["pictures"]),
+        "contact_sheet": embed(artifacts / "preprocess/contact_sheet.png", stage="preprocess"),
+        "quarantine": read_quarantine(artifacts / "preprocess/quarantine.csv"),
+        "curves": draw_curves(artifacts / "train/curves.csv"),
+        "moments": read_moments(artifacts / "train/samples"),
+        "metrics": read_metrics(artifacts / "evaluate/metrics.json"),
+        "latent": embed(artifacts / "evaluate/latent.png", stage="evaluate"),
+    }
+
+
+def render(page: dict[str, Any]) -> str:
+    """The template filled in; whatever comes from outside is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -120,32 +153,18 @@ def build(artifacts: Path, shards: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    try:
-        if run["dataset_sha256"] != manifest["dataset_sha256"]:
-            raise UserError(
-                f"{artifacts / 'train'} comes from other data than {shards}: run the stage train"
-            )
-        return environment.get_template("report.html.j2").render(
-            run=run,
-            settings=run["params"],
-            manifest=manifest,
-            source=shown_source(manifest["source"]),
-            duration=in_words(run["seconds"]),
-            note=drawn["note"],
-            pictures=read_pictures(artifacts / "interpolate", drawn["pictures"]),
-            contact_sheet=embed(artifacts / "preprocess/contact_sheet.png", stage="preprocess"),
-            quarantine=read_quarantine(artifacts / "preprocess/quarantine.csv"),
-            curves=draw_curves(artifacts / "train/curves.csv"),
-            moments=read_moments(artifacts / "train/samples"),
-            metrics=read_metrics(artifacts / "evaluate/metrics.json"),
-            latent=embed(artifacts / "evaluate/latent.png", stage="evaluate"),
-        )
-    except (KeyError, jinja2.UndefinedError) as error:
-        raise UserError(f"files of different versions meet here ({error}): run dvc repro") from None
+    return environment.get_template("report.html.j2").render(page)
 
 
 def read_json(file: Path, *, stage: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(read_text(file, stage=stage))
+    """An object from a JSON file; raises UserError."""
+    text = read_text(file, stage=stage)
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: run the stage {stage} again")
     return values
 
 
@@ -165,7 +184,7 @@ def embed(file: Path, *, stage: str) -> str:
     picture = Image.open(BytesIO(read_bytes(file, stage=stage))).convert("RGB")
     picture.thumbnail((MAX_PICTURE_PIXELS, MAX_PICTURE_PIXELS), Image.Resampling.LANCZOS)
     buffer = BytesIO()
-    picture.save(buffer, format="WEBP", quality=85, method=6)
+    picture.save(buffer, format="WEBP", quality=85)
     return data_uri(buffer.getvalue())
 
 
