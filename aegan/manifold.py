@@ -1,12 +1,12 @@
 """The designed data set: cartoon faces whose manifold is known, drawn from eight factors.
 
-Every picture is a continuous function of its factors, and the mirror image of a face is the face
-with its yaw negated. Shapes are signed distances turned into coverage over one pixel (so edges are
-smooth at any size) and painted back to front. Space is [-1, 1] x [-1, 1], y down; image i depends
-on nothing but (seed, i).
+A picture is a continuous function of its factors, and the mirror image of a face is the face with
+its yaw negated. A shape is a signed distance turned into coverage over one pixel, so its edge is
+smooth at any size; shapes are painted back to front. Space is [-1, 1] x [-1, 1], y down.
 
-Pixels and factors come from integer arithmetic and + - * / sqrt alone, which IEEE 754 rounds the
-same everywhere, so the bytes do not depend on chunks, threads or the machine's maths library.
+Image i depends on nothing but (seed, i). Factors and pixels are made by integer arithmetic and
++ - * / sqrt, which IEEE 754 rounds the same everywhere: the bytes do not depend on chunks, threads,
+vector units or a maths library.
 """
 
 from collections.abc import Iterable
@@ -35,11 +35,11 @@ FACTORS: tuple[Factor, ...] = (
     Factor("hair_length", 0.0, 1.0, circular=False),  # above the chin to the lower edge
     Factor("eye_openness", 0.4, 1.0, circular=False),  # never shut: the eye's colour stays visible
     Factor("eye_hue", 0.0, 1.0, circular=True),
-    Factor("mouth_curve", -0.6, 1.0, circular=False),  # pout to open smile
+    Factor("mouth_curve", -1.0, 1.0, circular=False),  # pout to open smile
     Factor("background_hue", 0.0, 1.0, circular=True),
 )
 
-# Colour wheels (and the scale of skins), evenly spaced: pretty beats perceptually uniform.
+# Colours at equal steps around each wheel and along the scale of skins, chosen by eye.
 _HAIR = ["e8688f", "e8604f", "f09a3e", "f2d06b", "7fbf5f", "3fb5a8", "4a86d8", "8a68cc"]
 _EYES = ["d83a5c", "e07a28", "d8b020", "5cb02c", "1fa888", "2a84dc", "5a54d8", "b03cc0"]
 _BACKGROUND = ["f7b4c4", "fbc9a0", "f5e296", "bce2a0", "9fdacb", "a2caf0", "b9b8f2", "deb2ea"]
@@ -47,7 +47,7 @@ _SKIN = ["ffe9dc", "fbd5bb", "eab88f", "c48a5e", "8a5a3c"]
 
 _DUSK, _WARM, _INK = "2a1840", "a0305a", "201028"  # shadow on hair, on skin; lines
 
-_CHUNK_PIXELS = 1 << 16  # of one colour plane at a time: it stays in the cache
+_CHUNK_PIXELS = 1 << 18  # of one colour plane at a time: more would leave the cache
 
 
 def sample_factors(indices: ArrayLike, *, seed: int) -> Array:
@@ -82,7 +82,9 @@ def render(factors: Array, *, image_size: int) -> NDArray[np.uint8]:
     """Factors [N, len(FACTORS)] => uint8 [N, H, W, 3], H = W = image_size."""
     factors = np.asarray(factors, np.float32)
     images = np.empty((len(factors), image_size, image_size, 3), np.uint8)
-    chunk = max(1, _CHUNK_PIXELS // image_size**2)
+    chunk = _CHUNK_PIXELS // image_size**2
+    if chunk < 16:  # short runs along the last axis are slower than none
+        chunk = 1
     for start in range(0, len(factors), chunk):
         part = factors[start : start + chunk]
         canvas = _Canvas.blank(len(part), image_size)
@@ -118,7 +120,7 @@ class _Look:
             cos=np.sqrt(1 - sin * sin),
             hair_end=0.24 + 0.7 * length,
             openness=openness,
-            smile=smile,
+            smile=0.35 + 0.65 * smile,
             skin=_blend(_SKIN, skin),
             hair=_wheel(_HAIR, hair),
             eyes=_wheel(_EYES, eyes),
@@ -184,13 +186,19 @@ class _Canvas:
         return _Canvas(planes, middle[:, None], middle[:, None, None], 2 / size)
 
     def window(self, left: float, top: float, right: float, bottom: float) -> "_Canvas":
-        """The part where a shape can be; a pixel more all around."""
+        """The part where a shape can be seen, and a pixel more all around."""
         inside = [
             slice(*np.searchsorted(axis.ravel(), (low - self.pixel, high + self.pixel)))
             for axis, low, high in ((self.x, left, right), (self.y, top, bottom))
         ]
         planes = self.planes[:, inside[1], inside[0]]
         return _Canvas(planes, self.x[inside[0]], self.y[inside[1]], self.pixel)
+
+    def half(self, side: int, top: float, bottom: float) -> "_Canvas":
+        """Where an eye or a brow of one side can be, however the head is turned."""
+        return self.window(
+            min(0.75 * side, -0.25 * side), top, max(0.75 * side, -0.25 * side), bottom
+        )
 
     def cover(self, distance: Array, blur: float = 0.0) -> Array:
         """Signed distance (negative inside) => coverage in [0, 1], over one pixel or `blur`."""
@@ -314,11 +322,11 @@ def _draw_head(canvas: _Canvas, look: _Look) -> None:
 def _draw_mouth(canvas: _Canvas, look: _Look) -> None:
     """A stroke that bends; a smile opens it."""
     area = canvas.window(-0.5, 0.2, 0.5, 0.65)
-    width = 0.15 * look.cos
+    width = 0.16 * look.cos
     u = (area.x - look.place(0, 0.4)) / width
     rise = np.maximum(1 - u * u, 0)
     opening = 0.06 * np.square(np.maximum(look.smile, 0)) * rise
-    curve = 0.4 + 0.1 * look.smile * (rise - 0.5)
+    curve = 0.4 + 0.125 * look.smile * (rise - 0.5)
     inside = np.abs(area.y - curve) - opening
     beyond = np.maximum(np.abs(u) - 1, 0) * width
     outline = np.sqrt(np.square(np.maximum(inside, 0)) + beyond * beyond)
@@ -330,16 +338,12 @@ def _draw_mouth(canvas: _Canvas, look: _Look) -> None:
 
 def _draw_eye(canvas: _Canvas, look: _Look, side: int) -> None:
     """Lashes, white, iris with pupil and highlights; closing lowers the upper lid."""
-    area = canvas.window(
-        min(0.75 * side, -0.25 * side), -0.25, max(0.75 * side, -0.25 * side), 0.35
-    )
+    area = canvas.half(side, -0.25, 0.35)
     middle, width = look.place(0.26 * side, 0.29), look.width(side)
     u = (area.x - middle) / width
-    lid = (
-        0.2 - 0.36 * look.openness + (2.4 * u + 0.2 * side) * u - area.y
-    )  # negative below the upper lid
+    lid = 0.2 - 0.34 * look.openness + (2.4 * u + 0.2 * side) * u - area.y  # negative: below it
     outline = area.ellipse(middle + 0.012 * side * width, 0.03, 0.195 * width, 0.235)
-    area.paint(area.cover(np.maximum(outline, lid - 0.05)), _mixed(look.hair, _INK, 0.85))
+    area.paint(area.cover(np.maximum(outline, lid - 0.042)), _mixed(look.hair, _INK, 0.85))
     white = area.cover(np.maximum(area.ellipse(middle, 0.066, 0.165 * width, 0.2), lid))
     area.paint(white, _solid("fffafc"))
     iris = area.cover(area.ellipse(middle, 0.075, 0.125 * width, 0.178)) * white
@@ -347,31 +351,28 @@ def _draw_eye(canvas: _Canvas, look: _Look, side: int) -> None:
     area.paint(iris, _between(dark, light, _ease((area.y + 0.1) / 0.3)))
     pupil = area.cover(area.ellipse(middle, 0.07, 0.052 * width, 0.085)) * white
     area.paint(pupil, _mixed(look.eyes, _INK, 0.85))
-    for x, y, rx, ry in ((0.05, -0.0, 0.045, 0.052), (-0.055, 0.155, 0.026, 0.027)):
+    for x, y, rx, ry in ((0.05, 0.0, 0.045, 0.052), (-0.055, 0.155, 0.026, 0.027)):
         spot = area.ellipse(middle + x * side * width, y, rx * width, ry)
         area.paint(area.cover(spot) * white, _solid("ffffff"))
 
 
 def _draw_brow(canvas: _Canvas, look: _Look, side: int) -> None:
     """An arch, its outer end lower; drawn over the fringe, as the style has it."""
-    area = canvas.window(
-        min(0.75 * side, -0.25 * side), -0.45, max(0.75 * side, -0.25 * side), -0.1
-    )
+    area = canvas.half(side, -0.45, -0.1)
     width = 0.1 * look.width(side)
     u = (area.x - look.place(0.27 * side, 0.31)) / width
-    curve = -0.27 + 0.03 * u * u + 0.02 * side * u
+    curve = -0.3 + 0.03 * u * u + 0.02 * side * u
     beyond = np.maximum(np.abs(u) - 1, 0) * width
     stroke = np.sqrt(np.square(area.y - curve) + beyond * beyond) - 0.02
-    area.paint(area.cover(stroke) * 0.8, _mixed(look.hair, _INK, 0.6))
+    area.paint(area.cover(stroke) * 0.65, _mixed(look.hair, _INK, 0.6))
 
 
 def _draw_lock(canvas: _Canvas, look: _Look, side: int) -> None:
     """A strand before the ear, pointed where the hair ends."""
-    area = canvas.window(-0.9, -0.45, 0.9, 1.0)
+    area = canvas.window(-0.9, -0.35, 0.9, 1.0)
     taper = np.clip((look.hair_end - area.y) / 0.35, 0, 1)
-    half = 0.12 * look.width(side) * taper * (2 - taper)
+    half = 0.12 * look.width(side) * taper * (2 - taper) * _ease((area.y + 0.5) / 0.3)
     offset = area.x - look.place(0.55 * side, 0.16) - 0.07 * side * _ease((area.y + 0.2) / 0.7)
-    half *= _ease((area.y + 0.5) / 0.3)
     lock = np.maximum(np.abs(offset) - half, area.y - look.hair_end)
     shade = _ease(0.5 - 5 * side * offset)
     area.paint(area.cover(lock), _between(look.hair, _mixed(look.hair, _DUSK, 0.22), shade))
@@ -379,14 +380,13 @@ def _draw_lock(canvas: _Canvas, look: _Look, side: int) -> None:
 
 def _draw_fringe(canvas: _Canvas, look: _Look) -> None:
     """The cap of hair: fringe with its shadow on the forehead, and a band of light."""
-    area = canvas.window(-0.85, -0.95, 0.85, 0.25)
+    area = canvas.window(-0.85, -0.95, 0.85, 0.36)
     middle = 0.02 * look.sin
     cap = area.ellipse(middle, -0.14, 0.685, 0.72)
     u = np.clip((area.x - middle) / 0.685, -1, 1)
-    angle = (
-        u + u * u * u * (0.17 + 0.12 * u * u) - 1.02 * look.sin
-    )  # around the head, from its front
-    wave = _wave(2.4 * angle)  # strands of the fringe
+    # Around the head, from the middle of the forehead: nearly arcsin(u) - yaw.
+    angle = u + u * u * u * (0.17 + 0.12 * u * u) - 1.02 * look.sin
+    wave = _wave(2.4 * angle)  # the fringe's strands; 1 between two of them
     edge = -0.12 - 0.16 * wave + 0.25 * angle * angle
     shadow = np.maximum(cap + 0.06, 0.7 * (area.y - edge - 0.05))
     area.paint(area.cover(shadow) * 0.18, _solid(_INK))
@@ -394,9 +394,6 @@ def _draw_fringe(canvas: _Canvas, look: _Look) -> None:
     depth = wave * wave * _ease((area.y + 0.75) / 0.6)
     lit = _between(_mixed(look.hair, "ffffff", 0.15), look.hair, _ease((area.y + 0.85) / 0.5))
     area.paint(fringe, _between(lit, _mixed(look.hair, _DUSK, 0.25), depth))
-    ring = (
-        np.abs(area.y + 0.5 - 0.14 * angle * angle - 0.03 * wave)
-        - 0.08 * _ease(1.3 - np.abs(angle))
-        + 0.02
-    )
+    thickness = 0.08 * _ease(1.3 - np.abs(angle)) - 0.02
+    ring = np.abs(area.y + 0.5 - 0.14 * angle * angle - 0.03 * wave) - thickness
     area.paint(area.cover(ring, blur=0.03) * fringe * 0.8, _mixed(look.hair, "ffffff", 0.45))
