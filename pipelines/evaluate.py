@@ -48,7 +48,10 @@ WEIGHTS: tuple[Literal["ema", "raw"], ...] = ("ema", "raw")
 MAX_TRAIN_IMAGES = 4000  # that regressions are fitted on and nearest images are sought among
 MIN_IMAGES = 8  # with fewer, distances between halves say nothing
 DIMENSIONS_SHOWN = 32
-INK, ACCENT = "#333333", "#4a86d8"
+UNTRAINED_SAMPLER = (
+    "the arm `ae` never meets the prior in training: its samples are no trained sampler's"
+)
+COLUMNS = 8  # of the picture
 
 Scores = dict[str, float]  # metric, or metric/factor => value
 
@@ -83,6 +86,7 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     figures = {
         "features": features,
         "num_images": len(real.test),
+        "note": UNTRAINED_SAMPLER if arm_of(model_folder) == "ae" else "",
         **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
     aside = output / ".metrics.json.tmp"
@@ -103,6 +107,12 @@ def load_model(folder: Path, weights: Literal["ema", "raw"]) -> aegan.AEGAN:
         raise UserError(f"{folder} is not a readable model ({error}): run train again") from None
 
 
+def arm_of(folder: Path) -> str | None:
+    """Which terms of the objective the model was trained with, if its folder says so."""
+    arm = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("arm")
+    return arm if isinstance(arm, str) else None
+
+
 def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -> RealImages:
     """An even number of test images, and some of the training images; raises UserError."""
     try:
@@ -111,6 +121,8 @@ def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -
         test = dataset.load_images(shards, "test", limit=config.num_samples)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} not found: run the stage preprocess first") from None
+    except Exception as error:  # files from outside, as above
+        raise UserError(f"{shards} is not readable ({error}): run preprocess again") from None
     found, expected = test.shape[1:], (model.image_size, model.image_size, model.image_channels)
     if found != expected:
         raise UserError(f"{shards} holds {found} images, the model makes {expected}: run train")
@@ -311,12 +323,13 @@ def summarise(
 
 def better_weights(row: Scores, better: Better) -> str:
     """`ema` or `raw`, and `ema` when equal."""
-    rank = {
-        "lower": lambda value: value,
-        "higher": lambda value: -value,
-        "floor": lambda value: abs(value - row["floor"]),
-    }[better]
-    return min(WEIGHTS, key=lambda weights: rank(row[weights]))
+
+    def badness(weights: str) -> float:
+        if better == "floor":
+            return abs(row[weights] - row["floor"])
+        return row[weights] if better == "lower" else -row[weights]
+
+    return min(WEIGHTS, key=badness)
 
 
 def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
@@ -335,36 +348,28 @@ def draw_latents(z_hat: Tensor | None, output: Path) -> None:
     """latent.png: each dimension of the encoded test images [N, D] against the normal curve."""
     from matplotlib.figure import Figure
 
-    count = 0 if z_hat is None else min(z_hat.shape[1], DIMENSIONS_SHOWN)
-    columns = 8
-    rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(1.35 * columns, 1.15 * rows + 0.7), dpi=110, layout="constrained")
-    if z_hat is None:
-        figure.text(0.5, 0.5, "A plain GAN has no encoder: no latents.", ha="center", color=INK)
-    else:
-        shown = (
-            f", the first {count} of {z_hat.shape[1]} dimensions" if count < z_hat.shape[1] else ""
-        )
-        figure.suptitle(
-            f"E(x) of {len(z_hat)} test images (bars) and the prior N(0, 1) (line){shown}",
-            fontsize=10,
-            color=INK,
-        )
-    grid = np.linspace(-4, 4, 81)
-    normal = np.exp(-np.square(grid) / 2) / math.sqrt(2 * math.pi)
-    for index in range(count):
-        assert z_hat is not None
-        values = z_hat[:, index].numpy()
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.hist(values.clip(-4, 4), bins=32, range=(-4, 4), density=True, color=ACCENT)
-        axes.plot(grid, normal, color=INK, linewidth=1)
-        label = f"{values.mean():+.2f} ± {values.std():.2f}"
-        axes.set_title(f"z{index}  {label}", fontsize=6.5, color=INK, pad=2)
+    values = np.empty((0, 0)) if z_hat is None else z_hat.numpy()
+    shown = min(values.shape[1], DIMENSIONS_SHOWN)
+    rows = max(1, math.ceil(shown / COLUMNS))
+    figure = Figure(figsize=(1.35 * COLUMNS, 1.15 * rows + 0.7), dpi=110, layout="constrained")
+    title = f"E(x) of {len(values)} test images (bars) and the prior N(0, 1) (line)"
+    if shown < values.shape[1]:
+        title += f": the first {shown} of {values.shape[1]} dimensions"
+    figure.suptitle(title if shown else "A plain GAN has no encoder: no latents", fontsize=10)
+    curve = np.linspace(-4, 4, 81)
+    normal = np.exp(-np.square(curve) / 2) / math.sqrt(2 * math.pi)
+    for index in range(shown):
+        column = values[:, index]
+        axes = figure.add_subplot(rows, COLUMNS, index + 1)
+        axes.hist(column.clip(-4, 4), bins=32, range=(-4, 4), density=True, color="#4a86d8")
+        axes.plot(curve, normal, color="#333333", linewidth=1)
+        axes.set_title(f"{index}:  {column.mean():+.2f} ± {column.std():.2f}", fontsize=7, pad=2)
         axes.set(xlim=(-4, 4), ylim=(0, 0.8), xticks=(-2, 0, 2), yticks=())
-        axes.tick_params(labelsize=6, length=2, colors=INK)
-        axes.spines[["top", "left", "right"]].set_visible(False)
+        axes.tick_params(labelsize=6, length=2)
+        for side in ("top", "left", "right"):
+            axes.spines[side].set_visible(False)
     aside = output / ".latent.png.tmp"
-    figure.savefig(aside, format="png", metadata={"Software": None})
+    figure.savefig(aside, format="png")
     aside.replace(output / "latent.png")
 
 

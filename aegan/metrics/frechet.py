@@ -21,5 +21,6 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [D] and R [min(N, D), D] with R'R the covariance, in float64."""
     features = features.double()
     mean = features.mean(0)
-    root = torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
+    spread = (features - mean) / max(1, len(features) - 1) ** 0.5
+    root = torch.linalg.qr(spread, mode="r").R
     return mean, root

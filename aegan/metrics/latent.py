@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -10,16 +11,23 @@ def gaussianity(z: Tensor) -> dict[str, float]:
     from scipy import stats
 
     values = z.double().numpy()
-    correlation = np.corrcoef(values, rowvar=False).reshape(z.shape[1], z.shape[1])
-    pairs = ~np.eye(z.shape[1], dtype=bool)
+    std = values.std(0, ddof=1)
+    varied = values[:, std > 1e-6]  # a constant dimension has no shape; its std says enough
+    correlation = np.atleast_2d(np.corrcoef(varied, rowvar=False))
+    pairs = correlation[~np.eye(len(correlation), dtype=bool)]
     return {
-        "mean_error": float(np.abs(values.mean(0)).mean()),
-        "std_error": float(np.abs(values.std(0, ddof=1) - 1).mean()),
-        "skewness_error": float(np.abs(stats.skew(values, bias=False)).mean()),
-        "kurtosis_error": float(np.abs(stats.kurtosis(values, bias=False)).mean()),
-        "correlation": float(np.abs(correlation[pairs]).mean()) if pairs.any() else 0.0,
+        "mean_error": _mean_size(values.mean(0)),
+        "std_error": _mean_size(std - 1),
+        "skewness_error": _mean_size(stats.skew(varied, bias=False)),
+        "kurtosis_error": _mean_size(stats.kurtosis(varied, bias=False)),
+        "correlation": _mean_size(pairs),
         "mmd": mmd_to_normal(z),
     }
+
+
+def _mean_size(values: NDArray[np.float64]) -> float:
+    """Mean absolute value; 0 of nothing."""
+    return float(np.abs(values).mean()) if values.size else 0.0
 
 
 def mmd_to_normal(z: Tensor) -> float:

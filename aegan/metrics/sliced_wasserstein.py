@@ -28,7 +28,7 @@ def sliced_wasserstein(real: Tensor, generated: Tensor, *, seed: int) -> float:
         generated_patches = _patches(generated_level, rows, columns)
         std, mean = torch.std_mean(real_patches, dim=(0, 1, 2))
         distances.append(
-            _sliced_distance(
+            sliced_distance(
                 ((real_patches - mean) / (std + 1e-6)).flatten(1),
                 ((generated_patches - mean) / (std + 1e-6)).flatten(1),
                 generator,
@@ -74,7 +74,7 @@ def _patches(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)[image, row, column].flatten(0, 1)
 
 
-def _sliced_distance(a: Tensor, b: Tensor, generator: torch.Generator) -> float:
+def sliced_distance(a: Tensor, b: Tensor, generator: torch.Generator) -> float:
     """Mean over random directions of the one-dimensional Wasserstein-1 distance; [N, D] each."""
     directions = F.normalize(torch.randn(a.shape[1], DIRECTIONS, generator=generator), dim=0)
     return float(

@@ -1,0 +1,205 @@
+"""The stage `evaluate` on tiny shards and untrained networks."""
+
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from aegan import manifold
+from aegan.config import EvaluateConfig, ModelConfig
+from aegan.metrics import METRICS
+from aegan.networks import AEGAN
+from pipelines.errors import UserError
+from pipelines.evaluate import better_weights, evaluate
+from tests.shards import write_shards
+
+CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
+MODEL = ModelConfig(preset="demo", latent_dim=4, base_channels=4)
+
+
+def write_model(
+    folder: Path, *, size: int = 16, channels: int = 3, encoder: bool = True, arm: str = "aegan"
+) -> Path:
+    """Two different sets of untrained weights."""
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(("ema", "weights")):
+        torch.manual_seed(seed)
+        model = AEGAN(
+            MODEL, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
+        )
+        weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, folder / f"{name}.safetensors")
+    description = {"model": dataclasses.asdict(MODEL), "image_size": size, "arm": arm}
+    description |= {"image_channels": channels, "has_encoder": encoder}
+    (folder / "config.json").write_text(json.dumps(description))
+    return folder
+
+
+def write_faces(folder: Path, *, train: int = 60, test: int = 30) -> Path:
+    """Shards of the designed set, 16x16, with its factors."""
+    images, values = manifold.generate(0, train + test, seed=0, image_size=16)
+    columns = {factor.name: values[:, i] for i, factor in enumerate(manifold.FACTORS)}
+    return write_shards(
+        folder,
+        {"train": images[:train], "test": images[train:]},
+        {
+            "train": {name: column[:train] for name, column in columns.items()},
+            "test": {name: column[train:] for name, column in columns.items()},
+        },
+    )
+
+
+def write_noise(folder: Path, *, size: int = 16, channels: int = 3, test: int = 12) -> Path:
+    generator = np.random.default_rng(0)
+    train, held_out = (
+        generator.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+        for count in (30, test)
+    )
+    return write_shards(folder, {"train": train, "test": held_out})
+
+
+def run(model: Path, shards: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    evaluate(model, shards, output, dataclasses.replace(CONFIG, **changes))
+    with Image.open(output / "latent.png") as picture:
+        assert picture.format == "PNG"
+    figures: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    return figures
+
+
+def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path) -> None:
+    figures = run(write_model(tmp_path / "m"), write_faces(tmp_path / "s"), tmp_path / "out")
+    assert figures["features"] == "random_vgg_seed0"
+    assert figures["num_images"] == 30
+    assert figures["not_measured"] == {}
+    for name in METRICS:
+        assert {"ema", "raw", "floor", "best"} <= figures[name].keys(), name
+    assert figures["frechet_distance"]["ema"] != figures["frechet_distance"]["raw"]
+    assert set(figures["factor_recovery_linear"]["factors"]) == {
+        factor.name for factor in manifold.FACTORS
+    }
+    # Untrained networks: real images must be nearer to real images than theirs are.
+    for name in ("frechet_distance", "kernel_distance", "sliced_wasserstein"):
+        assert figures[name]["floor"] < figures[name][figures[name]["best"]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "latent.png",
+        "metrics.json",
+    ]
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
+    model, shards = write_model(tmp_path / "m"), write_faces(tmp_path / "s")
+    first = run(model, shards, tmp_path / "1")
+    torch.manual_seed(123)
+    assert run(model, shards, tmp_path / "2") == first
+    assert run(model, shards, tmp_path / "3", seed=1) != first
+
+
+def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", encoder=False, arm="gan")
+    figures = run(model, write_faces(tmp_path / "s"), tmp_path / "out")
+    assert {"frechet_distance", "ms_ssim", "factor_joint_distance"} <= figures.keys()
+    assert "reconstruction_mae" not in figures
+    assert "no encoder" in figures["not_measured"]["latent_mmd"]
+    assert figures.keys() - METRICS.keys() == {"features", "num_images", "note", "not_measured"}
+
+
+def test_an_autoencoders_samples_carry_a_warning(tmp_path: Path) -> None:
+    model, shards = write_model(tmp_path / "m", arm="ae"), write_noise(tmp_path / "s")
+    assert "prior" in run(model, shards, tmp_path / "out")["note"]
+
+
+@pytest.mark.parametrize(("size", "channels", "test"), [(16, 1, 20), (32, 3, 9), (128, 1, 8)])
+def test_gray_small_large_and_few_images_are_measured(
+    tmp_path: Path, size: int, channels: int, test: int
+) -> None:
+    model = write_model(tmp_path / "m", size=size, channels=channels)
+    shards = write_noise(tmp_path / "s", size=size, channels=channels, test=test)
+    figures = run(model, shards, tmp_path / "out")
+    assert figures["num_images"] == test // 2 * 2
+    missing = {name for name in METRICS if name not in figures}
+    assert missing == {name for name in METRICS if name.startswith("factor_")}
+    assert figures["not_measured"].keys() == missing
+
+
+def test_a_handful_of_images_is_reconstructed_but_not_compared_as_a_set(tmp_path: Path) -> None:
+    shards = write_noise(tmp_path / "s", test=3)
+    figures = run(write_model(tmp_path / "m"), shards, tmp_path / "out")
+    assert "reconstruction_mae" in figures
+    assert figures["not_measured"]["frechet_distance"] == "needs 8 test images, there are 2"
+
+
+def test_no_more_than_num_samples_images_are_used(tmp_path: Path) -> None:
+    model, shards = write_model(tmp_path / "m"), write_noise(tmp_path / "s")
+    assert run(model, shards, tmp_path / "out", num_samples=9)["num_images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("better", "ema", "raw", "best"),
+    [
+        ("lower", 1, 2, "ema"),
+        ("lower", 2, 1, "raw"),
+        ("higher", 1, 2, "raw"),
+        ("higher", 2, 2, "ema"),
+        ("floor", 3, 6, "raw"),
+        ("floor", 4, 9, "ema"),
+    ],
+)
+def test_the_better_weights_are_marked_by_the_metrics_direction(
+    better: Any, ema: float, raw: float, best: str
+) -> None:
+    assert better_weights({"ema": ema, "raw": raw, "floor": 5.0}, better) == best
+
+
+def test_what_a_user_can_cure_is_one_sentence(tmp_path: Path) -> None:
+    model, shards, output = write_model(tmp_path / "m"), write_noise(tmp_path / "s"), tmp_path / "o"
+    with pytest.raises(UserError, match="run the stage train first"):
+        evaluate(tmp_path / "none", shards, output, CONFIG)
+    with pytest.raises(UserError, match="run the stage preprocess first"):
+        evaluate(model, tmp_path / "none", output, CONFIG)
+    with pytest.raises(UserError, match=r"holds \(32, 32, 3\) images, the model makes \(16, 16"):
+        evaluate(model, write_noise(tmp_path / "s32", size=32), output, CONFIG)
+    with pytest.raises(UserError, match=r"1 test images.*preprocess.test_fraction"):
+        evaluate(model, write_noise(tmp_path / "s1", test=1), output, CONFIG)
+    weights = dataclasses.replace(CONFIG, feature_weights=str(tmp_path / "inception.pth"))
+    with pytest.raises(UserError, match=r"feature_weights.*not found"):
+        evaluate(model, shards, output, weights)
+    assert not output.exists()
+
+
+def test_damaged_files_are_one_sentence_too(tmp_path: Path) -> None:
+    model, shards, output = write_model(tmp_path / "m"), write_noise(tmp_path / "s"), tmp_path / "o"
+    (shards / "test-00000.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="run preprocess again"):
+        evaluate(model, shards, output, CONFIG)
+    (model / "ema.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="run train again"):
+        evaluate(model, shards, output, CONFIG)
+
+
+@pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
+def test_inception_weights_without_their_library_name_the_cure(tmp_path: Path) -> None:
+    weights = tmp_path / "inception.pth"
+    weights.write_bytes(b"weights")
+    config = dataclasses.replace(CONFIG, feature_weights=str(weights))
+    with pytest.raises(UserError, match="pip install torch-fidelity"):
+        evaluate(write_model(tmp_path / "m"), write_noise(tmp_path / "s"), tmp_path / "o", config)
+
+
+def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    broken = {
+        key: torch.full_like(value, float("nan")) if key.startswith("encoder.") else value
+        for key, value in AEGAN(MODEL, image_size=16, image_channels=3, discriminators=False)
+        .state_dict()
+        .items()
+    }
+    save_file(broken, model / "weights.safetensors")
+    with pytest.raises(UserError, match="not finite: run train again"):
+        evaluate(model, write_noise(tmp_path / "s"), tmp_path / "o", CONFIG)
