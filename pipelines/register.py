@@ -34,8 +34,8 @@ FILES = {  # folder among the run's artifacts -> what goes there, as far as it e
 }
 
 
-def register(config: RegisterConfig) -> dict[str, Any]:
-    """Register what the working folder holds; writes and returns `registration.json`."""
+def register(config: RegisterConfig) -> tracking.Version:
+    """Register what the working folder holds, then write `registration.json`."""
     record = collect()
     version = tracking.register(
         record, experiment=config.experiment, model_name=config.model_name, alias=config.alias
@@ -48,13 +48,12 @@ def register(config: RegisterConfig) -> dict[str, Any]:
         "run_id": version.run_id,
         "tracking_uri": tracking.without_credentials(tracking.tracking_uri()),
         "model_sha256": record.version_tags["model_sha256"],
-        "reused": version.reused,
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     aside = OUTPUT.with_suffix(".tmp")
     aside.write_text(json.dumps(registration, indent=2) + "\n", encoding="utf-8")
     aside.replace(OUTPUT)
-    return registration
+    return version
 
 
 def collect() -> tracking.Record:
@@ -186,18 +185,18 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    registration = register(params.load(RegisterConfig))
-    name, alias = registration["model_name"], registration["alias"]
-    found = "the same content is there already:" if registration["reused"] else "registered"
-    print(f"{found} {name} version {registration['version']}, alias {alias}")
-    print(f"model: {registration['model_uri']} in {registration['tracking_uri']}")
-    uri = registration["tracking_uri"]
+    config = params.load(RegisterConfig)
+    version = register(config)
+    uri = tracking.without_credentials(tracking.tracking_uri())
+    done = "this content is registered already:" if version.reused else "registered:"
+    print(f"{done} {config.model_name} version {version.number}, alias {config.alias}")
+    print(f"model: models:/{config.model_name}@{config.alias} in {uri}")
     if uri.startswith("http"):
         print(f"MLflow page: {uri}")
     else:
         print(
-            "MLflow page: MLFLOW_DISABLE_TELEMETRY=true .venv/bin/mlflow ui "
-            f"--backend-store-uri {uri} --host 127.0.0.1"
+            "MLflow page: MLFLOW_DISABLE_TELEMETRY=true "
+            f".venv/bin/mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
         )
 
 

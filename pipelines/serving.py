@@ -21,7 +21,7 @@ from mlflow.types.schema import Array
 from torch import Tensor
 
 import aegan
-from aegan.image_files import UnusableImage, decode_image
+from aegan.image_files import UnusableImageError, decode_image
 from aegan.images import to_pil
 
 MAX_IMAGES = 1024  # rows of a request, and images of a response
@@ -40,7 +40,7 @@ SIGNATURE = ModelSignature(
     outputs=COLUMNS,
     params=ParamSchema(
         [
-            ParamSpec("operation", DataType.string, "generate"),
+            ParamSpec("operation", DataType.string, None),  # must be given
             ParamSpec("count", DataType.long, 1),  # generate without latents
             ParamSpec("seed", DataType.long, 0),  # generate without latents
             ParamSpec("num_frames", DataType.long, 8),  # interpolate
@@ -73,7 +73,7 @@ def answer(
     images: Sequence[Any],
     latents: Sequence[Any],
     *,
-    operation: str,
+    operation: str | None,
     count: int,
     seed: int,
     num_frames: int,
@@ -102,7 +102,7 @@ def answer(
         case "interpolate":
             return _interpolate(model, images, latents, num_frames=num_frames, path=path)
     raise ValueError(
-        f"operation is {operation!r}; allowed: generate, encode, reconstruct, interpolate"
+        f"params.operation is {operation!r}; allowed: generate, encode, reconstruct, interpolate"
     )
 
 
@@ -148,7 +148,7 @@ def _read_image(text: Any, row: int, model: aegan.AEGAN) -> np.ndarray:
         )
     except ValueError:
         raise ValueError(f"row {row}: image is not base64 (no line breaks, no prefix)") from None
-    except UnusableImage as error:
+    except UnusableImageError as error:
         raise ValueError(f"row {row}: image is {error}") from None
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -115,11 +115,10 @@ def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str
     query = f"name = '{model_name}' AND tags.content_sha256 = '{content_sha256}'"
     versions = client.search_model_versions(query, order_by=["version_number DESC"])
     for found in versions:
-        with suppress(mlflow.MlflowException):
-            uri = f"models:/{model_name}/{found.version}"
-            files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
-            if any(file.path == "MLmodel" for file in files):
-                return Version(number=str(found.version), run_id=found.run_id, reused=True)
+        uri = f"models:/{model_name}/{found.version}"
+        files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
+        if any(file.path == "MLmodel" for file in files):
+            return Version(number=str(found.version), run_id=found.run_id, reused=True)
     return None
 
 
@@ -132,7 +131,7 @@ def _create_version(
         run_id: str = run.info.run_id
         _log_record(client, run_id, record)
         model = _log_model(mlflow, record.model_folder)
-        with suppress(mlflow.MlflowException):  # it exists already
+        if not client.search_registered_models(f"name = '{model_name}'"):
             client.create_registered_model(model_name)
         made = client.create_model_version(
             model_name,
@@ -176,16 +175,14 @@ def _log_model(mlflow: Any, folder: Path) -> Any:
 
     from pipelines import serving
 
-    latent_dim = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"][
-        "latent_dim"
-    ]
+    zeros = [0.0] * aegan.load(folder).latent_dim
     return mlflow.pyfunc.log_model(
         name="model",
         python_model=str(SERVING_SCRIPT),
         artifacts={"model": os.path.relpath(folder)},
         code_paths=[str(Path(aegan.__file__).parent)],
         signature=serving.SIGNATURE,
-        input_example=(pd.DataFrame({"latent": [[0.0] * latent_dim]}), {"operation": "generate"}),
+        input_example=(pd.DataFrame({"latent": [zeros]}), {"operation": "generate"}),
         pip_requirements=[
             f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES
         ],
@@ -203,7 +200,9 @@ def _import_mlflow(*, writing: bool = True) -> Any:
         os.environ.setdefault(name, value)
     uri = tracking_uri()
     if uri.startswith("sqlite:///"):
-        _check_sqlite(Path(uri.removeprefix("sqlite:///")), writing=writing)
+        path = Path(uri.removeprefix("sqlite:///"))
+        _check_sqlite(path, writing=writing)
+        uri = f"sqlite:///{path.absolute()}"  # MLflow caches stores by URI, whatever the folder
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
@@ -244,8 +243,8 @@ def _readable_errors() -> Iterator[None]:
         of_a_store = type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "botocore."))
         if not (of_a_store or isinstance(error, OSError)):
             raise
-        where, lines = without_credentials(tracking_uri()), str(error).splitlines()
-        reason = without_credentials(lines[0])[:300]
+        where = without_credentials(tracking_uri())
+        reason = without_credentials(f"{error}\n".splitlines()[0])[:300]
         raise UserError(f"MLflow at {where}: {reason}; {_cure(reason)}") from error
 
 

@@ -106,7 +106,7 @@ ZEROS = [0.0] * LATENT_DIM
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"operation": "explode"}, "operation is 'explode'; allowed: generate, encode"),
+        ({"operation": "explode"}, r"params.operation is 'explode'; allowed: generate, encode"),
         ({"operation": "generate", "count": 0}, "count is 0; it must lie between 1 and 1024"),
         ({"operation": "generate", "count": 1025}, "count is 1025"),
         ({"operation": "generate", "seed": -1}, "seed is -1"),

@@ -1,0 +1,243 @@
+"""A real MLflow server and a real scoring server on loopback, asked as a person with curl would."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import aegan
+from aegan.config import RegisterConfig
+from pipelines import register, tracking
+from pipelines.errors import UserError
+from tests.trained import write_project
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+
+CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
+BIN = Path(sys.executable).parent
+START_SECONDS = 240
+OURS = {"server.log", "sitecustomize.py", "__pycache__"}  # what the tests put into the home
+WATCH = '''
+import sys
+
+def hook(event, args):
+    """Report every attempt to reach, or to be reached from, anything but this machine."""
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind"):
+        host = args[0] if event == "socket.getaddrinfo" else args[1]
+        host = host[0] if isinstance(host, tuple) else host
+        if host not in ("127.0.0.1", "::1", "localhost", "") and str(host)[:1] not in ("/", "\\0"):
+            print("NETWORK", event, args, file=sys.stderr, flush=True)
+
+sys.addaudithook(hook)
+'''
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(autouse=True)
+def _inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@contextmanager
+def server(*arguments: str, answers: str, home: Path, **extra: str) -> Iterator[tuple[str, Path]]:
+    """Run an MLflow command until the block ends; gives its address and its log."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, log = f"http://127.0.0.1:{port}", home / "server.log"
+    home.mkdir(parents=True)
+    (home / "sitecustomize.py").write_text(WATCH)
+    environment = {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "PYTHONPATH": str(home),  # not the project: the model must bring its own package
+        **tracking.ENVIRONMENT,
+        **extra,
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [BIN / "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            wait_until_it_answers(url + answers, process, log)
+            yield url, log
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=20)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    give_up = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            dead = process.poll() is not None or time.monotonic() > give_up
+            assert not dead, log.read_text()
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def scoring(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """`mlflow models serve` of a model registered in the embedded store."""
+    home = tmp_path_factory.mktemp("scoring") / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        register.register(CONFIG)
+        command = ("models", "serve", "-m", "models:/aegan@candidate", "--env-manager", "local")
+        store = tracking.DEFAULT_URI
+        with server(*command, answers="/ping", home=home, MLFLOW_TRACKING_URI=store) as running:
+            yield running
+
+
+def ask(url: str, body: Any) -> tuple[int, Any]:
+    """POST JSON (or raw bytes) to /invocations => status and answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/invocations", data=data, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)["predictions"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def generate(rows: list[Any], **params: Any) -> dict[str, Any]:
+    return {"inputs": rows, "params": {"operation": "generate", **params}}
+
+
+def pixels(records: list[dict[str, Any]]) -> torch.Tensor:
+    files = [io.BytesIO(base64.b64decode(record["image"])) for record in records]
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
+
+
+def test_all_four_operations_answer_over_http(scoring: tuple[str, Path]) -> None:
+    url, _ = scoring
+    model = aegan.load("artifacts/train/model")
+
+    params: dict[str, Any] = {"operation": "generate", "count": 3, "seed": 7}
+    status, generated = ask(url, {"inputs": [], "params": params})
+    assert status == 200
+    assert torch.equal(pixels(generated), aegan.sample(model, 3, seed=7))
+
+    latents = [{"latent": record["latent"]} for record in generated]
+    assert ask(url, {"inputs": latents, "params": {"operation": "generate"}}) == (200, generated)
+
+    images = [{"image": record["image"]} for record in generated]
+    status, encoded = ask(url, {"inputs": images, "params": {"operation": "encode"}})
+    assert status == 200
+    found = torch.tensor([record["latent"] for record in encoded])
+    torch.testing.assert_close(found, aegan.encode(model, pixels(images)))
+
+    status, rebuilt = ask(url, {"inputs": images, "params": {"operation": "reconstruct"}})
+    assert status == 200
+    assert torch.equal(pixels(rebuilt), aegan.reconstruct(model, pixels(images)))
+
+    params = {"operation": "interpolate", "num_frames": 4, "path": "linear"}
+    status, frames = ask(url, {"inputs": images, "params": params})
+    assert status == 200
+    expected = aegan.interpolate(model, found[:-1], found[1:], num_frames=4, path="linear")
+    assert torch.equal(pixels(frames), expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("key", ["inputs", "dataframe_records"])
+def test_both_spellings_of_a_request_are_understood(scoring: tuple[str, Path], key: str) -> None:
+    params = {"operation": "generate", "count": 2}
+    status, records = ask(scoring[0], {key: [], "params": params})
+    assert (status, len(records)) == (200, 2)
+    latents = [{"latent": record["latent"]} for record in records]
+    assert ask(scoring[0], {key: latents, "params": params}) == (200, records)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "valid JSON"),
+        ({}, "exactly one of the input fields"),
+        ({"params": {"count": 2}}, "exactly one of the input fields"),
+        ({"inputs": [], "params": {"operation": "explode"}}, "allowed: generate, encode"),
+        ({"inputs": []}, "operation is None; allowed: generate, encode"),
+        (generate([], count=0), "count is 0; it must lie between 1 and 1024"),
+        (generate([], count="many"), "count"),
+        (generate([], count=2.5), "count"),
+        ({"inputs": [], "params": {"operation": "encode"}}, "needs the column image"),
+        ({"inputs": [{"image": "§"}], "params": {"operation": "encode"}}, "row 0: image is not"),
+        ({"inputs": [{"image": 7}], "params": {"operation": "encode"}}, ""),
+        ({"inputs": [{"image": None}], "params": {"operation": "encode"}}, ""),
+        (generate([{"latent": [1.0, 2.0]}]), "row 0: latent must be a list of 8"),
+        (generate([{"latent": [1.0, None]}]), ""),
+        (generate([{"latent": "abc"}]), ""),
+        (generate([{"latent": [float("nan")] * 8}]), "finite"),
+        (generate([{"latent": [0.0] * 8}, {"image": "AAAA"}]), ""),
+        ({"inputs": 5}, ""),
+        ({"inputs": [[1]]}, ""),
+    ],
+)
+def test_a_wrong_request_gets_status_400_and_a_reason(
+    scoring: tuple[str, Path], body: Any, message: str
+) -> None:
+    status, answer = ask(scoring[0], body)
+    assert status == 400
+    assert message in answer["message"]
+    assert "Traceback" not in answer["message"]
+
+
+def test_serving_calls_nobody_and_leaves_nothing_in_the_home(scoring: tuple[str, Path]) -> None:
+    assert ask(scoring[0], generate([]))[0] == 200
+    assert "NETWORK" not in scoring[1].read_text()
+    assert {path.name for path in scoring[1].parent.iterdir()} <= OURS
+
+
+def test_a_tracking_server_takes_the_model_and_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1")
+    artifacts = ("--artifacts-destination", str(tmp_path / "served"))
+    with server("server", *store, *artifacts, answers="/health", home=tmp_path / "home") as running:
+        url, log = running
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        first, again = register.register(CONFIG), register.register(CONFIG)
+        assert again.reused
+        assert (first.number, first.run_id) == (again.number, again.run_id)
+        written = json.loads(Path("artifacts/register/registration.json").read_text())
+        assert written["tracking_uri"] == url
+        latents = aegan.random_latents(2, 8, seed=0)
+        served = aegan.decode(tracking.load_model("models:/aegan@candidate"), latents)
+        assert torch.equal(served, aegan.decode(aegan.load("artifacts/train/model"), latents))
+
+        # The same machine by a name the server was not told about.
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("127.0.0.1", "127.1"))
+        with pytest.raises(UserError, match="--allowed-hosts"):
+            register.register(CONFIG)
+        assert "NETWORK" not in log.read_text()
+        assert {path.name for path in log.parent.iterdir()} <= OURS
