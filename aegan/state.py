@@ -84,9 +84,15 @@ class TrainingState:
         for name, module in (("model", self.model), ("ema", self.ema)):
             module.load_state_dict(_under(tensors, name))
         for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments: dict[int, dict[str, Tensor]] = {}
             for key, tensor in _under(tensors, f"optimizer.{name}").items():
                 index, moment = key.split(".")
+                like = parameters[int(index)]
+                if tensor.shape == like.shape:
+                    # The fused optimiser walks memory in order: moments need the layout of their
+                    # parameter (channels last), or they are silently paired with other weights.
+                    tensor = torch.empty_like(like, requires_grad=False).copy_(tensor)
                 moments.setdefault(int(index), {})[moment] = tensor
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})

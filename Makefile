@@ -1,0 +1,49 @@
+# Every target does its own set-up: a virtual environment in .venv with the locked versions.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+# Nothing here reports home.
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: run test test-quick check mlflow refresh lock clean
+
+run: .venv/installed ## images -> trained, evaluated, registered model and a report
+	@$(BIN)/dvc repro
+	@echo
+	@echo "report:  file://$(CURDIR)/report/index.html"
+	@echo "MLflow:  make mlflow"
+
+test: .venv/installed ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-quick: .venv/installed ## what runs in minutes: no servers, no long training
+	$(BIN)/python -m pytest -m "not slow and not integration"
+
+check: .venv/installed ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+mlflow: .venv/installed ## open the MLflow page on this machine
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1
+
+refresh: .venv/installed ## look at the source again, then re-run what changed
+	$(BIN)/dvc repro --force --single-item download
+	@$(MAKE) --no-print-directory run
+
+lock: .venv/installed ## resolve the newest permitted versions into requirements.lock
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+		--output-file requirements.lock pyproject.toml
+	sed -i 's/+cpu$$//' requirements.lock # the same version, whichever build this machine has
+
+clean: ## forget all results; the source images and .venv stay
+	rm -rf artifacts data report runs dvc.lock
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

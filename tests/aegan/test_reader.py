@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from aegan.dataset import load_images
+from aegan.reader import WINDOW_ROW_GROUPS, resident_reader, streamed_reader
+from tests.shards import write_shards
+
+ROWS = 16 * WINDOW_ROW_GROUPS * 2 + 5  # three windows of the streamed reader, the last one short
+CPU = torch.device("cpu")
+READERS = pytest.mark.parametrize("reader", [resident_reader, streamed_reader])
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Images that carry their own number."""
+    numbers = np.arange(ROWS, dtype=np.uint16)
+    images = np.zeros((ROWS, 2, 2, 3), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = numbers & 255, numbers >> 8
+    return write_shards(tmp_path_factory.mktemp("shards"), {"train": images})
+
+
+def numbers_of(images: torch.Tensor) -> list[int]:
+    return (images[:, 0, 0, 0].int() + 256 * images[:, 0, 0, 1].int()).tolist()
+
+
+def open_reader(reader, shards, *, share=slice(None), seed=0, batch_size=10):
+    return reader(shards, batch_size=batch_size, share=share, seed=seed, device=CPU)
+
+
+@READERS
+def test_an_epoch_shows_every_image_once_but_for_the_rest_of_a_batch(reader, shards):
+    read = open_reader(reader, shards)
+    batches = ROWS // 10
+    for epoch in range(2):
+        shown = [n for b in range(batches) for n in numbers_of(read(epoch * batches + b))]
+        assert len(shown) == len(set(shown)) == batches * 10
+
+
+@READERS
+def test_epochs_and_seeds_give_different_orders(reader, shards):
+    read, other = open_reader(reader, shards), open_reader(reader, shards, seed=1)
+    batches = ROWS // 10
+    first = numbers_of(read(0))
+    assert first != numbers_of(read(batches))
+    assert first != numbers_of(other(0))
+
+
+@READERS
+def test_a_batch_depends_on_its_number_only_not_on_what_was_read_before(reader, shards):
+    forwards = open_reader(reader, shards)
+    expected = [numbers_of(forwards(number)) for number in range(60)]
+    for number in (59, 13, 26, 0, 40):
+        assert numbers_of(open_reader(reader, shards)(number)) == expected[number]
+
+
+@READERS
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_the_workers_shares_add_up_to_the_global_batch(reader, shards, world_size):
+    whole = numbers_of(open_reader(reader, shards)(17))
+    size = 10 // world_size
+    shares = [slice(rank * size, (rank + 1) * size) for rank in range(world_size)]
+    parts = [numbers_of(open_reader(reader, shards, share=share)(17)) for share in shares]
+    assert [number for part in parts for number in part] == whole
+
+
+@READERS
+def test_a_batch_larger_than_the_split_is_refused_with_both_numbers(reader, shards):
+    with pytest.raises(ValueError, match=f"batch_size is 1000, but .* only {ROWS} training images"):
+        open_reader(reader, shards, batch_size=1000)
+
+
+def test_loading_a_split_gives_its_images_in_order_and_a_limit_the_first_ones(shards):
+    images = torch.from_numpy(load_images(shards, "train"))
+    assert numbers_of(images) == list(range(ROWS))
+    assert numbers_of(torch.from_numpy(load_images(shards, "train", limit=20))) == list(range(20))
+    assert load_images(shards, "test").shape == (0, 2, 2, 3)

@@ -1,0 +1,249 @@
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from aegan import checkpoint, training_loop
+from aegan.config import TrainConfig
+from aegan.losses import ARMS
+from aegan.sampling import load, reconstruct, sample
+from aegan.state import TrainingState, export_model
+from aegan.training_loop import DivergedError, train
+from tests.tiny import tiny_config, tiny_shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+def tensors_at(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.path_of(run_folder / "checkpoints", step))[0]
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def run(config: TrainConfig, shards: Path, folder: Path, **keywords):
+    return train(config, shards=shards, run_folder=folder, device=CPU, **keywords)
+
+
+def stop_at(step: int):
+    """A `should_stop` that asks to end at the first look after `step` looks."""
+    looks = iter(range(1, 1_000_000))
+    return lambda: next(looks) >= step
+
+
+@pytest.mark.parametrize("reader", ["resident", "streamed"])
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_that_was_not(
+    shards, tmp_path, preset, reader
+):
+    config = tiny_config(preset=preset, reader=reader, log_interval_steps=1)
+    assert run(config, shards, tmp_path / "whole").finished
+    outcome = run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
+    assert (outcome.finished, outcome.step) == (False, 3)  # epochs have 5 batches
+    assert run(config, shards, tmp_path / "cut").finished
+    assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
+    bests = [checkpoint.best(tmp_path / name / "checkpoints") for name in ("cut", "whole")]
+    assert bests[0] == bests[1]
+
+
+def test_the_authors_update_rule_resumes_exactly_within_a_round(shards, tmp_path):
+    config = tiny_config(update_rule="reference", log_interval_steps=1)
+    run(config, shards, tmp_path / "whole")
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(6))
+    run(config, shards, tmp_path / "cut")
+    assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
+
+
+def test_in_the_authors_rule_a_round_trains_the_discriminators_four_times_then_rests(
+    shards, tmp_path
+):
+    config = tiny_config(
+        update_rule="reference", num_steps=4, checkpoint_interval_steps=1, checkpoints_kept=9
+    )
+    run(config, shards, tmp_path)
+    prefix = "model.image_discriminator."
+    weights = [
+        {name: t for name, t in tensors_at(tmp_path, step).items() if name.startswith(prefix)}
+        for step in range(5)
+    ]
+    changed = [
+        any(not torch.equal(before[name], after[name]) for name in before)
+        for before, after in itertools.pairwise(weights)
+    ]
+    assert changed == [True, False, False, False]
+    updates = tensors_at(tmp_path, 4)["optimizer.discriminators.0.step"]
+    assert updates.item() == 4
+
+
+def test_the_log_has_one_row_an_interval_also_after_a_run_was_cut_off(shards, tmp_path):
+    config = tiny_config()
+    run(config, shards, tmp_path, should_stop=stop_at(3))  # at step 6, saved
+    log = tmp_path / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 7, "x": 1}\n{"ste')  # logged after the checkpoint, then killed
+    run(config, shards, tmp_path)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6, 8]
+
+
+def test_resuming_under_changed_settings_is_refused_and_says_which(shards, tmp_path):
+    run(tiny_config(num_steps=4), shards, tmp_path)
+    changed = tiny_config(num_steps=4, learning_rate=1e-3, seed=3)
+    with pytest.raises(checkpoint.ConfigChangedError) as error:
+        run(changed, shards, tmp_path)
+    assert "training.learning_rate: 0.0005 in the checkpoint, 0.001 now" in str(error.value)
+    assert "training.seed: 0 in the checkpoint, 3 now" in str(error.value)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_its_networks_and_exports_a_usable_model(shards, tmp_path, arm):
+    config = tiny_config(arm=arm, num_steps=4)
+    run(config, shards, tmp_path)
+    before, after = tensors_at(tmp_path, 0), tensors_at(tmp_path, 4)
+    trained = {
+        name.split(".")[1]
+        for name in before
+        if name.startswith("model.") and not torch.equal(before[name], after[name])
+    }
+    expected = {
+        "aegan": {"generator", "encoder", "image_discriminator", "latent_discriminator"},
+        "egan": {"generator", "encoder", "image_discriminator"},
+        "aae": {"generator", "encoder", "latent_discriminator"},
+        "ae": {"generator", "encoder"},
+        "gan": {"generator", "image_discriminator"},
+    }
+    assert trained == expected[arm]
+    path = checkpoint.path_of(tmp_path / "checkpoints", 4)
+    description = export_model(path, tmp_path / "model")
+    assert description["has_encoder"] == (arm != "gan")
+    for weights in ("ema", "raw"):
+        model = load(tmp_path / "model", weights=weights)
+        images = sample(model, 3, seed=0)
+        assert images.shape == (3, 16, 16, 3)
+        if arm == "gan":
+            with pytest.raises(ValueError, match="no encoder"):
+                reconstruct(model, images)
+        else:
+            assert reconstruct(model, images).shape == images.shape
+
+
+def test_gan_and_aegan_start_from_the_same_generator_and_image_discriminator(shards, tmp_path):
+    for arm in ("gan", "aegan"):
+        run(tiny_config(arm=arm, num_steps=2), shards, tmp_path / arm)
+    gan, aegan = tensors_at(tmp_path / "gan", 0), tensors_at(tmp_path / "aegan", 0)
+    prefixes = ("model.generator.", "model.image_discriminator.")
+    shared = [name for name in gan if name.startswith(prefixes)]
+    assert shared
+    assert all(torch.equal(gan[name], aegan[name]) for name in shared)
+
+
+def poisoned(loss_function, *, when):
+    def loss(*arguments, **keywords):
+        total, values = loss_function(*arguments, **keywords)
+        if when():
+            total = total * float("nan")
+            values = {**values, "image_reconstruction": total.detach()}
+        return total, values
+
+    return loss
+
+
+def test_a_non_finite_loss_goes_back_to_the_last_checkpoint_and_draws_other_numbers(
+    shards, tmp_path, monkeypatch
+):
+    config = tiny_config()
+    calls = iter(range(1, 1000))
+    original = training_loop.encoder_generator_loss
+    spoil = poisoned(original, when=lambda: next(calls) == 6)
+    monkeypatch.setattr(training_loop, "encoder_generator_loss", spoil)
+    assert run(config, shards, tmp_path / "spoilt").finished
+    monkeypatch.undo()
+    run(config, shards, tmp_path / "clean")
+    spoilt, clean = tensors_at(tmp_path / "spoilt", 8), tensors_at(tmp_path / "clean", 8)
+    assert_same(tensors_at(tmp_path / "spoilt", 4), tensors_at(tmp_path / "clean", 4))
+    assert all(tensor.isfinite().all() for tensor in spoilt.values())
+    assert any(not torch.equal(spoilt[name], clean[name]) for name in spoilt)
+    _, state = checkpoint.load(checkpoint.path_of(tmp_path / "spoilt" / "checkpoints", 8))
+    assert state["attempt"] == 1
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run_after_the_permitted_rollbacks(
+    shards, tmp_path, monkeypatch
+):
+    config = tiny_config(max_rollbacks=2)
+    spoil = poisoned(training_loop.encoder_generator_loss, when=lambda: True)
+    monkeypatch.setattr(training_loop, "encoder_generator_loss", spoil)
+    with pytest.raises(DivergedError, match=r"after 2 returns .*Lower training.learning_rate"):
+        run(config, shards, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [0]  # nothing broken was kept
+
+
+def test_a_batch_that_workers_cannot_share_equally_is_refused(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size is 8: it must be a multiple of .* 3"):
+        run(tiny_config(), shards, tmp_path, world_size=3)
+
+
+def test_clipping_bounds_the_norm_of_each_variable_and_leaves_small_gradients_alone():
+    large, small = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([large, small], lr=1.0)
+    loss = (large * torch.tensor([30.0, 40.0])).sum() + (small * torch.tensor([0.3, 0.4])).sum()
+    training_loop._update(optimizer, loss, 1.0)
+    torch.testing.assert_close(large.detach(), torch.tensor([-0.6, -0.8]))
+    torch.testing.assert_close(small.detach(), torch.tensor([-0.3, -0.4]))
+
+
+def _worker(rank, world_size, config, shards, folder, rendezvous):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
+    )
+    states = []
+
+    class Kept(TrainingState):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            states.append(self)
+
+    training_loop.TrainingState = Kept
+    train(config, shards=shards, run_folder=folder, device=CPU, rank=rank, world_size=world_size)
+    states[0].save(folder / f"rank-{rank}" / "checkpoints")
+    dist.destroy_process_group()
+
+
+def train_on(world_size: int, config: TrainConfig, shards: Path, folder: Path) -> None:
+    folder.mkdir()
+    arguments = (world_size, config, shards, folder, folder / "rendezvous")
+    mp.spawn(_worker, arguments, nprocs=world_size)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_one_worker_and_two_give_the_same_weights_up_to_the_order_of_summation(
+    shards, tmp_path, gamma
+):
+    config = tiny_config(loss={"gamma": gamma}, num_steps=3, horizontal_flip=True)
+    for world_size in (1, 2):
+        train_on(world_size, config, shards, tmp_path / str(world_size))
+    assert_same(tensors_at(tmp_path / "2" / "rank-0", 3), tensors_at(tmp_path / "2" / "rank-1", 3))
+    one, two = (tensors_at(tmp_path / str(size), 3) for size in (1, 2))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
+    assert any(not torch.equal(tensors_at(tmp_path / "1", 0)[name], one[name]) for name in one)

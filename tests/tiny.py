@@ -1,0 +1,44 @@
+"""The smallest training that is still the real one: 16x16 images, four networks, seconds."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines import params
+from tests.shards import write_shards
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+SMALL = {
+    "num_steps": 8,
+    "batch_size": 8,
+    "log_interval_steps": 2,
+    "sample_interval_steps": 4,
+    "checkpoint_interval_steps": 4,
+}
+
+
+def tiny_config(
+    *, preset: str = "demo", loss: dict[str, Any] | None = None, **training: Any
+) -> TrainConfig:
+    """The project's own parameters, shrunk; keywords override those of `training`."""
+    model = replace(
+        params.load(ModelConfig, PARAMS), preset=preset, latent_dim=4, base_channels=4
+    )  # fmt: skip
+    return TrainConfig(
+        model=model,
+        loss=replace(params.load(LossConfig, PARAMS), **(loss or {})),
+        training=replace(params.load(TrainingConfig, PARAMS), **(SMALL | training)),
+    )
+
+
+def tiny_shards(folder: Path, *, train: int = 40) -> Path:
+    """Random 16x16 images: `train` to learn from, 12 to validate, 12 to test."""
+    random = np.random.default_rng(0)
+    sizes = {"train": train, "validation": 12, "test": 12}
+    images = {
+        split: random.integers(0, 256, (rows, 16, 16, 3), np.uint8) for split, rows in sizes.items()
+    }
+    return write_shards(folder, images)
