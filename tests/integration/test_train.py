@@ -1,0 +1,197 @@
+"""The train stage on a real Ray: killed, stopped and resumed like a user's would be."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from aegan import checkpoint
+from tests.tiny import PARAMS, SMALL, tiny_shards
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+NUM_STEPS = 400
+ROOT = PARAMS.parent
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def project(tmp_path, shards) -> Path:
+    return make_project(tmp_path / "project", shards)
+
+
+def make_project(folder: Path, shards: Path, **overrides: object) -> Path:
+    """A folder with the project's parameters, shrunk, and shards: where a stage can run."""
+    folder.mkdir()
+    parameters = YAML(typ="safe").load(PARAMS.read_text())
+    parameters["model"] |= {"latent_dim": 4, "base_channels": 4}
+    parameters["training"] |= SMALL | {
+        "num_steps": NUM_STEPS,
+        "checkpoint_interval_steps": 50,
+        "sample_interval_steps": 200,
+    }
+    parameters["compute"] |= {"threads_per_worker": 1}
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        parameters[section][name] = value
+    with (folder / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(parameters, file)
+    (folder / "data").mkdir()
+    shutil.copytree(shards, folder / "data" / "shards")
+    return folder
+
+
+def start(project: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.train"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, expected: int = 0) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == expected, output
+    return output
+
+
+def run_folder(project: Path) -> Path:
+    (folder,) = (project / "runs").iterdir()
+    return folder
+
+
+def wait_for_step(project: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        logs = list(project.glob("runs/*/metrics.jsonl"))
+        lines = logs[0].read_text().splitlines() if logs else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was never reached")
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+def left_behind(tree: list[psutil.Process], *, within_seconds: float) -> list[psutil.Process]:
+    """Those processes that are still there after a while."""
+    _, alive = psutil.wait_procs(tree, timeout=within_seconds)
+    return [child for child in alive if child.is_running()]
+
+
+def weights(project: Path) -> dict[str, torch.Tensor]:
+    folder = run_folder(project) / "checkpoints"
+    return checkpoint.load(checkpoint.path_of(folder, NUM_STEPS))[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, shards) -> Iterator[dict[str, torch.Tensor]]:
+    project = make_project(tmp_path_factory.mktemp("undisturbed") / "project", shards)
+    output = finish(start(project))
+    assert "ray" not in output.lower(), output  # its chatter stays out of sight
+    assert (project / "artifacts/train/model/ema.safetensors").exists()
+    return weights(project)
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_killed_worker_is_replaced_and_the_weights_end_the_same(project, undisturbed):
+    process = start(project)
+    for step in (60, 230):
+        wait_for_step(project, step)
+        for worker in workers_of(process):
+            worker.kill()
+    finish(process)
+    assert_same(weights(project), undisturbed)
+
+
+def test_a_killed_driver_leaves_nothing_running_and_the_same_command_goes_on(project, undisturbed):
+    process = start(project)
+    wait_for_step(project, 120)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert left_behind(tree, within_seconds=60) == []
+    assert checkpoint.steps(run_folder(project) / "checkpoints")
+    output = finish(start(project))
+    assert "resuming at step" in output
+    assert_same(weights(project), undisturbed)
+
+
+def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(project, undisturbed):
+    process = start(project)
+    wait_for_step(project, 60)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    output = finish(process, expected=130)
+    assert "Traceback" not in output
+    assert left_behind(tree, within_seconds=30) == []
+    stopped_at = checkpoint.steps(run_folder(project) / "checkpoints")[-1]
+    assert 60 <= stopped_at < NUM_STEPS
+    assert f"resuming at step {stopped_at}" in finish(start(project))
+    assert_same(weights(project), undisturbed)
+
+
+def test_a_finished_run_is_not_run_again(project):
+    parameters = project / "params.yaml"
+    text = parameters.read_text().replace(f"num_steps: {NUM_STEPS}", "num_steps: 4")
+    parameters.write_text(text)
+    finish(start(project))
+    (project / "artifacts/train/metrics.json").unlink()
+    assert "is complete already" in finish(start(project))
+    assert (project / "artifacts/train/metrics.json").exists()
+
+
+def test_two_workers_end_with_the_weights_of_one(tmp_path, shards):
+    found = {}
+    for workers in (1, 2):
+        project = make_project(
+            tmp_path / str(workers), shards, training__num_steps=4, compute__num_workers=workers
+        )
+        finish(start(project))
+        found[workers] = checkpoint.load(
+            checkpoint.path_of(run_folder(project) / "checkpoints", 4)
+        )[0]
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[2][name], tensor, rtol=1e-3, atol=5e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"compute__num_workers": 64}, r"compute.num_workers is 64, but there are \d+ CPUs"),
+        ({"compute__device": "cuda"}, "compute.num_workers is 1, but there are 0 GPUs"),
+        ({"training__batch_size": 64}, "batch_size is 64, but .* only 40 training images"),
+        ({"training__learning_rate": 1e30}, "diverged at step .* learning_rate"),
+    ],
+)
+def test_what_a_user_can_cure_is_one_line(tmp_path, shards, override, message):
+    if "compute__device" in override and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    output = finish(start(make_project(tmp_path / "project", shards, **override)), expected=1)
+    assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
+    assert "Traceback" not in output
