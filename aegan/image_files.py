@@ -5,6 +5,7 @@ before any pixel is decoded, and whatever a decoder raises becomes an `UnusableI
 """
 
 import warnings
+from functools import partial
 from io import BytesIO
 from typing import Literal
 
@@ -59,14 +60,13 @@ def _convert(
         # the difference is under one grey level, and decoding is several times faster.
         file.draft(None, (4 * image_size, 4 * image_size))
     file.load()
-    image = ImageOps.exif_transpose(file)
-    image = _opaque(image).convert("RGB" if image_channels == 3 else "L")
+    ImageOps.exif_transpose(file, in_place=True)
+    image = _opaque(file).convert("RGB" if image_channels == 3 else "L")
     size = (image_size, image_size)
-    if fit == "crop":
-        square = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    else:
-        square = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color="white")
-    return np.asarray(square).reshape(image_size, image_size, image_channels)
+    if image.size != size:
+        fit_into = ImageOps.fit if fit == "crop" else partial(ImageOps.pad, color="white")
+        image = fit_into(image, size, Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(image_size, image_size, image_channels)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

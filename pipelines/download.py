@@ -182,6 +182,7 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # retries: our own error says enough
     download(params.load(DataConfig), RAW)
 
 

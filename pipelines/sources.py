@@ -116,7 +116,7 @@ def read_archive(file: Path, name: str) -> Entries:
         elif tarfile.is_tarfile(file):
             yield from _read_tar(file, name)
         else:
-            raise UserError(f"{name} is neither a folder nor a zip or tar archive")
+            raise UserError(f"{name} is neither a folder nor a sound zip or tar archive")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
         raise UserError(f"{name} is damaged ({error}): fetch or pack it again") from None
 

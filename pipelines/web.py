@@ -21,6 +21,7 @@ RETRIES = Retry(
 def fetch(url: str, file: Path) -> None:
     """Download an address into a file, whole or with a UserError."""
     shown = without_secrets(url)
+    _check_safe(urlsplit(url))
     try:
         with requests.Session() as session:
             for scheme in ("https://", "http://"):
@@ -29,7 +30,7 @@ def fetch(url: str, file: Path) -> None:
             with session.get(
                 url, stream=True, timeout=TIMEOUT_SECONDS, headers=plain_bytes
             ) as answer:
-                for hop in (*answer.history, answer):
+                for hop in (*answer.history[1:], answer):  # redirects
                     _check_safe(urlsplit(hop.url))
                 if not answer.ok:
                     raise UserError(

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.sparse.csgraph import connected_components
+
+from pipelines.near_duplicates import NearDuplicates, split_of, thumbnail
+from tests.pictures import blocks
+
+
+def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(a.astype(float) - b.astype(float)).mean(axis=-1))
+
+
+def crowd(seed: int, *, count: int = 300) -> np.ndarray:
+    """uint8 [N, 768] thumbnails: a few pictures, each with many slightly different copies."""
+    random = np.random.default_rng(seed)
+    pictures = random.integers(40, 215, (12, 768))
+    noise = random.normal(0, random.uniform(0.5, 8, (count, 1)), (count, 768))
+    return (pictures[random.integers(0, 12, count)] + noise).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("distance", [2.0, 5.0, 9.0])
+def test_the_search_finds_exactly_the_images_that_comparing_all_pairs_finds(seed, distance):
+    thumbnails = crowd(seed)
+    queries, others = np.arange(0, 300, 2), np.arange(1, 300, 2)
+    found = NearDuplicates(thumbnails, distance=distance).nearest(queries, others)
+    pairs = root_mean_square(thumbnails[queries][:, None], thumbnails[others][None])
+    np.testing.assert_array_equal(found >= 0, (pairs < distance).any(axis=1))
+    hits = found >= 0
+    near = root_mean_square(thumbnails[queries[hits]], thumbnails[found[hits]])
+    assert (near < distance).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_are_the_connected_components_of_all_near_pairs(seed):
+    thumbnails = crowd(seed, count=100)
+    pairs = root_mean_square(thumbnails[:, None], thumbnails[None]) < 4
+    _, labels = connected_components(pairs)
+    sizes = np.bincount(labels)
+    found = NearDuplicates(thumbnails, distance=4).groups(np.arange(100))
+    assert found == ((sizes > 1).sum(), sizes[sizes > 1].sum())
+
+
+def test_a_thousand_copies_of_one_picture_are_searched_in_bounded_memory():
+    thumbnails = np.full((4000, 768), 100, np.uint8)
+    search = NearDuplicates(thumbnails, distance=3)
+    assert (search.nearest(np.arange(2000), np.arange(2000, 4000)) >= 2000).all()
+    assert search.groups(np.arange(4000))[1] == 4000
+
+
+def test_distance_zero_finds_nothing_and_one_image_has_no_duplicate():
+    thumbnails = crowd(0)
+    search = NearDuplicates(thumbnails, distance=0)
+    assert (search.nearest(np.arange(150), np.arange(150, 300)) == -1).all()
+    assert search.groups(np.array([5])) == (0, 0)
+    assert search.nearest(np.array([5]), np.empty(0, np.int64)).tolist() == [-1]
+
+
+def test_a_thumbnail_is_the_mean_of_each_area():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    means = image.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    assert np.abs(thumbnail(image) - means).max() <= 1
+    assert thumbnail(image[..., :1]).shape == (16, 16, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_splits_come_in_the_wanted_fractions(channels):
+    images = blocks(4000, channels=channels)
+    splits = [split_of(image, validation_fraction=0.1, test_fraction=0.2) for image in images]
+    assert splits.count("validation") / 4000 == pytest.approx(0.1, abs=0.02)
+    assert splits.count("test") / 4000 == pytest.approx(0.2, abs=0.02)
+
+
+@settings(max_examples=50)
+@given(arrays(np.uint8, (16, 16, 3)), st.floats(0.01, 0.4), st.floats(0.01, 0.4))
+def test_a_larger_test_fraction_never_takes_an_image_out_of_the_test_split(image, small, more):
+    if split_of(image, validation_fraction=0.1, test_fraction=small) == "test":
+        assert split_of(image, validation_fraction=0.1, test_fraction=small + more) == "test"
+
+
+def test_most_near_duplicates_fall_into_the_same_split():
+    random = np.random.default_rng(0)
+    images = random.integers(20, 235, (500, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    noisy = (images + random.normal(0, 2, images.shape)).round()
+    fractions = {"validation_fraction": 0.25, "test_fraction": 0.25}
+    same = [
+        split_of(a.astype(np.uint8), **fractions) == split_of(b.astype(np.uint8), **fractions)
+        for a, b in zip(images, noisy, strict=True)
+    ]
+    assert np.mean(same) > 0.85

@@ -1,0 +1,394 @@
+"""Files in, shards out; every property is checked on the files that the stage wrote."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from aegan import dataset, manifold
+from aegan.config import SPLITS, DataConfig, PreprocessConfig
+from pipelines import download as download_stage
+from pipelines.download import download
+from pipelines.errors import UserError
+from pipelines.preprocess import preprocess
+from tests.pictures import blocks, encode, write_folder
+
+CONFIG = PreprocessConfig(
+    image_size=16,
+    image_channels=3,
+    fit="crop",
+    max_pixels=10_000,
+    near_duplicate_distance=3.0,
+    validation_fraction=0.2,
+    test_fraction=0.2,
+    rows_per_shard=32,
+    rows_per_row_group=8,
+)
+REAL_FACES = Path("../shared/data/anime_faces/anime_faces.zip")
+
+
+def snapshot(source: str | Path, folder: Path, *, images: int = 200) -> Path:
+    config = DataConfig(
+        source=str(source), manifold_images=images, manifold_size=16, manifold_seed=0
+    )
+    download(config, folder / "raw")
+    return folder / "raw"
+
+
+def run(raw: Path, folder: Path, config: PreprocessConfig = CONFIG, processes: int = 1) -> dict:
+    return preprocess(
+        config,
+        raw,
+        shards=folder / "shards",
+        artifacts=folder / "artifacts",
+        runs=folder / "runs",
+        processes=processes,
+    )
+
+
+def quarantine(folder: Path) -> dict[str, str]:
+    with (folder / "artifacts/quarantine.csv").open(encoding="utf-8") as file:
+        return {row["source"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def split_of_each_image(folder: Path) -> dict[str, str]:
+    return {
+        image_id: split
+        for split in SPLITS
+        for image_id in dataset.load_columns(folder / "shards", split, ["image_id"])["image_id"]
+    }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of all that the stage wrote."""
+    files = [*(folder / "shards").iterdir(), *(folder / "artifacts").iterdir()]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 images of the designed set, in 7 row groups, and what became of them."""
+    folder = tmp_path_factory.mktemp("faces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_stage, "ROW_GROUP_ROWS", 32)
+        snapshot("manifold", folder)
+    run(folder / "raw", folder)
+    return folder
+
+
+def test_every_image_arrives_once_with_its_pixels_source_and_factors(faces):
+    images, factors = manifold.generate(0, 200, seed=0, image_size=16)
+    seen = set()
+    for split in SPLITS:
+        found = dataset.load_images(faces / "shards", split)
+        names = ["source", "image_id", *(f"factor_{f.name}" for f in manifold.FACTORS)]
+        columns = dataset.load_columns(faces / "shards", split, names)
+        for row, source in enumerate(columns["source"]):
+            index = int(source.removeprefix("face-").removesuffix(".png"))
+            seen.add(index)
+            np.testing.assert_array_equal(found[row], images[index])
+            assert columns["image_id"][row] == hashlib.sha256(images[index].tobytes()).hexdigest()
+            assert [columns[name][row] for name in names[2:]] == factors[index].tolist()
+    left_out = {int(source[5:12]) for source in quarantine(faces)}
+    assert seen | left_out == set(range(200))
+    assert not seen & left_out
+
+
+def test_the_shards_are_those_of_the_contract(faces):
+    manifest = json.loads((faces / "shards/manifest.json").read_text())
+    raw = json.loads((faces / "raw/manifest.json").read_text())
+    assert manifest["source_sha256"] == raw["source_sha256"]
+    shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    joined = "".join(shard["sha256"] for shard in shards)
+    assert manifest["dataset_sha256"] == hashlib.sha256(joined.encode()).hexdigest()
+    for split in SPLITS:
+        *full, last = manifest["splits"][split]["shards"]
+        assert all(shard["rows"] == CONFIG.rows_per_shard for shard in full)
+        for shard in (*full, last):
+            content = (faces / "shards" / shard["file"]).read_bytes()
+            assert shard["bytes"] == len(content)
+            assert shard["sha256"] == hashlib.sha256(content).hexdigest()
+            file = pq.ParquetFile(faces / "shards" / shard["file"])
+            groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            assert all(rows == CONFIG.rows_per_row_group for rows in groups[:-1])
+            assert sum(groups) == shard["rows"]
+            assert set(file.read(["split"])["split"].to_pylist()) == {split}
+            metadata = file.schema_arrow.metadata
+            assert metadata[b"height"] == metadata[b"width"] == b"16"
+            assert metadata[b"channels"] == b"3"
+            assert metadata[b"preprocess_sha256"].decode() == manifest["preprocess_sha256"]
+
+
+def test_statistics_count_every_file_and_describe_the_training_images(faces):
+    statistics = json.loads((faces / "artifacts/statistics.json").read_text())
+    counts = {split: len(dataset.load_images(faces / "shards", split)) for split in SPLITS}
+    assert {split: statistics[split] for split in SPLITS} == counts
+    assert statistics["files"] == 200 == statistics["kept"] + statistics["quarantined"]
+    pixels = dataset.load_images(faces / "shards", "train").reshape(-1, 3)
+    assert list(statistics["pixel_mean"].values()) == pytest.approx(pixels.mean(axis=0), abs=1e-3)
+    assert list(statistics["pixel_std"].values()) == pytest.approx(pixels.std(axis=0), abs=1e-3)
+
+
+def test_the_contact_sheet_shows_a_hundred_training_images(faces):
+    sheet = Image.open(faces / "artifacts/contact_sheet.png")
+    assert sheet.size == ((10 * 18 + 2) * 4,) * 2
+
+
+def test_the_work_folder_is_gone_after_a_good_end(faces):
+    assert not list((faces / "runs").glob("preprocess-*"))
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(faces, tmp_path):
+    run(faces / "raw", tmp_path, processes=2)
+    assert hashes(tmp_path) == hashes(faces)
+
+
+def test_every_unusable_file_gets_its_line_and_the_rest_is_kept(tmp_path):
+    images = blocks(40)
+    folder = write_folder(tmp_path / "images", images)
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").touch()
+    (folder / "half.jpg").write_bytes(encode(images[0], "JPEG")[:300])
+    (folder / "large.png").write_bytes(encode(blocks(1, size=128)[0]))
+    (folder / "link.png").symlink_to("/etc/passwd")
+    (folder / "mislabelled.txt").write_bytes(encode(blocks(1, seed=9)[0], "BMP"))
+    (folder / "zzz-again.bmp").write_bytes(encode(images[7], "BMP"))
+    (folder / ".DS_Store").touch()
+    statistics = run(snapshot(folder, tmp_path), tmp_path)
+    reasons = {source: reason.split(":")[0] for source, reason in quarantine(tmp_path).items()}
+    assert reasons == {
+        ".DS_Store": "hidden or system file",
+        "empty.png": "empty file",
+        "half.jpg": "cannot be decoded",
+        "large.png": "too many pixels",
+        "link.png": "link",
+        "text.png": "not an image",
+        "zzz-again.bmp": "duplicate",
+    }
+    assert quarantine(tmp_path)["zzz-again.bmp"] == "duplicate: 0007.png"
+    assert statistics["kept"] == 41
+    assert statistics["quarantined_by_reason"]["too many pixels"] == 1
+
+
+def test_one_channel_and_padding_are_supported(tmp_path):
+    raw = snapshot(write_folder(tmp_path / "images", blocks(60)[:, :12]), tmp_path)
+    config = dataclasses.replace(CONFIG, image_channels=1, fit="pad")
+    run(raw, tmp_path, config)
+    train = dataset.load_images(tmp_path / "shards", "train")
+    assert train.shape[1:] == (16, 16, 1)
+    assert (train[:, :2] == 255).all()
+
+
+def noisy_copies(images: np.ndarray, *, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).integers(-2, 3, images.shape)
+    return np.clip(images.astype(int) + noise, 0, 255).astype(np.uint8)
+
+
+def test_no_training_image_is_a_near_duplicate_of_a_held_out_one(tmp_path):
+    # Colours at the border between two coarse levels: copies scatter over the splits.
+    images = blocks(60) // 16 * 16 + np.uint8(8)
+    folder = write_folder(tmp_path / "images", images)
+    for copy in range(3):
+        write_folder(folder / f"copy-{copy}", noisy_copies(images, seed=copy))
+    run(snapshot(folder, tmp_path), tmp_path)
+    train, validation, test = (
+        dataset.load_images(tmp_path / "shards", split).reshape(-1, 768).astype(float)
+        for split in SPLITS
+    )
+    for later, earlier in ((train, test), (train, validation), (validation, test)):
+        distances = np.sqrt(np.square(later[:, None] - earlier[None]).mean(axis=-1))
+        assert distances.min() >= CONFIG.near_duplicate_distance
+    aside = [r for r in quarantine(tmp_path).values() if r.startswith("near duplicate")]
+    assert aside
+    statistics = json.loads((tmp_path / "artifacts/statistics.json").read_text())
+    assert statistics["near_duplicate_groups"] == 60
+    assert statistics["images_in_near_duplicate_groups"] == 240
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 2**16), st.integers(1, 60), st.booleans())
+def test_adding_data_never_moves_an_image_to_another_split(tmp_path_factory, seed, more, similar):
+    folder = tmp_path_factory.mktemp("growing")
+    old = blocks(80, seed=seed)
+    images = write_folder(folder / "images", old)
+    run(snapshot(images, folder / "before"), folder / "before")
+    new = noisy_copies(old[:more], seed=seed) if similar else blocks(more, seed=seed + 1)
+    write_folder(images / "added", new)
+    run(snapshot(images, folder / "after"), folder / "after")
+    before, after = (split_of_each_image(folder / name) for name in ("before", "after"))
+    assert {i: s for i, s in before.items() if i in after} == {
+        i: s for i, s in after.items() if i in before
+    }
+    gone = [source for source in quarantine(folder / "after") if "/" not in source]
+    assert len(before.keys() - after.keys()) == len(gone)
+    assert all(
+        quarantine(folder / "after")[source].startswith("near duplicate of held-out image: added/")
+        for source in gone
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_channels": 2}, "preprocess.image_channels must be 1 or 3"),
+        ({"test_fraction": 0.9}, "must leave something to train on"),
+        ({"rows_per_shard": 30}, "rows_per_shard must be a multiple of rows_per_row_group"),
+        ({"max_pixels": 10}, r"no usable image among 3 files.* 0000.png \(too many pixels"),
+        (
+            {"test_fraction": 1e-9},
+            "no image falls into the (test|validation) split: 3 images are too few",
+        ),
+    ],
+)
+def test_what_a_user_can_cure_is_one_clear_error(tmp_path, change, message):
+    raw = snapshot(write_folder(tmp_path / "images", blocks(3)), tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(raw, tmp_path, dataclasses.replace(CONFIG, **change))
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_missing_or_changed_snapshot_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"manifest.json not found: run the stage download first"):
+        run(tmp_path / "raw", tmp_path)
+    raw = snapshot("manifold", tmp_path)
+    (raw / "files-00000.parquet").write_bytes(b"cut")
+    with pytest.raises(UserError, match="missing or changed: run the stage download again"):
+        run(raw, tmp_path)
+
+
+def start_stage(folder: Path, raw: Path, *, prologue: str = "pass") -> subprocess.Popen[str]:
+    """The stage in a process of its own, with two workers."""
+    script = folder / "stage.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from pipelines.errors import run_stage\n"
+        "from tests.pipelines.test_preprocess import run\n"
+        "if __name__ == '__main__':\n"
+        f"    {prologue}\n"
+        "    run_stage(lambda: run(Path(sys.argv[1]), Path(sys.argv[2]), processes=2))\n"
+    )
+    command = [sys.executable, str(script), str(raw), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for two minutes"
+        time.sleep(0.01)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("runs/preprocess-*/part-*.parquet"))
+
+
+@pytest.mark.slow
+def test_killed_half_way_the_next_run_gives_the_same_bytes_and_no_worker_stays(faces, tmp_path):
+    process = start_stage(tmp_path, faces / "raw")
+    wait_until(lambda: parts(tmp_path))
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "shards").exists()
+    wait_until(lambda: all(has_ended(worker) for worker in workers))
+    run(faces / "raw", tmp_path)
+    assert hashes(tmp_path) == hashes(faces)
+
+
+def test_finished_parts_are_used_again_and_damaged_ones_are_not(faces, tmp_path):
+    with pytest.raises(UserError, match="no image falls into"):  # leaves its parts behind
+        run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, test_fraction=1e-9))
+    assert len(parts(tmp_path)) == 7
+    run(faces / "raw", tmp_path)  # under other parameters: nothing of the former is used
+    assert hashes(tmp_path) == hashes(faces)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_folder(faces, tmp_path):
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
+    process = start_stage(tmp_path, faces / "raw", prologue=limit)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.count("\n") == 1
+    assert error.startswith("error: no space left for")
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "stage.py"}
+
+
+@pytest.mark.slow
+def test_interrupted_by_the_user_it_ends_quietly_without_a_worker_left(faces, tmp_path):
+    process = start_stage(tmp_path, faces / "raw")
+    wait_until(lambda: parts(tmp_path))
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode in (0, 130)  # 0: it was faster
+    assert error == ""
+    wait_until(lambda: all(has_ended(worker) for worker in workers))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(faces, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with (
+        FileLock(tmp_path / "runs/preprocess.lock"),
+        pytest.raises(UserError, match="another preprocess run is at work"),
+    ):
+        run(faces / "raw", tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from tests.pipelines.test_preprocess import *\n"
+        "folder = Path(sys.argv[1])\n"
+        "config = dataclasses.replace(CONFIG, rows_per_shard=2048, image_size=32)\n"
+        "run(snapshot('manifold', folder, images=int(sys.argv[2])), folder, config)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    peak_bytes = {}
+    for count in (15_000, 60_000):
+        command = [sys.executable, "-c", script, str(tmp_path / str(count)), str(count)]
+        result = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        )
+        peak_bytes[count] = int(result.stdout)
+    growth_bytes = (peak_bytes[60_000] - peak_bytes[15_000]) / 45_000
+    assert growth_bytes < 1536  # a thumbnail, mapped from its file, takes 768; an image 3072
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_FACES.exists(), reason="the real faces are not here")
+def test_the_real_faces_lose_only_what_leaks(tmp_path):
+    config = dataclasses.replace(CONFIG, image_size=32, rows_per_shard=8192, max_pixels=10**6)
+    config = dataclasses.replace(config, rows_per_row_group=1024, validation_fraction=0.05)
+    statistics = run(snapshot(REAL_FACES, tmp_path), tmp_path, config, processes=2)
+    assert statistics["files"] == 22_950
+    assert statistics["kept"] > 22_900
+    assert statistics["quarantined_by_reason"].keys() == {"near duplicate of held-out image"}
+    assert statistics["test"] / statistics["kept"] == pytest.approx(0.2, abs=0.01)

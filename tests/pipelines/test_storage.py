@@ -1,0 +1,105 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from aegan.config import DataConfig
+from pipelines import storage
+from pipelines.download import download
+from pipelines.errors import UserError
+from tests.pictures import blocks, write_folder
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    storage._client.cache_clear()
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="images")
+    yield lambda name, content: client.put_object(Bucket="images", Key=name, Body=content)
+    storage._client.cache_clear()
+
+
+def config(source: str) -> DataConfig:
+    return DataConfig(source=source, manifold_images=1, manifold_size=16, manifold_seed=0)
+
+
+def test_objects_are_those_at_or_below_the_address_and_no_neighbours(bucket):
+    for name in ("set/a.png", "set/b/c.png", "settings/x.png", "set"):
+        bucket(name, name.encode())
+    found = dict(storage.list_objects("s3://images/set"))
+    assert found == {
+        "s3://images/set": 3,
+        "s3://images/set/a.png": 9,
+        "s3://images/set/b/c.png": 11,
+    }
+    assert storage.read_object("s3://images/set/a.png") == b"set/a.png"
+
+
+def test_a_prefix_and_an_archive_in_a_bucket_give_the_files_of_the_folder(bucket, tmp_path):
+    images = write_folder(tmp_path / "images", blocks(20))
+    for file in images.iterdir():
+        bucket(f"faces/{file.name}", file.read_bytes())
+    bucket("faces/", b"")  # what some tools leave to mark a folder
+    archive = shutil.make_archive(str(tmp_path / "faces"), "gztar", images)
+    bucket("packed/faces.tar.gz", Path(archive).read_bytes())
+
+    folder = download(config(str(images)), tmp_path / "a")
+    prefix = download(config("s3://images/faces"), tmp_path / "b")
+    packed = download(config("s3://images/packed/faces.tar.gz"), tmp_path / "c")
+    tables = [
+        pq.read_table(tmp_path / name / "files-00000.parquet").sort_by("source") for name in "abc"
+    ]
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
+    assert prefix["source_sha256"] == folder["source_sha256"] != packed["source_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://no-such-bucket/x", r"\(NoSuchBucket\): check the bucket's name"),
+        ("s3://images/no-such-archive.zip", r"\(404\): check the bucket's name and the path"),
+        ("s3://images/no/such/prefix", "no files in s3://images/no/such/prefix"),
+    ],
+)
+def test_what_is_not_there_is_one_clear_error(bucket, tmp_path, address, message):
+    with pytest.raises(UserError, match=message):
+        download(config(address), tmp_path / "raw")
+
+
+def test_an_endpoint_that_does_not_answer_is_one_clear_error(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    storage._client.cache_clear()
+    with pytest.raises(UserError, match="check the network, AWS_ENDPOINT_URL"):
+        download(config("s3://images/faces"), tmp_path / "raw")
+
+
+def test_a_public_bucket_is_read_without_credentials(bucket, monkeypatch):
+    bucket("open.txt", b"public")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._client.cache_clear()
+    assert storage.read_object("s3://images/open.txt") == b"public"
