@@ -162,11 +162,12 @@ def load_extractor(config: EvaluateConfig, image_channels: int) -> tuple[str, nn
         return f"inception_v3 ({weights.name})", inception_features(weights)
     except ModuleNotFoundError:
         raise UserError(
-            "evaluate.feature_weights needs the library torch-fidelity: "
-            "pip install torch-fidelity, or leave it empty for random features"
+            "evaluate.feature_weights needs torch-fidelity: "
+            "pip install torch-fidelity torchvision, or leave it empty for random features"
         ) from None
     except Exception as error:
-        raise UserError(f"{weights} holds no Inception v3 weights ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{weights} holds no Inception v3 weights: {reason}") from None
 
 
 # -- measuring ------------------------------------------------------------------------------------

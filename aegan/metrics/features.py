@@ -70,7 +70,8 @@ class _Inception(nn.Module):
 
 
 def inception_features(weights: Path) -> nn.Module:
-    """Inception v3 with weights from a file; raises ModuleNotFoundError without torch-fidelity."""
+    """Inception v3 with a file of weights; raises ModuleNotFoundError without torch-fidelity."""
+    torch.load(weights, weights_only=True)  # refuses pickled code, which torch-fidelity would run
     return _Inception(weights).eval().requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ from aegan.config import EvaluateConfig, ModelConfig
 from aegan.metrics import METRICS
 from aegan.networks import AEGAN
 from pipelines.errors import UserError
-from pipelines.evaluate import better_weights, evaluate
+from pipelines.evaluate import better_weights, evaluate, load_extractor
 from tests.shards import write_shards
 
 CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
@@ -167,9 +167,8 @@ def test_what_a_user_can_cure_is_one_sentence(tmp_path: Path) -> None:
         evaluate(model, write_noise(tmp_path / "s32", size=32), output, CONFIG)
     with pytest.raises(UserError, match=r"1 test images.*preprocess.test_fraction"):
         evaluate(model, write_noise(tmp_path / "s1", test=1), output, CONFIG)
-    weights = dataclasses.replace(CONFIG, feature_weights=str(tmp_path / "inception.pth"))
     with pytest.raises(UserError, match=r"feature_weights.*not found"):
-        evaluate(model, shards, output, weights)
+        evaluate(model, shards, output, with_weights(tmp_path / "inception.pth"))
     assert not output.exists()
 
 
@@ -183,13 +182,22 @@ def test_damaged_files_are_one_sentence_too(tmp_path: Path) -> None:
         evaluate(model, shards, output, CONFIG)
 
 
-@pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_inception_weights_without_their_library_name_the_cure(tmp_path: Path) -> None:
-    weights = tmp_path / "inception.pth"
-    weights.write_bytes(b"weights")
-    config = dataclasses.replace(CONFIG, feature_weights=str(weights))
+    if find_spec("torch_fidelity") is not None:
+        pytest.skip("torch-fidelity is installed")
+    torch.save({}, tmp_path / "inception.pth")
     with pytest.raises(UserError, match="pip install torch-fidelity"):
-        evaluate(write_model(tmp_path / "m"), write_noise(tmp_path / "s"), tmp_path / "o", config)
+        load_extractor(with_weights(tmp_path / "inception.pth"), 3)
+
+
+def test_inception_weights_that_carry_code_are_refused(tmp_path: Path) -> None:
+    torch.save({"hook": Path}, tmp_path / "inception.pth")
+    with pytest.raises(UserError, match="no Inception v3 weights"):
+        load_extractor(with_weights(tmp_path / "inception.pth"), 3)
+
+
+def with_weights(path: Path) -> EvaluateConfig:
+    return dataclasses.replace(CONFIG, feature_weights=str(path))
 
 
 def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
