@@ -1,9 +1,10 @@
-"""Fidelity and variety from nearest neighbours (Naeem et al. 2020, arXiv 2002.09797)."""
+"""Fidelity and variety from nearest neighbours.
 
-from contextlib import redirect_stdout
-from os import devnull
-from pathlib import Path
+Precision and recall: Kynkaanniemi et al. 2019, arXiv 1904.06991. Density and coverage: Naeem et al.
+2020, arXiv 2002.09797.
+"""
 
+import torch
 from torch import Tensor
 
 
@@ -12,12 +13,23 @@ def precision_recall_density_coverage(
 ) -> dict[str, float]:
     """`precision`, `recall`, `density`, `coverage` of features [N, D] and [M, D].
 
-    A point is close to a set if it lies within the distance of one of its members to that member's
-    k-th nearest neighbour; k is lowered for sets of fewer than k + 2 images.
+    A point's neighbourhood reaches to the k-th nearest other point of its own set; k is lowered for
+    sets of k images or fewer.
     """
-    from prdc import compute_prdc
-
-    nearest_k = min(neighbours, len(real) - 2, len(generated) - 2)
-    with Path(devnull).open("w") as silence, redirect_stdout(silence):  # it prints the set sizes
-        scores = compute_prdc(real.numpy(), generated.numpy(), nearest_k)
+    k = min(neighbours, len(real) - 1, len(generated) - 1)
+    real, generated = real.double(), generated.double()
+    distances = torch.cdist(real, generated)
+    in_real = distances < _radii(real, k)[:, None]  # [N, M]: image n's neighbourhood holds sample m
+    in_generated = distances < _radii(generated, k)  # [N, M]: and the other way round
+    scores = {
+        "precision": in_real.any(0).double().mean(),
+        "recall": in_generated.any(1).double().mean(),
+        "density": in_real.sum(0).double().mean() / k,
+        "coverage": in_real.any(1).double().mean(),
+    }
     return {name: float(score) for name, score in scores.items()}
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Distance of each point to its k-th nearest other point, [N]."""
+    return torch.cdist(features, features).kthvalue(k + 1).values  # the nearest is the point itself
