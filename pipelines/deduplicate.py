@@ -26,29 +26,25 @@ class Verdict:
     groups: tuple[int, int]  # groups of near duplicates, images in them
 
 
-def decide(parts: list[Path], *, thumbnails_file: Path, distance: float) -> Verdict:
+def decide(parts: list[Path], *, thumbnails_file: Path, channels: int, distance: float) -> Verdict:
     """Exact duplicates of an earlier file and near duplicates of a held-out image go.
 
     Test images stay; validation images near them go; training images near either go. An image
     that stays is in the split its own content says, whatever else the set holds.
     """
-    table = _gather(parts, thumbnails_file)
-    fate = pc.index_in(table.column("split"), value_set=pa.array(SPLITS)).fill_null(UNUSABLE)
-    fate = fate.to_numpy().astype(np.int8)
+    ids, fate, sources = _gather(parts, thumbnails_file)
     twin = np.full(len(fate), -1, np.int64)
     usable = np.flatnonzero(fate != UNUSABLE)
     if not len(usable):
-        return Verdict(fate, twin, table.column("source"), (0, 0))
+        return Verdict(fate, twin, sources, (0, 0))
 
-    codes = table.column("image_id").combine_chunks().dictionary_encode().indices.drop_null()
-    _, first, code = np.unique(codes.to_numpy(), return_index=True, return_inverse=True)
+    _, first, code = np.unique(ids[usable], return_index=True, return_inverse=True)
     original = usable[first[code]]
     repeated = usable != original
     fate[usable[repeated]] = DUPLICATE
     twin[usable[repeated]] = original[repeated]
 
-    thumbnails = np.memmap(thumbnails_file, np.uint8, "r").reshape(len(fate), -1)
-    search = NearDuplicates(thumbnails, distance=distance)
+    search = NearDuplicates(thumbnails_file, channels=channels, distance=distance)
     train, validation, test = range(len(SPLITS))
     for later, earlier in ((validation, (test,)), (train, (validation, test))):
         candidates = np.flatnonzero(fate == later)
@@ -56,16 +52,22 @@ def decide(parts: list[Path], *, thumbnails_file: Path, distance: float) -> Verd
         near = found >= 0
         fate[candidates[near]] = SET_ASIDE
         twin[candidates[near]] = found[near]
-    return Verdict(fate, twin, table.column("source"), search.groups(usable[~repeated]))
+    return Verdict(fate, twin, sources, search.groups(usable[~repeated]))
 
 
-def _gather(parts: list[Path], thumbnails_file: Path) -> pa.Table:
-    """`source`, `image_id` and `split` of all files; their thumbnails go to a file."""
-    tables = []
+def _gather(
+    parts: list[Path], thumbnails_file: Path
+) -> tuple[np.ndarray, NDArray[np.int8], pa.ChunkedArray]:
+    """Ids, splits and sources of all files; their thumbnails go to a file."""
+    ids, fates, sources = [], [], []
     with thumbnails_file.open("wb") as out:
         for part in progress(parts, "comparing", unit="parts", total=len(parts)):
             table = pq.read_table(part, columns=["source", "image_id", "split", "thumbnail"])
             thumbnails = table.column("thumbnail")
             out.write(b"".join(thumbnails.fill_null(bytes(thumbnails.type.byte_width)).to_pylist()))
-            tables.append(table.drop_columns("thumbnail"))
-    return pa.concat_tables(tables)
+            # 128 bits of the hash tell any number of images apart, in half the memory.
+            ids.append(np.array(table.column("image_id").fill_null("").to_pylist(), "S32"))
+            fate = pc.index_in(table.column("split"), value_set=pa.array(SPLITS))
+            fates.append(fate.fill_null(UNUSABLE).to_numpy().astype(np.int8))
+            sources.append(pa.array(table.column("source").to_pylist(), pa.string()))
+    return np.concatenate(ids), np.concatenate(fates), pa.chunked_array(sources)

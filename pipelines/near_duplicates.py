@@ -6,6 +6,7 @@ difference of their thumbnails, in grey levels, is below a distance.
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,17 +48,18 @@ def split_of(small: np.ndarray, *, validation_fraction: float, test_fraction: fl
 
 
 class NearDuplicates:
-    """Search among thumbnails uint8 [N, 16 * 16 * C], which may be a memory map.
+    """Search among thumbnails uint8 [N, 16 * 16 * C] that lie one after another in a file.
 
     No orthogonal projection lengthens a distance, so a tree over a few principal components has
     every near duplicate among its candidates; the candidates are then compared exactly.
     """
 
-    def __init__(self, thumbnails: np.ndarray, *, distance: float) -> None:
-        self._thumbnails = thumbnails
-        self._limit = distance**2 * thumbnails.shape[1]  # of the summed squared differences
+    def __init__(self, file: Path, *, channels: int, distance: float) -> None:
+        dims = THUMBNAIL_SIZE**2 * channels
+        self._thumbnails = np.memmap(file, np.uint8, "r").reshape(-1, dims)
+        self._limit = distance**2 * dims  # of the summed squared differences
         self._radius = self._limit**0.5 * (1 + 1e-4) + 1e-2  # room for rounding
-        self._points = _principal_components(thumbnails)
+        self._points = _principal_components(file, *self._thumbnails.shape)
 
     def nearest(self, queries: Indices, among: Indices) -> Indices:
         """For each query a near duplicate among others (the nearest candidate), or -1."""
@@ -123,24 +125,33 @@ class NearDuplicates:
         return np.concatenate(sums)
 
 
-def _principal_components(thumbnails: np.ndarray) -> NDArray[np.float32]:
+def _principal_components(file: Path, count: int, dims: int) -> NDArray[np.float32]:
     """uint8 [N, 16 * 16 * C] => float32 [N, 8], distances never longer than before.
 
     Two orthogonal projections: to the means of 4x4 cells, then to the main axes of a sample.
+    Read as a stream: pages of a memory map would count as ours.
     """
 
-    def cells(some: np.ndarray) -> NDArray[np.float32]:
-        means = some.reshape(-1, 4, 4, 4, 4, channels).mean(axis=(2, 4), dtype=np.float32)
-        return np.asarray(means.reshape(len(some), -1) * 4)  # sqrt of the 16 pixels in a cell
+    def cells(thumbnails: bytes) -> NDArray[np.float32]:
+        pixels = np.frombuffer(thumbnails, np.uint8)
+        pixels = pixels.reshape(-1, 4, 4, 4, 4, dims // THUMBNAIL_SIZE**2)
+        means = pixels.mean(axis=(2, 4), dtype=np.float32)
+        return np.asarray(means.reshape(len(pixels), -1) * 4)  # root of the 16 pixels in a cell
 
-    count, dims = thumbnails.shape
-    channels = dims // THUMBNAIL_SIZE**2
-    sample = cells(thumbnails[np.linspace(0, count - 1, min(count, 4096)).astype(np.int64)])
-    mean = sample.mean(axis=0)
-    _, axes = np.linalg.eigh((sample - mean).T @ (sample - mean))
     points = np.empty((count, PROJECTION_DIMS), np.float32)
-    for part in _parts(np.arange(count), _ROWS_AT_ONCE):
-        points[part] = (cells(thumbnails[part]) - mean) @ axes[:, -PROJECTION_DIMS:]
+    with file.open("rb") as stream:
+
+        def read(first: int, rows: int) -> bytes:
+            stream.seek(first * dims)
+            return stream.read(rows * dims)
+
+        places = np.linspace(0, count - 1, min(count, 4096)).astype(np.int64)
+        sample = cells(b"".join(read(int(place), 1) for place in places))
+        mean = sample.mean(axis=0)
+        _, axes = np.linalg.eigh((sample - mean).T @ (sample - mean))
+        for part in _parts(np.arange(count), _ROWS_AT_ONCE):
+            some = cells(read(int(part[0]), len(part)))
+            points[part] = (some - mean) @ axes[:, -PROJECTION_DIMS:]
     return points
 
 

@@ -62,6 +62,7 @@ def preprocess(
         verdict = decide(
             parts,
             thumbnails_file=work / "thumbnails",
+            channels=config.image_channels,
             distance=config.near_duplicate_distance,
         )
         _check_splits(config, parts, verdict)

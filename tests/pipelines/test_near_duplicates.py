@@ -9,6 +9,17 @@ from pipelines.near_duplicates import NearDuplicates, split_of, thumbnail
 from tests.pictures import blocks
 
 
+@pytest.fixture
+def search(tmp_path):
+    """Writes thumbnails to a file and opens the search in it."""
+
+    def open_search(thumbnails: np.ndarray, *, distance: float) -> NearDuplicates:
+        thumbnails.tofile(tmp_path / "thumbnails")
+        return NearDuplicates(tmp_path / "thumbnails", channels=3, distance=distance)
+
+    return open_search
+
+
 def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(a.astype(float) - b.astype(float)).mean(axis=-1))
 
@@ -23,10 +34,10 @@ def crowd(seed: int, *, count: int = 300) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("distance", [2.0, 5.0, 9.0])
-def test_the_search_finds_exactly_the_images_that_comparing_all_pairs_finds(seed, distance):
+def test_the_search_finds_exactly_the_images_that_comparing_all_pairs_finds(search, seed, distance):
     thumbnails = crowd(seed)
     queries, others = np.arange(0, 300, 2), np.arange(1, 300, 2)
-    found = NearDuplicates(thumbnails, distance=distance).nearest(queries, others)
+    found = search(thumbnails, distance=distance).nearest(queries, others)
     pairs = root_mean_square(thumbnails[queries][:, None], thumbnails[others][None])
     np.testing.assert_array_equal(found >= 0, (pairs < distance).any(axis=1))
     hits = found >= 0
@@ -35,28 +46,27 @@ def test_the_search_finds_exactly_the_images_that_comparing_all_pairs_finds(seed
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_groups_are_the_connected_components_of_all_near_pairs(seed):
+def test_groups_are_the_connected_components_of_all_near_pairs(search, seed):
     thumbnails = crowd(seed, count=100)
     pairs = root_mean_square(thumbnails[:, None], thumbnails[None]) < 4
     _, labels = connected_components(pairs)
     sizes = np.bincount(labels)
-    found = NearDuplicates(thumbnails, distance=4).groups(np.arange(100))
+    found = search(thumbnails, distance=4).groups(np.arange(100))
     assert found == ((sizes > 1).sum(), sizes[sizes > 1].sum())
 
 
-def test_a_thousand_copies_of_one_picture_are_searched_in_bounded_memory():
+def test_a_thousand_copies_of_one_picture_are_searched_in_bounded_memory(search):
     thumbnails = np.full((4000, 768), 100, np.uint8)
-    search = NearDuplicates(thumbnails, distance=3)
-    assert (search.nearest(np.arange(2000), np.arange(2000, 4000)) >= 2000).all()
-    assert search.groups(np.arange(4000))[1] == 4000
+    copies = search(thumbnails, distance=3)
+    assert (copies.nearest(np.arange(2000), np.arange(2000, 4000)) >= 2000).all()
+    assert copies.groups(np.arange(4000))[1] == 4000
 
 
-def test_distance_zero_finds_nothing_and_one_image_has_no_duplicate():
-    thumbnails = crowd(0)
-    search = NearDuplicates(thumbnails, distance=0)
-    assert (search.nearest(np.arange(150), np.arange(150, 300)) == -1).all()
-    assert search.groups(np.array([5])) == (0, 0)
-    assert search.nearest(np.array([5]), np.empty(0, np.int64)).tolist() == [-1]
+def test_distance_zero_finds_nothing_and_one_image_has_no_duplicate(search):
+    strict = search(crowd(0), distance=0)
+    assert (strict.nearest(np.arange(150), np.arange(150, 300)) == -1).all()
+    assert strict.groups(np.array([5])) == (0, 0)
+    assert strict.nearest(np.array([5]), np.empty(0, np.int64)).tolist() == [-1]
 
 
 def test_a_thumbnail_is_the_mean_of_each_area():
