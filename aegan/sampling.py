@@ -102,7 +102,7 @@ def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     weights_start = torch.sin((1 - t.unsqueeze(-1)) * angle) / sine
     weights_end = torch.sin(t.unsqueeze(-1) * angle) / sine
     curved = weights_start * start.unsqueeze(-2) + weights_end * end.unsqueeze(-2)
-    return torch.where(sine.abs() < 1e-4, lerp(start, end, t), curved)
+    return torch.where(sine.abs() < 1e-3, lerp(start, end, t), curved)
 
 
 def _device(model: AEGAN) -> torch.device:

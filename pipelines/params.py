@@ -101,9 +101,10 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
             if document[name].get(key) != value:
                 changed.append(f"{name}.{key}: {document[name].get(key)} -> {value}")
             document[name][key] = value
-        parse_section(name, dict(document[name]))
     text = StringIO()
     yaml.dump(document, text)
+    for name, values in YAML(typ="safe").load(text.getvalue()).items():
+        parse_section(name, values)
     aside = path.with_suffix(".tmp")
     aside.write_text(text.getvalue(), encoding="utf-8")
     aside.replace(path)

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from aegan.config import LossConfig, TrainingConfig
+from pipelines import params
+from pipelines.errors import UserError
+from pipelines.train import CODE
+
+ROOT = Path(params.__file__).parent.parent
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text())
+    return path
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("name", params.SECTIONS)
+def test_every_section_of_the_projects_own_parameters_is_valid(name):
+    section = params.SECTIONS[name]
+    assert isinstance(params.load(section, ROOT / "params.yaml"), section)
+
+
+def test_numbers_in_scientific_notation_are_numbers(file):
+    edit(file, "learning_rate: 5.0e-4\n  disc", "learning_rate: 2e-4\n  disc")
+    assert params.load(TrainingConfig, file).learning_rate == 0.0002
+
+
+def test_a_whole_number_serves_where_a_fraction_is_expected(file):
+    edit(file, "lambda_image_reconstruction: 10.0", "lambda_image_reconstruction: 12")
+    assert params.load(LossConfig, file).lambda_image_reconstruction == 12.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gamma: 0.0", "gama: 0.0", r"keys of loss: unknown \['gama'\], missing \['gamma'\]"),
+        ("gamma: 0.0", "gamma: lots", "loss.gamma is 'lots'; expected float"),
+        ("adversarial: bce", "adversarial: hing", r"loss.adversarial is 'hing'; allowed: \['bce'"),
+        ("num_steps: ", "num_steps: -1.5 # ", "training.num_steps is -1.5; expected int"),
+        ("horizontal_flip: true", "horizontal_flip: 1", "horizontal_flip is 1; expected bool"),
+        ("interpolate:", "interpolation:", r"unknown \['interpolation'\], missing \['interpol"),
+        ("loss:", "loss: [", "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_be_right(file, old, new, message):
+    edit(file, old, new)
+    section = TrainingConfig if "training" in message or "flip" in message else LossConfig
+    with pytest.raises(UserError, match=message):
+        params.load(section, file)
+
+
+def test_a_missing_file_says_where_to_run(tmp_path):
+    with pytest.raises(UserError, match="run from the project's root folder"):
+        params.load(LossConfig, tmp_path / "params.yaml")
+
+
+def test_an_overlay_changes_its_values_and_keeps_every_comment(file, tmp_path):
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("loss:\n  gamma: 2.0\n")
+    assert params.apply_overlay(overlay, file) == ["loss.gamma: 0.0 -> 2.0"]
+    assert params.load(LossConfig, file).gamma == 2.0
+    assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
+
+
+def test_an_overlay_with_a_mistake_changes_nothing(file, tmp_path):
+    before = file.read_text()
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("loss:\n  gamma: 2.0\n  lambda: 1.0\n")
+    with pytest.raises(UserError, match=r"unknown \['lambda'\]"):
+        params.apply_overlay(overlay, file)
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_fits_the_parameters(file, preset):
+    params.apply_overlay(preset, file)
+    for section in params.SECTIONS.values():
+        params.load(section, file)
+
+
+def test_dvc_tracks_exactly_the_code_and_parameters_that_name_a_run():
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    train = stages["train"]
+    code = {dep.removeprefix("aegan/") for dep in train["deps"] if dep.startswith("aegan/")}
+    assert code == set(CODE)
+    assert train["params"] == ["model", "loss", "training"]
