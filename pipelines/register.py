@@ -19,6 +19,7 @@ import aegan
 from aegan.config import RegisterConfig
 from pipelines import params, tracking
 from pipelines.errors import UserError, run_stage
+from pipelines.web import without_secrets
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
 CURVES, SCORES = Path("artifacts/train/curves.csv"), Path("artifacts/evaluate/metrics.json")
@@ -30,7 +31,6 @@ FILES = {  # folder among the run's artifacts -> what goes there, as far as it e
     "report": ["report/index.html"],
     "metrics": ["artifacts/train/run.json", "artifacts/train/curves.csv", "artifacts/evaluate"],
     "data": ["data/shards/manifest.json", "artifacts/preprocess"],
-    "pipeline": ["params.yaml", "dvc.yaml", "dvc.lock"],
 }
 
 
@@ -79,7 +79,7 @@ def collect() -> tracking.Record:
         model_folder=MODEL,
         content_sha256=hash_files([MODEL, SCORES, *code]),
         params={
-            f"{section}.{key}": tracking.without_credentials(str(value))
+            f"{section}.{key}": without_secrets(value) if "://" in str(value) else value
             for section, values in settings.items()
             for key, value in values.items()
         },
@@ -93,7 +93,7 @@ def collect() -> tracking.Record:
         dataset={
             "name": "shards",
             "sha256": run["dataset_sha256"],
-            "source": tracking.without_credentials(str(manifest["source"])),
+            "source": manifest["source"],
             "profile": {
                 "rows": {name: split["rows"] for name, split in manifest["splits"].items()},
                 "shards": {shard["file"]: shard["sha256"] for shard in shards},
@@ -152,7 +152,10 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def _code_version(run: Mapping[str, Any]) -> dict[str, str]:
-    tags = {"code_sha256": run.get("code_sha256"), "mlflow.source.git.commit": run["git_commit"]}
+    tags = {
+        "code_sha256": run.get("code_sha256"),
+        "mlflow.source.git.commit": run.get("git_commit"),
+    }
     if DVC_LOCK.exists():
         tags["dvc_lock_sha256"] = hash_files([DVC_LOCK])
     return {name: value for name, value in tags.items() if value}

@@ -166,7 +166,8 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
     client.log_inputs(run_id, [DatasetInput(dataset, [training])])
     for folder, paths in record.files.items():
         for path in paths:
-            client.log_artifact(run_id, str(path), folder)
+            log = client.log_artifacts if path.is_dir() else client.log_artifact
+            log(run_id, str(path), folder)
 
 
 def _log_model(mlflow: Any, folder: Path) -> Any:
@@ -198,15 +199,19 @@ def _import_mlflow(*, writing: bool = True) -> Any:
     """MLflow with its telemetry and chatter off, pointed at a store that is known to answer."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    uri = tracking_uri()
+    given, uri = os.environ.get("MLFLOW_TRACKING_URI"), tracking_uri()
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
         _check_sqlite(path, writing=writing)
         uri = f"sqlite:///{path.absolute()}"  # MLflow caches stores by URI, whatever the folder
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
+    for chatty in ("alembic", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(uri)  # which writes the variable: it is the user's, put it back
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if given is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = given
     return mlflow
 
 
@@ -241,18 +246,18 @@ def _readable_errors() -> Iterator[None]:
         raise
     except Exception as error:
         of_a_store = type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "botocore."))
-        if not (of_a_store or isinstance(error, OSError)):
+        if not (of_a_store or isinstance(error, (OSError, ModuleNotFoundError))):
             raise
         where = without_credentials(tracking_uri())
-        reason = without_credentials(f"{error}\n".splitlines()[0])[:300]
+        reason = without_credentials(f"{error}\n".splitlines()[0]).split(" with url:")[0][:300]
         raise UserError(f"MLflow at {where}: {reason}; {_cure(reason)}") from error
 
 
 def _cure(reason: str) -> str:
-    if "Invalid Host header" in reason or "403" in reason:
+    if "Invalid Host header" in reason:
         return "let the server accept this host name (`mlflow server --allowed-hosts HOST:PORT`)"
-    if "401" in reason:
-        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    if "Max retries" in reason or "failed with exception" in reason:
-        return "start the server or correct MLFLOW_TRACKING_URI"
+    if "error code 401" in reason or "error code 403" in reason:
+        return "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
+    if "error code 404" in reason or "failed with exception" in reason:
+        return "is MLFLOW_TRACKING_URI right, and an MLflow server running there?"
     return "see docs/serving.md"

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -64,6 +65,7 @@ def test_registering_points_the_alias_at_a_version_that_answers(
     written = json.loads(Path("artifacts/register/registration.json").read_text())
     version = store.get_model_version_by_alias("aegan", "candidate")
     assert (written["version"], written["run_id"]) == (str(version.version), version.run_id)
+    assert written["tracking_uri"] == "sqlite:///mlflow.db"  # no path of this machine
     assert store.get_run(version.run_id).info.status == "FINISHED"
 
     service = mlflow.pyfunc.load_model(written["model_uri"])
@@ -107,8 +109,9 @@ def test_the_run_holds_pictures_and_report(registered: Path, store: Any) -> None
     run_id = store.get_model_version_by_alias("aegan", "candidate").run_id
     folders = {entry.path for entry in store.list_artifacts(run_id)}
     assert {"samples", "interpolations", "report", "metrics", "data"} <= folders
-    report = store.list_artifacts(run_id, "report")
-    assert [entry.path for entry in report] == ["report/index.html"]
+    for file in ("samples/step-00000040-samples.png", "report/index.html"):
+        found = store.list_artifacts(run_id, str(Path(file).parent))
+        assert [entry.path for entry in found] == [file]
 
 
 def test_the_stored_model_needs_nothing_pickled_and_pins_what_it_needs(
@@ -175,8 +178,18 @@ def test_passwords_reach_neither_files_nor_messages(
         register.register(CONFIG)
     assert "s3cret" not in str(error.value)
     assert f"127.0.0.1:{port}" in str(error.value)
-    assert "start the server" in str(error.value)
+    assert "is MLFLOW_TRACKING_URI right" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_passwords_of_the_source_are_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_project(tmp_path))
+    text = Path("params.yaml").read_text()
+    source = "source: https://someone:s3cret@example.org/a.zip?signature=s3cret"
+    Path("params.yaml").write_text(re.sub("source: .*", source, text, count=1))
+    assert "s3cret" not in str(register.collect())
 
 
 def test_a_server_that_refuses_the_password_is_one_clear_error(
@@ -192,7 +205,7 @@ def test_a_server_that_refuses_the_password_is_one_clear_error(
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(UserError, match=r"401.*set MLFLOW_TRACKING_USERNAME"):
+        with pytest.raises(UserError, match=r"401.*check MLFLOW_TRACKING_USERNAME"):
             register.register(CONFIG)
         server.shutdown()
 
