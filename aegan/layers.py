@@ -68,7 +68,7 @@ class SameConv2d(nn.Module):
 class UpsampleConv2d(nn.Module):
     """Nearest upsampling, latent channels tiled over space behind the others, 'same' convolution.
 
-    h [N, C, H, W], y [N, L] or None -> [N, out, H*scale, W*scale].
+    h [N, C, H, W], y [N, L] (None if L is 0) -> [N, out, H*scale, W*scale], channels last.
 
     Neither the upsampled nor the tiled tensor is ever made. Output pixels of equal position modulo
     `scale` are a convolution of the small image, in which taps that meet the same small pixel are
@@ -97,6 +97,8 @@ class UpsampleConv2d(nn.Module):
         self.register_buffer("collapse", _collapse_matrix(kernel_size, scale), persistent=False)
 
     def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
+        if (y is None) != (self.channels[1] == 0):
+            raise ValueError("y is needed exactly where the layer has latent channels")
         own, latent = self.weight.split(self.channels, dim=1)
         layout = _Layout(self.kernel_size, self.scale, h.shape[2], h.shape[3])
         with torch.autocast(h.device.type, enabled=False):  # sums of weights are not to be rounded

@@ -196,6 +196,13 @@ def test_channels_last_stays_channels_last(dtype: torch.dtype) -> None:
             assert layer().is_contiguous(memory_format=CHANNELS_LAST)
 
 
+@pytest.mark.parametrize(("latent_channels", "y"), [(2, None), (0, torch.zeros(1, 2))])
+def test_a_missing_or_unexpected_latent_is_refused(latent_channels: int, y: Tensor | None) -> None:
+    layer = UpsampleConv2d(3, 5, 4, scale=2, latent_channels=latent_channels)
+    with pytest.raises(ValueError, match="y is needed exactly where"):
+        layer(torch.zeros(1, 3, 4, 4), y)
+
+
 def test_state_holds_the_plain_weights_only() -> None:
     layer = UpsampleConv2d(3, 5, 4, scale=2, latent_channels=2)
     shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
