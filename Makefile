@@ -2,12 +2,19 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# Nothing here reports home.
-export DVC_NO_ANALYTICS := 1
-export MLFLOW_DISABLE_TELEMETRY := true
-export RAY_USAGE_STATS_ENABLED := 0
+# Nothing reports home, also when a tool of .venv/bin is called by hand (see .venv/installed).
+QUIET := import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true"); \
+	os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0"); \
+	os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 
-.PHONY: run test test-quick check mlflow refresh lock clean
+# MLflow: load no pickles, start no job workers, use the stages' store.
+MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
+	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	PYTHONWARNINGS=ignore mlflow
+
+BIN_SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+.PHONY: run test test-quick check mlflow serve refresh lock clean
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -27,7 +34,10 @@ check: .venv/installed ## format, lint, types
 	$(BIN)/mypy
 
 mlflow: .venv/installed ## open the MLflow page on this machine
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1
+	$(MLFLOW) ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --workers 1
+
+serve: .venv/installed ## answer requests with the registered model (docs/serving.md)
+	$(MLFLOW) models serve -m models:/aegan@candidate --env-manager local --host 127.0.0.1 --port 5001
 
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download
@@ -46,4 +56,5 @@ clean: ## forget all results; the source images and .venv stay
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo '$(QUIET)' > $(BIN_SITE)/aegan_quiet.pth
 	@touch $@
