@@ -4,10 +4,12 @@ A worker reads its own row group and writes its own part: no pixel travels betwe
 """
 
 import hashlib
+import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from pipelines.errors import UserError
 from pipelines.near_duplicates import THUMBNAIL_SIZE, split_of, thumbnail
 from pipelines.progress import progress
 from pipelines.shards import write_parquet
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,25 @@ def decode_snapshot(
     processes: int | None = None,
 ) -> list[Path]:
     """Decode all row groups that have no part in `work` yet; returns all parts in order."""
+    started = time.monotonic()
     pieces = list(_plan(raw, shards, work))
     missing = [piece for piece in pieces if not _is_complete(piece)]
     processes = min(processes or _available_cores(), max(1, len(missing)))
     decode = partial(_decode_row_group, config)
     if processes == 1:
         _run(map(decode, missing), total=len(missing))
-        return [piece.part for piece in pieces]
+    else:
+        _run_in_pool(decode, missing, processes=processes)
+    rows = sum(piece.rows for piece in missing)
+    log.info("decoded %d files, %.0f a second", rows, rows / (time.monotonic() - started))
+    return [piece.part for piece in pieces]
+
+
+def _run_in_pool(decode: Callable[[Piece], None], pieces: list[Piece], *, processes: int) -> None:
     # `spawn`: a forked copy of a process with threads can hang.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_set_up_worker)
     try:
-        _run(pool.map(decode, missing), total=len(missing))
+        _run(pool.map(decode, pieces), total=len(pieces))
     except BrokenProcessPool:
         raise UserError(
             "a decoding process was killed, perhaps for lack of memory: lower "
@@ -64,7 +76,6 @@ def decode_snapshot(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return [piece.part for piece in pieces]
 
 
 def _run(results: Iterator[None], *, total: int) -> None:

@@ -111,10 +111,10 @@ def is_archive_name(name: str) -> bool:
 def read_archive(file: Path, name: str) -> Entries:
     """Every plain file in a zip or tar archive; `name` is what errors call it."""
     try:
-        if zipfile.is_zipfile(file):
-            yield from _read_zip(file)
-        elif tarfile.is_tarfile(file):
+        if tarfile.is_tarfile(file):  # first: a tar may end with a zip, whose mark is at its end
             yield from _read_tar(file, name)
+        elif zipfile.is_zipfile(file):
+            yield from _read_zip(file)
         else:
             raise UserError(f"{name} is neither a folder nor a sound zip or tar archive")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, LZMAError) as error:

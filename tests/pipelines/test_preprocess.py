@@ -24,6 +24,7 @@ from PIL import Image
 from aegan import dataset, manifold
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
 from pipelines import download as download_stage
+from pipelines.decode import decode_snapshot
 from pipelines.download import download
 from pipelines.errors import UserError
 from pipelines.preprocess import preprocess
@@ -319,12 +320,29 @@ def test_killed_half_way_the_next_run_gives_the_same_bytes_and_no_worker_stays(f
     assert hashes(tmp_path) == hashes(faces)
 
 
-def test_finished_parts_are_used_again_and_damaged_ones_are_not(faces, tmp_path):
-    with pytest.raises(UserError, match="no image falls into"):  # leaves its parts behind
+def test_finished_parts_are_used_again_and_missing_or_damaged_ones_are_made(faces, tmp_path):
+    shards = json.loads((faces / "raw/manifest.json").read_text())["shards"]
+
+    def decode() -> dict[Path, tuple[int, bytes]]:
+        made = decode_snapshot(CONFIG, faces / "raw", shards, work=tmp_path, processes=1)
+        return {part: (part.stat().st_ino, part.read_bytes()) for part in made}
+
+    before = decode()
+    first, second, *others = before
+    first.unlink()
+    second.write_bytes(b"half a part")
+    after = decode()
+    assert [after[part][1] for part in after] == [before[part][1] for part in before]
+    assert all(after[part][0] == before[part][0] for part in others)
+
+
+def test_a_failed_run_keeps_its_parts_and_one_under_other_parameters_clears_them(faces, tmp_path):
+    with pytest.raises(UserError, match="no image falls into"):
         run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, test_fraction=1e-9))
     assert len(parts(tmp_path)) == 7
-    run(faces / "raw", tmp_path)  # under other parameters: nothing of the former is used
+    run(faces / "raw", tmp_path)
     assert hashes(tmp_path) == hashes(faces)
+    assert not parts(tmp_path)
 
 
 @pytest.mark.slow

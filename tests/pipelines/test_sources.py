@@ -84,6 +84,11 @@ def test_zip_and_tar_give_the_files_whatever_the_archive_is_called(tmp_path, mod
     assert read(make_zip(tmp_path / "two.tar", contents)) == contents
 
 
+def test_a_tar_that_ends_with_a_zip_is_read_as_a_tar(tmp_path):
+    inner = make_zip(tmp_path / "inner.zip", {"a.png": b"a"}).read_bytes()
+    assert read(make_tar(tmp_path / "outer.tar", {"inner.zip": inner})) == {"inner.zip": inner}
+
+
 @pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_unsafe_names_are_listed_and_never_written(tmp_path, make):
     file = make(tmp_path / "archive", dict.fromkeys([*UNSAFE, "good.png"], b"x"))
