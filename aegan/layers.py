@@ -245,7 +245,7 @@ class _Assemble(torch.autograd.Function):
             return out
         inner = layout.inner(border)
         for target, crop in pairs:
-            torch.add(crop, inner, out=target)
+            target.copy_(crop + inner)  # add(out=...) is 1% faster, but does not compile
         for region, bias in layout.edges(out, border - inner):
             region += bias
         return out
