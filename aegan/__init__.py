@@ -6,21 +6,27 @@ Notation, the paper's (Lazarou 2020, arXiv 2004.05472) beside ours:
     x, z              real image, prior draw
     G(z), E(x)        x_hat, z_hat        generated image, encoded latent
     G(E(x)), E(G(z))  x_tilde, z_tilde    reconstructed image, reconstructed latent
+
+Public names are loaded when first used: a process that only decodes images needs no torch.
 """
 
-from aegan.images import grid, read_images, save_png
-from aegan.networks import AEGAN
-from aegan.sampling import (
-    decode,
-    encode,
-    interpolate,
-    lerp,
-    load,
-    random_latents,
-    reconstruct,
-    sample,
-    slerp,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aegan.images import grid, read_images, save_animation, save_png
+    from aegan.networks import AEGAN
+    from aegan.sampling import (
+        decode,
+        encode,
+        interpolate,
+        lerp,
+        load,
+        random_latents,
+        reconstruct,
+        sample,
+        slerp,
+    )
 
 __all__ = [
     "AEGAN",
@@ -34,6 +40,16 @@ __all__ = [
     "read_images",
     "reconstruct",
     "sample",
+    "save_animation",
     "save_png",
     "slerp",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in ("images", "sampling", "networks"):
+            module = importlib.import_module(f"aegan.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -102,7 +102,7 @@ def prune(folder: Path, *, kept: int) -> None:
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to go on under changed settings and list each difference; raises ConfigChangedError."""
+    """Refuse to go on under changed settings; raises ConfigChangedError with each difference."""
     before, now = _flatten(saved), _flatten(current)
     changed = [
         f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"

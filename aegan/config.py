@@ -1,4 +1,4 @@
-"""One frozen dataclass per section of params.yaml; no defaults, so that params.yaml states everything.
+"""One frozen dataclass per section of params.yaml; no defaults: params.yaml states everything.
 
 `pipelines/params.py` builds them from the file; the library takes them as they are.
 Allowed values are declared as `Literal` types and checked there.

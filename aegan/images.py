@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from aegan.image_files import decode_image
 
 PAUSE_MILLISECONDS = 600  # at both ends of an animation
 
@@ -25,8 +27,9 @@ def to_uint8(x: Tensor) -> Tensor:
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def grid(images: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
+def grid(images: np.ndarray | Tensor, *, columns: int, gap: int = 2) -> np.ndarray:
     """uint8 [N, H, W, C] => one uint8 [H', W', C] picture, row by row on white."""
+    images = np.asarray(images)
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
@@ -46,8 +49,9 @@ def to_pil(image: np.ndarray, *, scale: int = 1) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def save_png(image: np.ndarray, path: Path, *, scale: int = 1) -> None:
+def save_png(image: np.ndarray, path: str | Path, *, scale: int = 1) -> None:
     """Write uint8 [H, W, C] aside, then rename."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     to_pil(image, scale=scale).save(aside, format="PNG")
@@ -84,12 +88,9 @@ def save_animation(frames: np.ndarray, path: Path, *, frames_per_second: float) 
 
 
 def read_images(paths: Sequence[str | Path], *, image_size: int, image_channels: int = 3) -> Tensor:
-    """Image files, centre-cropped and resized => uint8 [N, H, W, C]."""
-    mode = "RGB" if image_channels == 3 else "L"
-    images = []
-    for path in paths:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert(mode)
-        fitted = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.LANCZOS)
-        images.append(np.asarray(fitted).reshape(image_size, image_size, image_channels))
+    """Image files, prepared as for training => uint8 [N, H, W, C]; raises UnusableImageError."""
+    images = [
+        decode_image(Path(path).read_bytes(), image_size=image_size, image_channels=image_channels)
+        for path in paths
+    ]
     return torch.from_numpy(np.stack(images))

@@ -130,13 +130,13 @@ def encoder_generator_loss(
 def single_kind_loss(
     discriminate: Discriminate, images: Tensor | None, latents: Tensor | None, *, target: float
 ) -> Tensor:
-    """Loss of D_x and D_z in the author's rule: an update sees only real ones or one kind of fake."""
+    """Loss of D_x and D_z in the author's rule: one update sees real ones or one kind of fake."""
     logits = [logit for logit in discriminate(images, latents) if logit is not None]
     return torch.stack([_bce(logit.float(), target) for logit in logits]).sum()
 
 
 def gradient_penalty(inputs: Tensor, logits: Tensor, num_real: int) -> Tensor:
-    """(R1 + R2) / 2, Mescheder et al. 2018: mean squared gradient norm on real ones and on fakes."""
+    """(R1 + R2) / 2, Mescheder et al. 2018: mean squared gradient norms on real ones and fakes."""
     (gradient,) = torch.autograd.grad(logits.float().sum(), inputs, create_graph=True)
     squared_norms = gradient.float().square().flatten(1).sum(1)
     return 0.5 * (squared_norms[:num_real].mean() + squared_norms[num_real:].mean())

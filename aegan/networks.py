@@ -67,7 +67,9 @@ class GaussianNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        noise = torch.randn_like(x)
+        # Drawn in memory order: `randn_like` is ten times slower on a channels-last tensor.
+        shape = x.movedim(1, -1).shape
+        noise = torch.randn(shape, dtype=x.dtype, device=x.device).movedim(-1, 1)
         if self.multiplicative:
             return torch.addcmul(x, x, noise, value=self.std)
         return torch.add(x, noise, alpha=self.std)
@@ -77,7 +79,7 @@ class GaussianNoise(nn.Module):
 
 
 class DemoGenerator(nn.Module):
-    """z [N, latent_dim] => x [N, C, H, W] in [-1, 1]: linear to 4x4, then upsampling convolutions."""
+    """z [N, latent_dim] => x [N, C, H, W] in [-1, 1]: linear to 4x4, upsampling convolutions."""
 
     def __init__(
         self, image_size: int, image_channels: int, latent_dim: int, base_channels: int

@@ -61,8 +61,9 @@ def streamed_reader(
 ) -> ReadBatch:
     """Holds three windows of row groups at most: row groups are shuffled, then rows in a window.
 
-    Arguments and errors as `resident_reader`. Every worker reads every row group and keeps its share of each batch: reading raw pixels is so
-    much faster than training on them that this costs less than it simplifies.
+    Arguments and errors as `resident_reader`. Every worker reads every row group and keeps its
+    share of each batch: reading raw pixels is so much faster than training on them that this costs
+    less than it simplifies.
     """
     manifest = read_manifest(folder)
     shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])

@@ -21,7 +21,7 @@ InterpolationPath = Literal["slerp", "linear"]
 
 
 def load(folder: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> AEGAN:
-    """A trained model's generator and encoder, ready to use; raises FileNotFoundError, ValueError."""
+    """A trained model's generator and encoder, ready to use; raises OSError, ValueError."""
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = AEGAN(

@@ -75,8 +75,13 @@ def train(
             f"workers, {world_size}"
         )
 
-    if options.update_rule == "reference" and config.loss.adversarial != "bce":
-        raise ValueError("training.update_rule: reference needs loss.adversarial: bce")
+    if options.update_rule == "reference" and (config.loss.adversarial, config.loss.gamma) != (
+        "bce",
+        0,
+    ):
+        raise ValueError(
+            "training.update_rule: reference needs loss.adversarial: bce and loss.gamma: 0"
+        )
 
     # Load the data. A global batch is the same for any number of workers; each keeps its share.
     size = options.batch_size // world_size
@@ -330,7 +335,7 @@ def _seed(*key: int) -> int:
 
 
 def _save_pictures(state: TrainingState, validation: Tensor, folder: Path) -> None:
-    """An 8x8 grid of fixed prior draws and one of validation images beside their reconstructions."""
+    """8x8 grids: fixed prior draws; validation images beside their reconstructions."""
     name = f"step-{state.step:08d}"
     latents = random_latents(64, state.model.latent_dim, seed=0)
     save_png(grid(decode(state.ema, latents).numpy(), columns=8), folder / f"{name}-samples.png")

@@ -53,6 +53,10 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
 )
 STOP_FILE, OUTCOME_FILE = "stop", "outcome.json"
 ORPHAN_WAIT_SECONDS = 60
+WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +174,7 @@ def _run(
                 name=uuid.uuid4().hex[:12],
                 storage_path=str(run_folder / "ray"),
                 failure_config=FailureConfig(max_failures=compute.max_failures),
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             ),
         )
         failure: list[BaseException] = []
