@@ -2,17 +2,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# Nothing reports home, also when a tool of .venv/bin is called by hand (see .venv/installed).
-QUIET := import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true"); \
-	os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0"); \
-	os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+# The environment sees this checkout, and none of its tools reports home, also when called by hand.
+define PTH
+$(CURDIR)
+import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+import os; os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+import os; os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+endef
+export PTH
 
 # MLflow: load no pickles, start no job workers, use the stages' store.
 MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-BIN_SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SITE_PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 .PHONY: run test test-quick check mlflow serve refresh lock clean
 
@@ -52,9 +56,9 @@ lock: .venv/installed ## resolve the newest permitted versions into requirements
 clean: ## forget all results; the source images and .venv stay
 	rm -rf artifacts data report runs dvc.lock
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@echo '$(QUIET)' > $(BIN_SITE)/aegan_quiet.pth
+	@echo "$$PTH" > $(SITE_PACKAGES)/aegan.pth
 	@touch $@
