@@ -2,12 +2,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# The environment sees this checkout, and none of its tools reports home, also when called by hand.
+# The environment sees this checkout; none of its tools reports home or writes there, also by hand.
 define PTH
 $(CURDIR)
 import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import os; os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import os; os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+import os; os.environ.setdefault("MPLCONFIGDIR", "$(CURDIR)/.venv/matplotlib")
 endef
 export PTH
 
@@ -15,8 +16,6 @@ export PTH
 MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
-
-SITE_PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 .PHONY: run test test-quick check mlflow serve refresh lock clean
 
@@ -60,5 +59,5 @@ clean: ## forget all results; the source images and .venv stay
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@echo "$$PTH" > $(SITE_PACKAGES)/aegan.pth
+	@echo "$$PTH" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/aegan.pth"
 	@touch $@

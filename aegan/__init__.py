@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aegan.images import grid, read_images, save_animation, save_png
+    from aegan.images import grid, save_animation, save_png
     from aegan.networks import AEGAN
     from aegan.sampling import (
         decode,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         lerp,
         load,
         random_latents,
+        read_images,
         reconstruct,
         sample,
         slerp,

@@ -3,15 +3,12 @@
 Inside the project an image batch is uint8 [N, H, W, C]; networks see float [N, C, H, W] in [-1, 1].
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from aegan.image_files import decode_image
 
 PAUSE_MILLISECONDS = 600  # at both ends of an animation
 
@@ -85,12 +82,3 @@ def save_animation(frames: np.ndarray, path: Path, *, frames_per_second: float) 
         quality=80,
     )
     aside.replace(path)
-
-
-def read_images(paths: Sequence[str | Path], *, image_size: int, image_channels: int = 3) -> Tensor:
-    """Image files, prepared as for training => uint8 [N, H, W, C]; raises UnusableImageError."""
-    images = [
-        decode_image(Path(path).read_bytes(), image_size=image_size, image_channels=image_channels)
-        for path in paths
-    ]
-    return torch.from_numpy(np.stack(images))

@@ -7,6 +7,7 @@ Source of the `paper` form: Lazarou 2020, arXiv 2004.05472, and docs/method.md f
 import itertools
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class AEGAN(nn.Module):
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels
+        self.fit: Literal["crop", "pad"] = "crop"  # how an image becomes square
         sizes = (image_size, image_channels, config.latent_dim, config.base_channels)
         paper = config.preset == "paper"
         self.generator = (PaperGenerator if paper else DemoGenerator)(*sizes)

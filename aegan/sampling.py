@@ -5,14 +5,17 @@ number of them in small batches and leaves the model as it was.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aegan.config import ModelConfig
+from aegan.image_files import decode_image
 from aegan.images import to_float, to_uint8
 from aegan.networks import AEGAN
 
@@ -31,6 +34,7 @@ def load(folder: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> AEGAN
         encoder=config["has_encoder"],
         discriminators=False,
     )
+    model.fit = config["fit"]
     file = folder / ("ema.safetensors" if weights == "ema" else "weights.safetensors")
     try:
         model.load_state_dict(load_file(file))
@@ -38,6 +42,23 @@ def load(folder: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> AEGAN
         raise ValueError(f"{file} does not fit {folder / 'config.json'}: {error}") from None
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)
+
+
+def read_images(paths: Sequence[str | Path], model: AEGAN) -> Tensor:
+    """Image files, prepared as the model's training images were => uint8 [N, H, W, C].
+
+    Raises OSError, UnusableImageError.
+    """
+    images = [
+        decode_image(
+            Path(path).read_bytes(),
+            image_size=model.image_size,
+            image_channels=model.image_channels,
+            fit=model.fit,
+        )
+        for path in paths
+    ]
+    return torch.from_numpy(np.stack(images))
 
 
 def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:

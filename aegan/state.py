@@ -26,6 +26,7 @@ class TrainingState:
         options, terms = config.training, ARMS[config.training.arm]
         self._config = {**asdict(config), "dataset_sha256": manifest["dataset_sha256"]}
         self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
+        self._fit = manifest["fit"]
         encoder = options.arm != "gan"
         adversarial = {kind: any(term.startswith(f"{kind}_") for term in terms) for kind in "xz"}
         torch.manual_seed(options.seed)
@@ -71,6 +72,7 @@ class TrainingState:
             "format": FORMAT,
             "config": self._config,
             **self._sizes,
+            "fit": self._fit,
             "attempt": self.attempt,
             "seconds": self.seconds,
             "torch": torch.__version__,
@@ -133,6 +135,7 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         "model": state["config"]["model"],
         "image_size": state["image_size"],
         "image_channels": state["image_channels"],
+        "fit": state["fit"],
         "has_encoder": any(key.startswith("encoder.") for key in used["ema"]),
         "arm": state["config"]["training"]["arm"],
         "step": state["step"],

@@ -79,7 +79,9 @@ def preprocess(
 def _check(config: PreprocessConfig) -> None:
     """What types alone cannot say about the parameters."""
     requirements = {
-        "image_size must be at least 8": config.image_size >= 8,
+        "image_size must be a power of two, 16 or more": (
+            config.image_size >= 16 and config.image_size & (config.image_size - 1) == 0
+        ),
         "image_channels must be 1 or 3": config.image_channels in (1, 3),
         "max_pixels must be above 0": config.max_pixels > 0,
         "near_duplicate_distance must not be negative": config.near_duplicate_distance >= 0,
@@ -266,6 +268,7 @@ def _write_shards(
         "schema_version": SCHEMA_VERSION,
         "image_size": config.image_size,
         "image_channels": config.image_channels,
+        "fit": config.fit,
         "preprocess_sha256": _hash(dataclasses.asdict(config)),
         "dataset_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "source": snapshot["source"],

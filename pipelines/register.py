@@ -197,10 +197,7 @@ def main() -> None:
     if uri.startswith("http"):
         print(f"MLflow page: {uri}")
     else:
-        print(
-            "MLflow page: MLFLOW_DISABLE_TELEMETRY=true "
-            f".venv/bin/mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
-        )
+        print(f"MLflow page: .venv/bin/mlflow ui --backend-store-uri {uri} --host 127.0.0.1")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def _read_image(text: Any, row: int, model: aegan.AEGAN) -> np.ndarray:
             base64.b64decode(text, validate=True),
             image_size=model.image_size,
             image_channels=model.image_channels,
+            fit=model.fit,
             max_pixels=MAX_PIXELS,
         )
     except ValueError:

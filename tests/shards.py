@@ -54,6 +54,7 @@ def write_shards(
         "schema_version": 1,
         "image_size": height,
         "image_channels": channels,
+        "fit": "crop",
         "preprocess_sha256": "0" * 64,
         "dataset_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "source": "test",

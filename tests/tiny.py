@@ -27,9 +27,10 @@ def tiny_config(
     model = replace(
         params.load(ModelConfig, PARAMS), preset=preset, latent_dim=4, base_channels=4
     )  # fmt: skip
+    plain = {"adversarial": "bce", "gamma": 0.0}
     return TrainConfig(
         model=model,
-        loss=replace(params.load(LossConfig, PARAMS), **(loss or {})),
+        loss=replace(params.load(LossConfig, PARAMS), **(plain | (loss or {}))),
         training=replace(params.load(TrainingConfig, PARAMS), **(SMALL | training)),
     )
 

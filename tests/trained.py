@@ -27,6 +27,7 @@ def write_model(folder: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = AEGAN(CONFIG, image_size=16, image_channels=3, encoder=encoder, discriminators=False)
     config = {"model": dataclasses.asdict(CONFIG), "image_size": 16, "image_channels": 3}
+    config |= {"fit": "crop"}
     (folder / "config.json").write_text(json.dumps({**config, "has_encoder": encoder}))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     for name in ("ema", "weights"):
@@ -44,8 +45,8 @@ def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     run = {"run_name": RUN_NAME, "dataset_sha256": manifest["dataset_sha256"]}
     run |= {"params": {"loss": loss}, "step": 40, "chosen_step": 20, "git_commit": "f" * 40}
     _write_json(root / "artifacts/train/run.json", run)
-    scores = {"frechet_distance": {"ema": 1.5, "weights": 2.5, "floor": 0.5}}
-    scores["mean_absolute_error"] = {"ema": 0.25, "weights": float("nan"), "floor": 0.0}
+    scores = {"frechet_distance": {"ema": 1.5, "raw": 2.5, "floor": 0.5}}
+    scores["reconstruction_mae"] = {"ema": 0.25, "raw": float("nan"), "floor": 0.0}
     _write_json(root / "artifacts/evaluate/metrics.json", scores)
     (root / "artifacts/train/curves.csv").write_text("step,image_reconstruction\n20,0.5\n40,0.25\n")
     save_png(images[0], root / "artifacts/train/samples/step-00000040-samples.png")

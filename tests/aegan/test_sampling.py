@@ -86,16 +86,21 @@ def test_pixels_survive_the_way_to_the_networks_range_and_back(value):
     assert torch.equal(to_uint8(x), images)
 
 
-def test_image_files_become_one_upright_batch_of_the_models_size(tmp_path):
+def test_image_files_become_one_batch_prepared_as_the_models_training_images(model, tmp_path):
     wide = np.zeros((20, 40, 3), np.uint8)
     wide[:, 15:25] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.fromarray(wide[..., 0]).save(tmp_path / "gray.png")
-    batch = aegan.read_images([tmp_path / "wide.png", tmp_path / "gray.png"], image_size=16)
+    batch = aegan.read_images([tmp_path / "wide.png", tmp_path / "gray.png"], model)
     assert batch.shape == (2, 16, 16, 3)
     assert batch.dtype == torch.uint8
     assert torch.equal(batch[0], batch[1])
     assert batch[0, 8, 8].min() == 255
+    padded = AEGAN(
+        ModelConfig(preset="demo", latent_dim=6, base_channels=4), image_size=16, image_channels=3
+    )
+    padded.fit = "pad"
+    assert aegan.read_images([tmp_path / "wide.png"], padded)[0, 0].min() == 255  # white above
 
 
 def test_a_grid_holds_every_image_in_reading_order():

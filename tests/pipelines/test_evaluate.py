@@ -37,7 +37,7 @@ def write_model(
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")
     description = {"model": dataclasses.asdict(MODEL), "image_size": size, "arm": arm}
-    description |= {"image_channels": channels, "has_encoder": encoder}
+    description |= {"image_channels": channels, "has_encoder": encoder, "fit": "crop"}
     (folder / "config.json").write_text(json.dumps(description))
     return folder
 
