@@ -39,6 +39,8 @@ from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
 from pipelines import params
 from pipelines.errors import UserError, run_stage
+from pipelines.files import new_file, write_json
+from pipelines.trained import check_size, load_model
 
 MODEL = Path("artifacts/train/model")
 SHARDS = Path("data/shards")
@@ -81,30 +83,19 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     measure = Measure(real, z, extractor, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
-    output.mkdir(parents=True, exist_ok=True)
-    draw_latents(None if model.encoder is None else aegan.encode(model, real.test), output)
+    draw_latents(
+        None if model.encoder is None else aegan.encode(model, real.test), output / "latent.png"
+    )
     figures = {
         "features": features,
         "num_images": len(real.test),
         "note": UNTRAINED_SAMPLER if arm_of(model_folder) == "ae" else "",
         **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
-    aside = output / ".metrics.json.tmp"
-    aside.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(output / "metrics.json")
+    write_json(figures, output / "metrics.json")
 
 
 # -- what is compared -----------------------------------------------------------------------------
-
-
-def load_model(folder: Path, weights: Literal["ema", "raw"]) -> aegan.AEGAN:
-    """One set of weights; UserError where training has left none that can be read."""
-    try:
-        return aegan.load(folder, weights=weights)
-    except FileNotFoundError:
-        raise UserError(f"no model in {folder}: run the stage train first") from None
-    except Exception as error:  # files from outside: whatever is wrong, the cure is the same
-        raise UserError(f"{folder} is not a readable model ({error}): run train again") from None
 
 
 def arm_of(folder: Path) -> str | None:
@@ -123,9 +114,7 @@ def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -
         raise UserError(f"{error.filename} not found: run the stage preprocess first") from None
     except Exception as error:  # files from outside, as above
         raise UserError(f"{shards} is not readable ({error}): run preprocess again") from None
-    found, expected = test.shape[1:], (model.image_size, model.image_size, model.image_channels)
-    if found != expected:
-        raise UserError(f"{shards} holds {found} images, the model makes {expected}: run train")
+    check_size(test, model, shards=shards)
     if len(test) < 2 or len(train) < 2:
         raise UserError(
             f"{shards} has {len(train)} train and {len(test)} test images, each needs two or more: "
@@ -345,8 +334,8 @@ def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
     return "the figure is not finite"
 
 
-def draw_latents(z_hat: Tensor | None, output: Path) -> None:
-    """latent.png: each dimension of the encoded test images [N, D] against the normal curve."""
+def draw_latents(z_hat: Tensor | None, file: Path) -> None:
+    """PNG: each dimension of the encoded test images [N, D] against the normal curve."""
     from matplotlib.figure import Figure
 
     values = np.empty((0, 0)) if z_hat is None else z_hat.numpy()
@@ -369,13 +358,11 @@ def draw_latents(z_hat: Tensor | None, output: Path) -> None:
         axes.tick_params(labelsize=6, length=2)
         for side in ("top", "left", "right"):
             axes.spines[side].set_visible(False)
-    aside = output / ".latent.png.tmp"
-    figure.savefig(aside, format="png")
-    aside.replace(output / "latent.png")
+    with new_file(file) as aside:
+        figure.savefig(aside, format="png")
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     evaluate(MODEL, SHARDS, OUTPUT, params.load(EvaluateConfig))
     logger.info("metrics: %s", OUTPUT / "metrics.json")
 

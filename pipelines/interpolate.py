@@ -4,9 +4,7 @@ Writes grids (PNG), animations (WebP, which every browser plays) and `index.json
 picture with its title and caption. All come from the averaged weights and `interpolate.seed`.
 """
 
-import json
 import logging
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,8 @@ from aegan.config import InterpolateConfig
 from aegan.images import enlarge, grid, save_animation, save_png
 from pipelines import params
 from pipelines.errors import UserError, run_stage
+from pipelines.files import new_folder, write_json
+from pipelines.trained import check_size, load_model
 
 MODEL = Path("artifacts/train/model")
 SHARDS = Path("data/shards")
@@ -75,45 +75,32 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
             f"{config.num_frames}; a path needs at least 1 pair and 2 frames"
         )
     model = load_model(model_folder)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    draw_samples(model, aside, config)
-    draw_random(model, aside, config)
-    if model.encoder is not None:
-        images = held_out_images(shards, model, config)
-        draw_reconstructions(model, images, aside)
-        draw_real_to_real(model, images, aside, config)
-        draw_mirror(model, images, aside, config)
-    index = {
-        "weights": "ema",
-        "path": config.path,
-        "seed": config.seed,
-        "note": NO_ENCODER if model.encoder is None else "",
-        "pictures": [
-            {
-                "name": name,
-                "title": title,
-                "caption": caption,
-                "grid": f"{name}.png",
-                "animation": f"{name}.webp" if (aside / f"{name}.webp").exists() else None,
-            }
-            for name, (title, caption) in CAPTIONS.items()
-            if (aside / f"{name}.png").exists()
-        ],
-    }
-    (aside / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    aside.rename(output)
-
-
-def load_model(folder: Path) -> aegan.AEGAN:
-    """The averaged weights; UserError where training has left none that can be read."""
-    try:
-        return aegan.load(folder, weights="ema")
-    except FileNotFoundError:
-        raise UserError(f"no model in {folder}: run the stage train first") from None
-    except Exception as error:  # files from outside: whatever is wrong, the cure is the same
-        raise UserError(f"{folder} is not a readable model ({error}): run train again") from None
+    with new_folder(output) as aside:
+        draw_samples(model, aside, config)
+        draw_random(model, aside, config)
+        if model.encoder is not None:
+            images = held_out_images(shards, model, config)
+            draw_reconstructions(model, images, aside)
+            draw_real_to_real(model, images, aside, config)
+            draw_mirror(model, images, aside, config)
+        index = {
+            "weights": "ema",
+            "path": config.path,
+            "seed": config.seed,
+            "note": NO_ENCODER if model.encoder is None else "",
+            "pictures": [
+                {
+                    "name": name,
+                    "title": title,
+                    "caption": caption,
+                    "grid": f"{name}.png",
+                    "animation": f"{name}.webp" if (aside / f"{name}.webp").exists() else None,
+                }
+                for name, (title, caption) in CAPTIONS.items()
+                if (aside / f"{name}.png").exists()
+            ],
+        }
+        write_json(index, aside / "index.json")
 
 
 def held_out_images(shards: Path, model: aegan.AEGAN, config: InterpolateConfig) -> Tensor:
@@ -122,9 +109,7 @@ def held_out_images(shards: Path, model: aegan.AEGAN, config: InterpolateConfig)
         images = dataset.load_images(shards, "test")
     except FileNotFoundError:
         raise UserError(f"no shards in {shards}: run the stage preprocess first") from None
-    found, expected = images.shape[1:], (model.image_size, model.image_size, model.image_channels)
-    if found != expected:
-        raise UserError(f"{shards} holds {found} images, the model makes {expected}: run train")
+    check_size(images, model, shards=shards)
     if len(images) < 2:
         raise UserError(
             f"the test split of {shards} has {len(images)} images and a path needs two: "
@@ -231,7 +216,6 @@ def tiles(images: np.ndarray, *, columns: int) -> np.ndarray:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     interpolate(MODEL, SHARDS, OUTPUT, params.load(InterpolateConfig))
     logger.info("pictures and animations: %s", OUTPUT)
 

@@ -30,8 +30,9 @@ from aegan.config import SPLITS, PreprocessConfig
 from pipelines import decode, near_duplicates, params
 from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
 from pipelines.errors import UserError, run_stage
+from pipelines.files import clear_disk_errors, new_folder, write_json
 from pipelines.progress import progress
-from pipelines.shards import ShardWriter, clear_disk_errors, new_folder, write_json
+from pipelines.shards import ShardWriter
 
 RAW = Path("data/raw")
 SHARDS = Path("data/shards")
@@ -340,7 +341,6 @@ def _draw(images: list[np.ndarray], file: Path) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     preprocess(params.load(PreprocessConfig), RAW, shards=SHARDS, artifacts=ARTIFACTS, runs=RUNS)
 
 

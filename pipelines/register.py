@@ -19,6 +19,7 @@ import aegan
 from aegan.config import RegisterConfig
 from pipelines import params, tracking
 from pipelines.errors import UserError, run_stage
+from pipelines.files import write_json
 from pipelines.web import without_secrets
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
@@ -49,10 +50,7 @@ def register(config: RegisterConfig) -> tracking.Version:
         "tracking_uri": tracking.without_credentials(tracking.tracking_uri()),
         "model_sha256": record.version_tags["model_sha256"],
     }
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    aside = OUTPUT.with_suffix(".tmp")
-    aside.write_text(json.dumps(registration, indent=2) + "\n", encoding="utf-8")
-    aside.replace(OUTPUT)
+    write_json(registration, OUTPUT)
     return version
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from aegan.metrics import METRICS
 from pipelines.errors import UserError, run_stage
+from pipelines.files import new_file
 from pipelines.web import without_secrets
 
 ARTIFACTS = Path("artifacts")
@@ -331,10 +332,8 @@ def draw_curve(points: np.ndarray) -> Markup:
 
 def main() -> None:
     page = build(ARTIFACTS, SHARDS)
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    aside = OUTPUT.with_name(f".{OUTPUT.name}.tmp")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(OUTPUT)
+    with new_file(OUTPUT) as aside:
+        aside.write_text(page, encoding="utf-8")
     logger.info("report: %s", OUTPUT.resolve())
 
 

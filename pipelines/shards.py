@@ -1,29 +1,21 @@
-"""Writing Parquet shards and their hashes, into folders that appear whole or not at all."""
+"""Writing Parquet shards and their hashes."""
 
-import errno
 import hashlib
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import UserError
+from pipelines.files import clear_disk_errors, new_file, new_folder, write_json
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+__all__ = ["ShardWriter", "clear_disk_errors", "new_folder", "write_json", "write_parquet"]
 
 
 def write_parquet(table: pa.Table, file: Path) -> None:
     """One table as one row group, written aside and renamed."""
-    aside = file.with_name(f".{file.name}.tmp")
-    with _writer(aside, table.schema) as writer:
+    with new_file(file) as aside, _writer(aside, table.schema) as writer:
         writer.write_table(table, row_group_size=max(1, len(table)))
-    aside.replace(file)
 
 
 def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -68,44 +60,3 @@ class ShardWriter:
     @property
     def _file(self) -> Path:
         return self._folder / f"{self._name}-{len(self.shards):05d}.parquet"
-
-
-def write_json(value: Any, file: Path) -> None:
-    """Indented JSON, written aside and renamed."""
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(file)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which replaces `folder` once all went well and else disappears."""
-    target = folder.resolve()  # `folder` may be a link to a larger disk
-    aside = target.with_name(f".{target.name}.tmp")
-    with clear_disk_errors(folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-            if target.exists():
-                shutil.rmtree(target)
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def clear_disk_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk and missing permissions into a UserError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise UserError(
-                f"no space left for {place}: free some, or link its folder to a larger disk, "
-                "then run the same command again"
-            ) from None
-        if error.errno in _NO_PERMISSION:
-            where = error.filename or place
-            raise UserError(f"not allowed to write {where}: check its owner and mode") from None
-        raise

@@ -1,0 +1,68 @@
+"""Files and folders that appear whole or not at all: written aside, then renamed."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_json(value: Any, file: Path) -> None:
+    """Indented JSON; a number that is not finite is a ValueError."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    with new_file(file) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A file to write, which replaces `file` once all went well and else disappears."""
+    aside = file.with_name(f".{file.name}.tmp")
+    with clear_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which replaces `folder` once all went well and else disappears."""
+    target = folder.resolve()  # `folder` may be a link to a larger disk
+    aside = target.with_name(f".{target.name}.tmp")
+    with clear_disk_errors(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            if target.exists():
+                shutil.rmtree(target)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def clear_disk_errors(place: Path) -> Iterator[None]:
+    """Turn a full disk and missing permissions into a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise UserError(
+                f"no space left for {place}: free some, or link its folder to a larger disk, "
+                "then run the same command again"
+            ) from None
+        if error.errno in _NO_PERMISSION:
+            where = error.filename or place
+            raise UserError(f"not allowed to write {where}: check its owner and mode") from None
+        raise
