@@ -1,9 +1,11 @@
 """The rules of docs/architecture.md that ruff cannot hold: who may import what."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 OWNERS = {  # library => the only modules of pipelines/ that may import it
@@ -15,6 +17,20 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     "kagglehub": {"download"},
 }
 STAGES = {"download", "preprocess", "train", "evaluate", "interpolate", "report", "register"}
+NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on, and why
+    "aegan/__init__.py": "names of other modules, which count themselves",
+    "aegan/config.py": "types of the parameters; dvc.yaml names the parameters",
+    "pipelines/cluster.py": "where training runs",
+    "pipelines/errors.py": "how a stage ends when it fails",
+    "pipelines/follow.py": "what is shown meanwhile, and metrics of the machine",
+    "pipelines/loopback.py": "how workers meet",
+    "pipelines/params.py": "dvc.yaml names the parameters",
+    "pipelines/progress.py": "what is shown meanwhile",
+}
+NOT_IN_WEIGHTS = {  # the same for `train`, whose weights are all that it computes
+    "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
+    "pipelines/files.py": "how the finished folder comes into place",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -49,3 +65,56 @@ def test_stages_meet_in_files_and_never_import_each_other(stage):
 def test_the_library_needs_no_pipeline_package(path):
     roots = {name.split(".")[0] for name in imports_of(path)}
     assert roots & {*OWNERS, "dvc", "pipelines", "tests"} == set()
+
+
+def module_file(name: str) -> Path | None:
+    """The file of one of our modules, `aegan.images`; None for any other name."""
+    path = ROOT.joinpath(*name.split("."))
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.exists()), None)
+
+
+def our_modules_in(path: Path) -> Iterator[Path]:
+    """The files of the modules of ours that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in getattr(node, "names", [])]
+        if isinstance(node, ast.Import):
+            files = [module_file(name) for name in names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            within = module_file(node.module)
+            files = [module_file(f"{node.module}.{name}") or within for name in names]
+        else:
+            continue
+        yield from (file for file in files if file)
+
+
+def code_of(stage: str) -> set[str]:
+    """The files of all modules of ours that a stage imports, directly or through others."""
+    found, new = set(), {ROOT / f"pipelines/{stage}.py"}
+    while new:
+        found |= new
+        new = {file for path in new for file in our_modules_in(path)} - found
+    return {str(file.relative_to(ROOT)) for file in found}
+
+
+def dependencies_of(stage: str) -> set[str]:
+    """The modules that dvc.yaml names for a stage, those in folders included."""
+    named = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    code = [ROOT / name for name in named if name.startswith(("aegan", "pipelines"))]
+    files = {file for path in code for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    return {str(file.relative_to(ROOT)) for file in files if file.suffix == ".py"}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_a_stage_runs_again_when_code_that_determines_its_output_changes(stage):
+    exempt = NOT_IN_OUTPUTS | (NOT_IN_WEIGHTS if stage == "train" else {})
+    assert code_of(stage) - exempt.keys() - dependencies_of(stage) == set()
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES - {"register"}))  # which hashes the whole library
+def test_a_stage_does_not_run_again_for_code_that_it_does_not_use(stage):
+    assert dependencies_of(stage) - code_of(stage) == set()
+
+
+def test_only_modules_that_a_stage_uses_are_exempt_from_being_dependencies():
+    assert NOT_IN_OUTPUTS.keys() - set().union(*map(code_of, STAGES)) == set()
