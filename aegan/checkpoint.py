@@ -2,7 +2,7 @@
 
 checkpoints/step-00000500/state.safetensors   networks, averages, optimiser moments
                           state.json          step, configuration, hash of the tensors
-checkpoints/best.json                         the best step so far and its score
+checkpoints/scores.json                       how good each judged step is
 
 CheckpointError
 |-- ConfigChangedError    the run folder belongs to another configuration
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-TENSORS, STATE, BEST = "state.safetensors", "state.json", "best.json"
+TENSORS, STATE, SCORES = "state.safetensors", "state.json", "scores.json"
 
 
 class CheckpointError(Exception):
@@ -61,7 +61,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a whole checkpoint, ascending."""
+    """The steps that have a checkpoint, ascending; a name without dot is a whole one."""
     names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
 
@@ -77,28 +77,47 @@ def latest(folder: Path) -> Path | None:
 
 
 def best(folder: Path) -> tuple[int, float] | None:
-    """Step and score (lower is better) of the best checkpoint, if one was marked."""
+    """Step and score of the best checkpoint, the first of equals; raises CheckpointError."""
+    scores = _scores(folder)
+    step = min(scores, key=lambda step: (scores[step], step), default=None)
+    return None if step is None else (step, scores[step])
+
+
+def record_score(folder: Path, step: int, score: float) -> None:
+    """Remember how good a checkpoint is; lower is better."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SCORES, {**_scores(folder), step: score})
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop checkpoints and scores of steps that a run which goes on from `step` reaches again."""
+    for later in steps(folder):
+        if later > step:
+            shutil.rmtree(path_of(folder, later))
+    scores = _scores(folder)
+    kept = {scored: score for scored, score in scores.items() if scored <= step}
+    if kept != scores:
+        write_json(folder / SCORES, kept)
+
+
+def prune(folder: Path, *, kept: int, interval: int) -> None:
+    """Delete all but the newest one, the best one and the newest `kept` multiples of `interval`."""
+    found = steps(folder)
+    marked = best(folder)
+    regular = [step for step in found if step % interval == 0]
+    needed = {*found[-1:], *regular[-kept:], *([marked[0]] if marked else [])}
+    for step in set(found) - needed:
+        shutil.rmtree(path_of(folder, step))
+
+
+def _scores(folder: Path) -> dict[int, float]:
     try:
-        marked = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        text = (folder / SCORES).read_text(encoding="utf-8")
+        return {int(step): float(score) for step, score in json.loads(text).items()}
     except FileNotFoundError:
-        return None
-    return int(marked["step"]), float(marked["score"])
-
-
-def mark_if_best(folder: Path, step: int, score: float) -> None:
-    """Remember `step` if its score is the lowest so far (or again, after a run was cut off)."""
-    marked = best(folder)
-    if marked is None or score < marked[1]:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / BEST, {"step": step, "score": score})
-
-
-def prune(folder: Path, *, kept: int) -> None:
-    """Delete all but the newest `kept` checkpoints and the best one."""
-    marked = best(folder)
-    for step in steps(folder)[:-kept]:
-        if marked is None or step != marked[0]:
-            shutil.rmtree(path_of(folder, step))
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SCORES} is damaged ({error}); delete it") from error
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -117,10 +136,12 @@ def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write aside, then rename."""
+    """Write aside, flush to the disk, then rename."""
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    _flush(aside)
     aside.replace(path)
+    _flush(path.parent)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,11 @@ Allowed values are declared as `Literal` types and checked there.
 from dataclasses import dataclass
 from typing import Literal
 
+
+class ConfigError(ValueError):
+    """Settings that do not fit each other or the data; the message names them and the cure."""
+
+
 Arm = Literal["aegan", "gan", "ae", "aae", "egan"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

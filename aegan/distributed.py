@@ -1,5 +1,7 @@
 """The few collective operations of training; all are the identity in a single process."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,7 +17,10 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     if not (dist.is_initialized() and trainable):
         return module
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # Newer PyTorch has another name for this argument, older ones know only this one.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -25,6 +30,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     tensor = torch.tensor([float(flag)], device=device)
     dist.all_reduce(tensor)
     return tensor.item() > 0
+
+
+def same_on_all_ranks(value: int, device: torch.device) -> bool:
+    """Whether every rank passes the same number; every rank must call it."""
+    if not dist.is_initialized():
+        return True
+    of_rank_0 = torch.tensor([value], device=device)
+    dist.broadcast(of_rank_0, src=0)
+    return not any_rank(of_rank_0.item() != value, device)
 
 
 def barrier() -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from aegan.config import ModelConfig
+from aegan.config import ConfigError, ModelConfig
 from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
 
 INPUT_NOISE = 0.01  # standard deviation of Gaussian noise on what E, D_x and D_z see
@@ -41,7 +41,7 @@ class AEGAN(nn.Module):
         # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            raise ValueError(f"image_size is {image_size}; it must be a power of two, 16 or more")
+            raise ConfigError(f"image_size is {image_size}; it must be a power of two, 16 or more")
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels

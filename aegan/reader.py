@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from aegan.config import ConfigError
 from aegan.dataset import load_images, read_manifest, read_row_group
 
 WINDOW_ROW_GROUPS = 8  # how many row groups the streamed reader shuffles together
@@ -27,7 +28,7 @@ def resident_reader(
 ) -> ReadBatch:
     """Keeps the whole training split on the device and shuffles it whole.
 
-    `share` is what this worker keeps of each batch. Raises ValueError if there is not one batch.
+    `share` is what this worker keeps of each batch. Raises ConfigError if there is not one batch.
     """
     images = torch.from_numpy(load_images(folder, "train")).to(device)
     batches_per_epoch = _batches_per_epoch(folder, len(images), batch_size)
@@ -85,7 +86,7 @@ def streamed_reader(
 
     def load(window: _Window) -> Tensor:
         images = np.concatenate([read_row_group(*group, shape) for group in window.groups])
-        order = _random(seed, window.epoch, window.start).permutation(len(images))
+        order = _random(seed, window.epoch, 1 + window.start).permutation(len(images))
         return torch.from_numpy(images[order])
 
     def read(number: int) -> Tensor:
@@ -119,7 +120,7 @@ def _row_groups(
 
 def _batches_per_epoch(folder: Path, rows: int, batch_size: int) -> int:
     if rows < batch_size:
-        raise ValueError(
+        raise ConfigError(
             f"training.batch_size is {batch_size}, but {folder} has only {rows} training images: "
             "use more images or a smaller batch"
         )
@@ -127,4 +128,5 @@ def _batches_per_epoch(folder: Path, rows: int, batch_size: int) -> int:
 
 
 def _random(*key: int) -> np.random.Generator:
+    """Independent for different keys, but a key that ends in 0 equals the one without the 0."""
     return np.random.default_rng(key)

@@ -13,8 +13,6 @@ from aegan.config import TrainConfig
 from aegan.losses import ARMS
 from aegan.networks import AEGAN
 
-FORMAT = 1  # of checkpoints and exported models
-
 
 class TrainingState:
     """The four networks with optimisers, and the averages (EMA) of generator and encoder.
@@ -69,7 +67,6 @@ class TrainingState:
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this moment; see `aegan.checkpoint`."""
         state = {
-            "format": FORMAT,
             "config": self._config,
             **self._sizes,
             "fit": self._fit,
@@ -131,7 +128,6 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         for name in ("model", "ema")
     }
     description = {
-        "format": state["format"],
         "model": state["config"]["model"],
         "image_size": state["image_size"],
         "image_channels": state["image_channels"],

@@ -5,6 +5,7 @@ whole state of every random generator and of the reader: to resume, run the same
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aegan import checkpoint, distributed
-from aegan.config import TrainConfig
+from aegan.config import ConfigError, TrainConfig
 from aegan.dataset import load_images, read_manifest
 from aegan.ema import ema_decay, update_ema
 from aegan.images import grid, save_png, to_float
@@ -36,6 +37,7 @@ from aegan.validation import validate
 
 ROUND = ("real", "hat", "real", "tilde")  # what the author's rule shows the discriminators in turn
 VALIDATION_IMAGES = 512  # how many judge a checkpoint
+STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
 
 
 class DivergedError(Exception):
@@ -64,13 +66,13 @@ def train(
     """Train until `num_steps`, going on from the newest checkpoint in `run_folder` if there is one.
 
     The process group, if any, is up already. Rank 0 writes checkpoints, `metrics.jsonl` and sample
-    pictures. Every rank calls `report` at every checkpoint and asks `should_stop` at every log
-    interval. Raises ValueError (data and configuration do not fit), CheckpointError, DivergedError.
+    pictures. Every rank calls `report` at every checkpoint and asks `should_stop` every
+    few steps. Raises ConfigError, CheckpointError, DivergedError.
     """
     options, terms = config.training, ARMS[config.training.arm]
     manifest = read_manifest(shards)
     if options.batch_size % world_size:
-        raise ValueError(
+        raise ConfigError(
             f"training.batch_size is {options.batch_size}: it must be a multiple of the number of "
             f"workers, {world_size}"
         )
@@ -79,7 +81,7 @@ def train(
         "bce",
         0,
     ):
-        raise ValueError(
+        raise ConfigError(
             "training.update_rule: reference needs loss.adversarial: bce and loss.gamma: 0"
         )
 
@@ -115,7 +117,10 @@ def train(
     distributed.barrier()  # nobody writes before everybody has looked
     if rank == 0 and newest is None:
         state.save(checkpoints)
+    if not distributed.same_on_all_ranks(state.step, device):
+        raise ConfigError(f"{run_folder} is not the same folder on every worker: use a shared disk")
     if rank == 0:
+        checkpoint.forget_after(checkpoints, state.step)
         _forget_rows_after(log, state.step)
 
     # Train.
@@ -125,7 +130,7 @@ def train(
     clock, clock_step = time.perf_counter(), state.step
     while state.step < options.num_steps:
         step = state.step
-        torch.manual_seed(_seed(options.seed, state.attempt, step, rank))  # noise inside networks
+        torch.manual_seed(_seed(options.seed, state.attempt, step, rank + 1))  # networks' noise
 
         # Update the discriminators.
         if options.update_rule == "shared":
@@ -168,12 +173,12 @@ def train(
 
         # Every so often: look at the losses, save pictures, keep the state.
         last = state.step == options.num_steps
-        save_due = last or state.step % options.checkpoint_interval_steps == 0
+        judge_due = last or state.step % options.checkpoint_interval_steps == 0
         pictures_due = last or state.step % options.sample_interval_steps == 0
+        stop = state.step % STOP_INTERVAL_STEPS == 0 and distributed.any_rank(should_stop(), device)
+        save_due = judge_due or stop
         if not (save_due or pictures_due or state.step % options.log_interval_steps == 0):
             continue
-        stop = distributed.any_rank(should_stop(), device)
-        save_due = save_due or stop
 
         # A non-finite loss or weight: go back to the last good checkpoint, draw other numbers.
         row = losses.take_means()
@@ -181,10 +186,15 @@ def train(
         if distributed.any_rank(not good, device):
             if state.attempt == options.max_rollbacks:
                 raise DivergedError(_divergence_report(state, row))
-            attempt = state.attempt
-            state.restore(checkpoint.path_of(checkpoints, checkpoint.steps(checkpoints)[-1]))
-            state.attempt = attempt + 1
+            attempt = state.attempt + 1
+            # Not one of an early stop: where a run goes back to must not depend on stops.
+            saved = checkpoint.steps(checkpoints)
+            regular = [step for step in saved if step % options.checkpoint_interval_steps == 0]
+            state.restore(checkpoint.path_of(checkpoints, regular[-1]))
+            state.attempt = attempt
+            distributed.barrier()  # nobody writes before everybody has read
             if rank == 0:
+                checkpoint.forget_after(checkpoints, state.step)
                 _forget_rows_after(log, state.step)
             clock, clock_step = time.perf_counter(), state.step
             continue
@@ -196,10 +206,9 @@ def train(
         if rank == 0:
             if pictures_due:
                 _save_pictures(state, validation, run_folder / "samples")
-            # A checkpoint at an early stop is not judged: the best one must not depend on stops.
-            if save_due and not (stop and state.step % options.checkpoint_interval_steps):
+            if judge_due:  # but not an early stop: the best one must not depend on stops
                 scores = validate(state.ema, validation, seed=options.seed)
-                checkpoint.mark_if_best(checkpoints, state.step, scores[selected_by])
+                checkpoint.record_score(checkpoints, state.step, scores[selected_by])
                 row |= scores
             state.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
@@ -207,7 +216,11 @@ def train(
             _append(log, {"step": state.step, "time": time.time(), **timing, **row})
             if save_due:
                 state.save(checkpoints)
-                checkpoint.prune(checkpoints, kept=options.checkpoints_kept)
+                checkpoint.prune(
+                    checkpoints,
+                    kept=options.checkpoints_kept,
+                    interval=options.checkpoint_interval_steps,
+                )
         if save_due:
             report({"step": state.step, **row})
         if stop and not last:
@@ -330,7 +343,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _seed(*key: int) -> int:
-    """Independent seeds from a tuple of counters."""
+    """Independent for different keys, but a key that ends in 0 equals the one without the 0."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -348,6 +361,8 @@ def _save_pictures(state: TrainingState, validation: Tensor, folder: Path) -> No
 def _append(log: Path, row: dict[str, float]) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a row must not be lost when its checkpoint is not
 
 
 def _forget_rows_after(log: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,11 +36,13 @@ def ray_session() -> Iterator[bool]:
         "include_dashboard": False,
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
+    on_terminate = signal.getsignal(signal.SIGTERM)
     ray.init(
         logging_level=logging.INFO if show_ray_logs() else logging.ERROR,
         log_to_driver=show_ray_logs(),
         **(private if local else {}),
     )
+    signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
     try:
         yield local
     finally:

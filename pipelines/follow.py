@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,57 +13,85 @@ from tqdm import tqdm
 POLL_SECONDS = 0.5
 LINE_INTERVAL_SECONDS = 20.0
 SYSTEM_INTERVAL_SECONDS = 5.0
+STRAGGLER_SECONDS = 20.0
 SHOWN = {"image_reconstruction": "image", "latent_reconstruction": "latent",
          "image_discriminator": "D_x", "latent_discriminator": "D_z"}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def follow(run_folder: Path, thread: threading.Thread, *, num_steps: int, stop_file: Path) -> None:
+def follow(
+    run_folder: Path,
+    thread: threading.Thread,
+    *,
+    num_steps: int,
+    stop_file: Path,
+    outcome_file: Path,
+) -> None:
     """Until `thread` ends: show new rows of metrics.jsonl, record system metrics.
 
-    The first Ctrl-C asks the workers to save and end; the second one does not wait for them.
+    The first Ctrl-C asks the workers to save and end; the second one does not wait for them. Once
+    there is an outcome, workers that do not end by themselves are not waited for either.
     """
-    rows = _Rows(run_folder / "metrics.jsonl")
-    terminal = sys.stderr.isatty()
-    last_line = last_system = time.monotonic()
-    first_step: int | None = None
-    started = time.monotonic()
-    with tqdm(total=num_steps, unit="step", disable=not terminal, dynamic_ncols=True) as bar:
-        bar.set_description("train (Ray is starting)")
-        while thread.is_alive():
+    with tqdm(total=num_steps, unit="step", disable=None, dynamic_ncols=True) as bar:
+        view = _View(bar, run_folder, num_steps)
+        while True:
             try:
-                thread.join(POLL_SECONDS)
-                now = time.monotonic()
-                if now - last_system > SYSTEM_INTERVAL_SECONDS:
-                    last_system = now
-                    _record_system(run_folder / "system.jsonl")
-                row = rows.newest()
-                if row is None:
-                    continue
-                if first_step is None:
-                    first_step, started = row["step"], now
-                    bar.initial = first_step
-                    bar.reset()
-                bar.set_description("train")
-                bar.n = row["step"]
-                bar.set_postfix_str(_describe(row))
-                if not terminal and now - last_line > LINE_INTERVAL_SECONDS:
-                    last_line = now
-                    done = row["step"] - first_step
-                    left = (now - started) * (num_steps - row["step"]) / done if done else 0
-                    log.info(
-                        "step %d/%d  %s  %s left",
-                        row["step"],
-                        num_steps,
-                        _describe(row),
-                        tqdm.format_interval(left),
-                    )
+                ended_at: float | None = None
+                while thread.is_alive():
+                    thread.join(POLL_SECONDS)
+                    view.update()
+                    if ended_at is None and outcome_file.exists():
+                        ended_at = time.monotonic()
+                    if ended_at is not None and time.monotonic() - ended_at > STRAGGLER_SECONDS:
+                        return
+                return
             except KeyboardInterrupt:
                 if stop_file.exists():
                     raise
-                log.info("\nstopping: saving a checkpoint (Ctrl-C again: do not wait)")
                 stop_file.touch()
+                log.info("\nstopping: saving a checkpoint (Ctrl-C again: do not wait)")
+
+
+class _View:
+    """What a person sees of the run, and the record of the machine's state."""
+
+    def __init__(self, bar: "tqdm[Any]", run_folder: Path, num_steps: int) -> None:
+        self._bar = bar
+        self._num_steps = num_steps
+        self._rows = _Rows(run_folder / "metrics.jsonl")
+        self._system = run_folder / "system.jsonl"
+        self._first: tuple[float, int] | None = None  # time and step of the first row
+        self._last_line = self._last_system = time.monotonic()
+        bar.set_description("train (Ray is starting)")
+
+    def update(self) -> None:
+        now = time.monotonic()
+        if now - self._last_system > SYSTEM_INTERVAL_SECONDS:
+            self._last_system = now
+            _record_system(self._system)
+        row = self._rows.newest()
+        if row is None:
+            return
+        if self._first is None:
+            self._first = now, row["step"]
+            self._bar.set_description("train")
+            self._bar.initial = row["step"]
+            self._bar.reset()
+        self._bar.n = row["step"]
+        self._bar.set_postfix_str(_describe(row))
+        if self._bar.disable and now - self._last_line > LINE_INTERVAL_SECONDS:
+            self._last_line = now
+            started, first_step = self._first
+            steps_left = self._num_steps - row["step"]
+            seconds = (now - started) * steps_left / max(row["step"] - first_step, 1)
+            log.info(
+                "step %d/%d  %s  %s left",
+                row["step"],
+                self._num_steps,
+                _describe(row),
+                tqdm.format_interval(seconds),
+            )
 
 
 class _Rows:

@@ -8,12 +8,15 @@ import os
 import sys
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray.train
 import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # the others wait while rank 0 judges a checkpoint
 
 
 @dataclass
@@ -47,4 +50,5 @@ def _join_process_group(*, backend: str, rendezvous: str) -> None:
         init_method=rendezvous,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
+        timeout=COLLECTIVE_TIMEOUT,
     )

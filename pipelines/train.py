@@ -4,12 +4,14 @@ Works in runs/<name>/, where the name is a hash of data, parameters and code: th
 resumes, a changed one starts afresh. See docs/architecture.md.
 """
 
+import ast
 import csv
 import hashlib
 import json
 import logging
 import platform
 import shutil
+import statistics
 import subprocess
 import threading
 import uuid
@@ -18,9 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from aegan import checkpoint
 from aegan.config import (
     ComputeConfig,
+    ConfigError,
     LossConfig,
     ModelConfig,
     TrainConfig,
@@ -31,6 +36,7 @@ from pipelines import params
 from pipelines.cluster import ray_session
 from pipelines.errors import UserError, run_stage
 from pipelines.follow import follow
+from pipelines.shards import new_folder
 
 SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/train")
 LIBRARY = Path(__file__).parent.parent / "aegan"
@@ -69,6 +75,8 @@ def main() -> None:
     )
     run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
     publish(run_folder, OUTPUT)
+    if (run_folder / STOP_FILE).exists():  # asked to stop, but it was the end anyway
+        raise KeyboardInterrupt
 
 
 def train(config: TrainConfig, compute: ComputeConfig, *, shards: Path, runs: Path) -> Path:
@@ -76,32 +84,43 @@ def train(config: TrainConfig, compute: ComputeConfig, *, shards: Path, runs: Pa
 
     Raises UserError; KeyboardInterrupt after a checkpoint was saved.
     """
+    _check(config, compute)
     if not (shards / "manifest.json").exists():
         raise UserError(f"{shards} has no images: run `dvc repro preprocess` first")
     manifest = read_manifest(shards)
-    name = run_name(config, manifest["dataset_sha256"])
-    run_folder = (runs / name).resolve()
-    checkpoints = run_folder / "checkpoints"
-    done = checkpoint.steps(checkpoints)
-    if done and done[-1] == config.training.num_steps:
-        log.info("run %s is complete already", name)
-        return run_folder
-    verb = f"resuming at step {done[-1]} of" if done else "starting"
-    log.info(
-        "%s run %s: %s images, arm %s",
-        verb,
-        name,
-        manifest["splits"]["train"]["rows"],
-        config.training.arm,
-    )
+    run_folder = (runs / run_name(config, manifest["dataset_sha256"])).resolve()
     run_folder.mkdir(parents=True, exist_ok=True)
-    for stale in (STOP_FILE, OUTCOME_FILE):
-        (run_folder / stale).unlink(missing_ok=True)
+    try:
+        with FileLock(run_folder / "driver.lock", timeout=0):
+            _clear(run_folder)
+            _train(config, compute, manifest, shards=shards.resolve(), run_folder=run_folder)
+    except Timeout:
+        raise UserError(f"another training works in {run_folder}: wait for it or end it") from None
+    return run_folder
+
+
+def _train(
+    config: TrainConfig,
+    compute: ComputeConfig,
+    manifest: dict[str, Any],
+    *,
+    shards: Path,
+    run_folder: Path,
+) -> None:
+    done = checkpoint.steps(run_folder / "checkpoints")
+    if done and done[-1] == config.training.num_steps:
+        log.info("run %s is complete already", run_folder.name)
+        return
+    if done:
+        log.info("resuming at step %d of run %s", done[-1], run_folder.name)
+    else:
+        images, arm = manifest["splits"]["train"]["rows"], config.training.arm
+        log.info("starting run %s: %d images, arm %s", run_folder.name, images, arm)
     facts = {
-        "run_name": name,
+        "run_name": run_folder.name,
         "dataset_sha256": manifest["dataset_sha256"],
         "code_sha256": code_sha256(),
-        "params": {**params.as_dict(config.model, config.loss, config.training)},
+        "params": params.as_dict(config.model, config.loss, config.training, compute),
         "world_size": compute.num_workers,
         "git_commit": _git_commit(),
         "versions": {package: version(package) for package in ("torch", "ray", "numpy")},
@@ -109,33 +128,67 @@ def train(config: TrainConfig, compute: ComputeConfig, *, shards: Path, runs: Pa
         "machine": platform.platform(),
     }
     checkpoint.write_json(run_folder / "run.json", facts)
-    outcome = _run(config, compute, shards=shards.resolve(), run_folder=run_folder)
-    if outcome is None:
-        raise UserError(
-            f"training ended without a result: AEGAN_RAY_LOGS=1 shows why ({run_folder})"
-        )
+    outcome = _run(config, compute, shards=shards, run_folder=run_folder)
     if "error" in outcome:
         raise UserError(outcome["error"])
     if not outcome["finished"]:
-        log.info("stopped at step %s; the same command goes on from there", outcome["step"])
+        log.info("stopped at step %d; the same command goes on from there", outcome["step"])
         raise KeyboardInterrupt
-    return run_folder
+
+
+def _check(config: TrainConfig, compute: ComputeConfig) -> None:
+    """What types alone cannot say about the parameters."""
+    options = config.training
+    positive = {
+        "model.latent_dim": config.model.latent_dim,
+        "model.base_channels": config.model.base_channels,
+        "training.num_steps": options.num_steps,
+        "training.batch_size": options.batch_size,
+        "training.log_interval_steps": options.log_interval_steps,
+        "training.sample_interval_steps": options.sample_interval_steps,
+        "training.checkpoint_interval_steps": options.checkpoint_interval_steps,
+        "training.checkpoints_kept": options.checkpoints_kept,
+        "compute.num_workers": compute.num_workers,
+    }
+    not_negative = {
+        "loss.gamma": config.loss.gamma,
+        "training.seed": options.seed,
+        "training.max_rollbacks": options.max_rollbacks,
+        "training.max_gradient_norm": options.max_gradient_norm,
+        "compute.threads_per_worker": compute.threads_per_worker,
+        "compute.max_failures": compute.max_failures,
+    }
+    for least, values in ((1, positive), (0, not_negative)):
+        for key, value in values.items():
+            if value < least:
+                raise UserError(f"params.yaml: {key} is {value}; it must be {least} or more")
 
 
 def run_name(config: TrainConfig, dataset_sha256: str) -> str:
-    """A name that changes with data, parameters and code, and with nothing else."""
-    content = json.dumps([asdict(config), dataset_sha256, code_sha256()], sort_keys=True)
-    return f"{config.training.arm}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    """A name that changes with data, parameters, code and PyTorch, and with nothing else."""
+    content = [asdict(config), dataset_sha256, code_sha256(), version("torch")]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{config.training.arm}-{digest[:12]}"
 
 
 def code_sha256() -> str:
-    sources = [(LIBRARY / file).read_bytes() for file in CODE]
-    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+    """Hash of what the code says; layout and comments do not count."""
+    trees = [ast.dump(ast.parse((LIBRARY / file).read_bytes())) for file in CODE]
+    return hashlib.sha256("\0".join(trees).encode()).hexdigest()
+
+
+def _clear(run_folder: Path) -> None:
+    """Remove what a run that was cut off left behind, but not its checkpoints and logs."""
+    for stale in (STOP_FILE, OUTCOME_FILE):
+        (run_folder / stale).unlink(missing_ok=True)
+    for rendezvous in run_folder.glob("rendezvous-*"):
+        rendezvous.unlink()
+    shutil.rmtree(run_folder / "ray", ignore_errors=True)
 
 
 def _run(
     config: TrainConfig, compute: ComputeConfig, *, shards: Path, run_folder: Path
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run the workers and show their progress; returns what rank 0 said of the end."""
     with ray_session() as local:
         import ray
@@ -193,16 +246,14 @@ def _run(
             thread,
             num_steps=config.training.num_steps,
             stop_file=run_folder / STOP_FILE,
+            outcome_file=run_folder / OUTCOME_FILE,
         )
-    shutil.rmtree(run_folder / "ray", ignore_errors=True)
     outcome = run_folder / OUTCOME_FILE
-    if outcome.exists():
-        return dict(json.loads(outcome.read_text(encoding="utf-8")))
-    if failure:
-        raise UserError(
-            f"a training worker failed more than {compute.max_failures} times: {failure[0]}"
-        )
-    return None
+    if not outcome.exists():
+        reason = failure[0] if failure else "no worker said why"
+        raise UserError(f"training failed: {reason} (AEGAN_RAY_LOGS=1 shows all that Ray says)")
+    shutil.rmtree(run_folder / "ray", ignore_errors=True)
+    return dict(json.loads(outcome.read_text(encoding="utf-8")))
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -210,7 +261,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
     import torch
-    from filelock import FileLock
 
     from aegan.checkpoint import CheckpointError
     from aegan.training_loop import DivergedError
@@ -225,8 +275,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         loss=LossConfig(**settings["config"]["loss"]),
         training=TrainingConfig(**settings["config"]["training"]),
     )
-    lock = FileLock(run_folder / "lock", timeout=ORPHAN_WAIT_SECONDS)  # of a killed run's worker
-    if rank == 0:
+    if rank == 0:  # wait for the worker of a killed run, which would write there too
+        lock = FileLock(run_folder / "worker.lock", timeout=ORPHAN_WAIT_SECONDS)
         lock.acquire()
     try:
         outcome = asdict(
@@ -241,7 +291,9 @@ def train_worker(settings: dict[str, Any]) -> None:
                 should_stop=(run_folder / STOP_FILE).exists,
             )
         )
-    except (CheckpointError, DivergedError, ValueError) as error:
+    except (CheckpointError, ConfigError, DivergedError) as error:
+        if rank != 0:
+            raise
         outcome = {"error": str(error)}
     if rank == 0:
         checkpoint.write_json(run_folder / OUTCOME_FILE, outcome)
@@ -253,32 +305,36 @@ def publish(run_folder: Path, output: Path) -> None:
     from aegan.state import export_model
 
     checkpoints = run_folder / "checkpoints"
-    marked = checkpoint.best(checkpoints)
     last_step = checkpoint.steps(checkpoints)[-1]
-    chosen = marked[0] if marked else last_step
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    export_model(checkpoint.path_of(checkpoints, chosen), output / "model")
-    shutil.copytree(run_folder / "samples", output / "samples")
+    best = checkpoint.best(checkpoints)
+    chosen = best[0] if best else last_step
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    _write_curves(rows, output / "curves.csv")
     facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
-    batch_size = facts["params"]["training"]["batch_size"]
-    speeds = sorted(row["images_per_second"] for row in rows)
+    _, last_state = checkpoint.load(checkpoint.path_of(checkpoints, last_step))
     summary = {
         "step": last_step,
         "chosen_step": chosen,
-        "images_shown": last_step * batch_size,
+        "images_shown": last_step * facts["params"]["training"]["batch_size"],
         "seconds": rows[-1]["seconds"],
-        "images_per_second": speeds[len(speeds) // 2],
+        "images_per_second": statistics.median(row["images_per_second"] for row in rows),
+        "rollbacks": last_state["attempt"],
     }
-    _, state = checkpoint.load(checkpoint.path_of(checkpoints, last_step))
-    checkpoint.write_json(output / "run.json", {**facts, **summary, "rollbacks": state["attempt"]})
-    final = {key: value for key, value in rows[-1].items() if key not in ("time", "seconds")}
-    checkpoint.write_json(output / "metrics.json", {**final, **summary})
-    log.info(
-        "trained %s steps; best checkpoint: step %s, in %s", last_step, chosen, output / "model"
-    )
+    # Losses are those of the last step, scores those of the chosen one.
+    losses = {key: value for key, value in rows[-1].items() if key not in ("time", "seconds")}
+    scores = {
+        key: value
+        for row in rows
+        if row["step"] == chosen
+        for key, value in row.items()
+        if key.startswith("validation_")
+    }
+    with new_folder(output) as folder:
+        export_model(checkpoint.path_of(checkpoints, chosen), folder / "model")
+        shutil.copytree(run_folder / "samples", folder / "samples")
+        _write_curves(rows, folder / "curves.csv")
+        checkpoint.write_json(folder / "run.json", {**facts, **summary})
+        checkpoint.write_json(folder / "metrics.json", {**losses, **scores, **summary})
+    log.info("trained %d steps; best checkpoint: step %d, in %s", last_step, chosen, output)
 
 
 def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -290,9 +346,12 @@ def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _git_commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    """The commit and whether files differ from it; empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 if __name__ == "__main__":

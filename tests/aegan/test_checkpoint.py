@@ -72,16 +72,31 @@ def test_no_file_of_a_checkpoint_holds_a_pickle(tmp_path):
 def test_the_best_is_the_lowest_score_and_the_first_of_equals(tmp_path):
     assert checkpoint.best(tmp_path) is None
     for step, score in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 5.0)):
-        checkpoint.mark_if_best(tmp_path, step, score)
+        checkpoint.record_score(tmp_path, step, score)
     assert checkpoint.best(tmp_path) == (2, 2.0)
 
 
-def test_pruning_keeps_the_newest_and_the_best(tmp_path):
-    for step in range(1, 7):
+def test_going_back_forgets_what_lies_ahead(tmp_path):
+    for step, score in ((1, 3.0), (2, 2.0), (3, 1.0)):
         save(tmp_path, step)
-    checkpoint.mark_if_best(tmp_path, 2, 1.0)
-    checkpoint.prune(tmp_path, kept=2)
-    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+        checkpoint.record_score(tmp_path, step, score)
+    checkpoint.forget_after(tmp_path, 2)
+    assert checkpoint.best(tmp_path) == (2, 2.0)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_damaged_scores_are_named(tmp_path):
+    (tmp_path / checkpoint.SCORES).write_text("")
+    with pytest.raises(checkpoint.CheckpointError, match=r"scores.json is damaged .* delete it"):
+        checkpoint.best(tmp_path)
+
+
+def test_pruning_keeps_the_best_the_newest_and_the_newest_regular_ones(tmp_path):
+    for step in (0, 10, 20, 30, 40, 43, 47):  # the last two from early stops
+        save(tmp_path, step)
+    checkpoint.record_score(tmp_path, 10, 1.0)
+    checkpoint.prune(tmp_path, kept=2, interval=10)
+    assert checkpoint.steps(tmp_path) == [10, 30, 40, 47]
 
 
 def test_a_changed_configuration_is_refused_with_every_difference_listed():

@@ -1,5 +1,6 @@
 """The train stage on a real Ray: killed, stopped and resumed like a user's would be."""
 
+import contextlib
 import json
 import os
 import re
@@ -123,7 +124,9 @@ def test_a_killed_worker_is_replaced_and_the_weights_end_the_same(project, undis
     process = start(project)
     for step in (60, 230):
         wait_for_step(project, step)
-        for worker in workers_of(process):
+        workers = workers_of(process)
+        assert workers
+        for worker in workers:
             worker.kill()
     finish(process)
     assert_same(weights(project), undisturbed)
@@ -133,20 +136,43 @@ def test_a_killed_driver_leaves_nothing_running_and_the_same_command_goes_on(pro
     process = start(project)
     wait_for_step(project, 120)
     tree = psutil.Process(process.pid).children(recursive=True)
+    assert tree
     process.kill()
     process.communicate()
-    assert left_behind(tree, within_seconds=60) == []
+    assert left_behind(tree, within_seconds=90) == []  # two idle agents of Ray wait for a minute
     assert checkpoint.steps(run_folder(project) / "checkpoints")
     output = finish(start(project))
     assert "resuming at step" in output
     assert_same(weights(project), undisturbed)
 
 
-def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(project, undisturbed):
+def listening_addresses(process: subprocess.Popen[str]) -> set[str]:
+    found = set()
+    for child in [
+        psutil.Process(process.pid),
+        *psutil.Process(process.pid).children(recursive=True),
+    ]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in child.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(connection.laddr.ip)
+    return found
+
+
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_a_checkpoint_and_leaves_nothing_running(
+    project, undisturbed, interrupt
+):
     process = start(project)
     wait_for_step(project, 60)
+    listening = listening_addresses(process)
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     tree = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    if interrupt == signal.SIGINT:
+        os.killpg(process.pid, interrupt)  # as a terminal does: to the whole group
+    else:
+        os.kill(process.pid, interrupt)  # as a scheduler does
     output = finish(process, expected=130)
     assert "Traceback" not in output
     assert left_behind(tree, within_seconds=30) == []
@@ -154,6 +180,15 @@ def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_running(project, undisturb
     assert 60 <= stopped_at < NUM_STEPS
     assert f"resuming at step {stopped_at}" in finish(start(project))
     assert_same(weights(project), undisturbed)
+
+
+def test_a_second_training_of_the_same_run_is_refused_while_the_first_works(project):
+    first = start(project)
+    wait_for_step(project, 20)
+    output = finish(start(project), expected=1)
+    assert re.search("^error: another training works in .*: wait for it", output, re.MULTILINE)
+    os.kill(first.pid, signal.SIGTERM)
+    finish(first, expected=130)
 
 
 def test_a_finished_run_is_not_run_again(project):
@@ -186,6 +221,7 @@ def test_two_workers_end_with_the_weights_of_one(tmp_path, shards):
         ({"compute__num_workers": 64}, r"compute.num_workers is 64, but there are \d+ CPUs"),
         ({"compute__device": "cuda"}, "compute.num_workers is 1, but there are 0 GPUs"),
         ({"training__batch_size": 64}, "batch_size is 64, but .* only 40 training images"),
+        ({"training__checkpoints_kept": 0}, "checkpoints_kept is 0; it must be 1 or more"),
         ({"training__learning_rate": 1e30}, "diverged at step .* learning_rate"),
     ],
 )
