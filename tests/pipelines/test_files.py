@@ -1,0 +1,52 @@
+import errno
+import json
+import math
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.files import new_file, new_folder, write_json
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    file = tmp_path / "deep/er/figures.json"
+    write_json({"name": "é", "values": [1, 2.5]}, file)
+    with pytest.raises(ZeroDivisionError), new_file(file) as aside:
+        aside.write_text("half")
+        1 / 0
+    assert json.loads(file.read_text(encoding="utf-8")) == {"name": "é", "values": [1, 2.5]}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_number_that_no_json_can_hold_changes_no_file(tmp_path):
+    write_json(1, tmp_path / "figure.json")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(math.nan, tmp_path / "figure.json")
+    assert (tmp_path / "figure.json").read_text() == "1\n"
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    for content in ("first", "second"):
+        with new_folder(tmp_path / "out") as aside:
+            (aside / content).touch()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as aside:
+        (aside / "third").touch()
+        1 / 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
+
+
+def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with new_folder(tmp_path / "out") as aside:
+        (aside / "file").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk/file").exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_place(tmp_path):
+    with (
+        pytest.raises(UserError, match="no space left for .*out.json"),
+        new_file(tmp_path / "out.json"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
