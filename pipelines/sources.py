@@ -4,25 +4,50 @@ Names and contents are untrusted: what is not a plain file of sane size under a 
 comes out as `Skipped` with its reason.
 """
 
+import bz2
+import errno
+import gzip
 import hashlib
+import lzma
 import os
 import stat
 import tarfile
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
 
 from pipelines import storage
 from pipelines.errors import UserError
 
 MAX_FILE_BYTES = 64 * 1024**2
+MAX_HEADER_BYTES = 64 * 1024  # of one tar entry: its long name and attributes
 MAX_COMPRESSION = 200  # more is a decompression bomb
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
+UNPACKERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+# What zipfile, tarfile and the unpackers raise for bytes that are not as they should be.
+DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    IndexError,
+    OverflowError,
+    NotImplementedError,
+    RecursionError,
+)
 PARALLEL_READS = 8  # from a bucket; each holds at most one file in memory
 
 
@@ -111,64 +136,119 @@ def is_archive_name(name: str) -> bool:
 def read_archive(file: Path, name: str) -> Entries:
     """Every plain file in a zip or tar archive; `name` is what errors call it."""
     try:
-        if tarfile.is_tarfile(file):  # first: a tar may end with a zip, whose mark is at its end
+        if _is_tar(file):  # first: a tar may end with a zip, whose mark is at its end
             yield from _read_tar(file, name)
         elif zipfile.is_zipfile(file):
-            yield from _read_zip(file)
+            yield from _read_zip(file, name)
         else:
             raise UserError(f"{name} is neither a folder nor a sound zip or tar archive")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
-        raise UserError(f"{name} is damaged ({error}): fetch or pack it again") from None
+    except DAMAGE as error:
+        raise UserError(f"{name} is damaged ({_cause(error)}): fetch or pack it again") from None
 
 
-def _read_zip(file: Path) -> Entries:
+def _cause(error: Exception) -> str:
+    """What is wrong with the bytes; an error of the disk is no damage and goes on."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # impossible offset
+        raise error
+    return str(error) or type(error).__name__
+
+
+def _check_total(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
+    if unpacked_bytes > max(MAX_FILE_BYTES, MAX_COMPRESSION * packed_bytes):
+        raise UserError(
+            f"{name} is a decompression bomb: {packed_bytes} bytes become {unpacked_bytes}"
+        )
+
+
+def _read_zip(file: Path, name: str) -> Entries:
+    packed_bytes = file.stat().st_size
+    unpacked_bytes = 0
     with zipfile.ZipFile(file) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
         for entry in sorted(entries, key=lambda entry: (entry.filename.count("/"), entry.filename)):
-            name = _text(entry.filename)
+            path = _text(entry.filename)
             kind = _kind(entry.external_attr >> 16)
-            reason = _refusal(name, entry.file_size, kind, stored_bytes=entry.compress_size)
+            reason = _refusal(path, entry.file_size, kind, stored_bytes=entry.compress_size)
             if entry.flag_bits & 1:
                 reason = reason or "encrypted"
             if reason:
-                yield Skipped(name, reason)
+                yield Skipped(path, reason)
                 continue
+            unpacked_bytes += entry.file_size
+            _check_total(name, unpacked_bytes, packed_bytes)
             try:
                 with archive.open(entry) as stream:
                     content = stream.read(MAX_FILE_BYTES + 1)
-            except (
-                zipfile.BadZipFile,
-                zlib.error,
-                LZMAError,
-                EOFError,
-                NotImplementedError,
-            ) as error:
-                yield Skipped(name, f"damaged in the archive: {error}")
+            except DAMAGE as error:
+                yield Skipped(path, f"damaged in the archive: {_cause(error)}")
                 continue
-            yield RawFile(name, content)
+            yield RawFile(path, content)
+
+
+class _Metered:
+    """A stream that gives tarfile, which reads any header whole, `allowance` bytes and no more."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.allowance = MAX_HEADER_BYTES
+        self.last = b""  # what was read last
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.allowance:
+            raise tarfile.ReadError(f"a header is larger than {MAX_HEADER_BYTES} bytes")
+        self.allowance -= size
+        self.last = self.stream.read(size)
+        return self.last
+
+
+@contextmanager
+def _open_tar(file: Path) -> Iterator[tuple[tarfile.TarFile, _Metered]]:
+    with file.open("rb") as packed:
+        start = packed.read(8)
+    unpack = next((unpack for mark, unpack in UNPACKERS.items() if start.startswith(mark)), open)
+    with unpack(file, "rb") as stream:
+        metered = _Metered(stream)
+        with tarfile.open(fileobj=cast(BinaryIO, metered), mode="r:") as archive:
+            yield archive, metered
+
+
+def _is_tar(file: Path) -> bool:
+    try:
+        with _open_tar(file):
+            return True
+    except tarfile.ReadError:
+        return False
 
 
 def _read_tar(file: Path, name: str) -> Entries:
     packed_bytes = file.stat().st_size
-    seen = 0
-    with tarfile.open(file) as archive:
+    unpacked_bytes = 0
+    with _open_tar(file) as (archive, metered):
         while (entry := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every entry
-            seen += entry.size
-            if seen > max(MAX_FILE_BYTES, MAX_COMPRESSION * packed_bytes):
-                raise UserError(
-                    f"{name} is a decompression bomb: {packed_bytes} bytes become {seen}"
-                )
-            if entry.isdir():
-                continue
-            kind = "link" if entry.issym() or entry.islnk() else "special file"
+            if entry.size < 0:
+                raise tarfile.ReadError("a size is negative")
+            unpacked_bytes += entry.size
+            _check_total(name, unpacked_bytes, packed_bytes)
             path = _text(entry.name).removeprefix("./")
-            if reason := _refusal(path, entry.size, "" if entry.isreg() else kind):
+            kind = "link" if entry.issym() or entry.islnk() else "special file"
+            if entry.isdir():
+                pass
+            elif reason := _refusal(path, entry.size, "" if entry.isreg() else kind):
                 yield Skipped(path, reason)
-                continue
-            stream = archive.extractfile(entry)
-            assert stream is not None  # entry is a regular file
-            yield RawFile(path, stream.read())
+            else:
+                stream = archive.extractfile(entry)
+                assert stream is not None  # entry is a regular file
+                metered.allowance = entry.size
+                yield RawFile(path, stream.read())
+            metered.allowance = MAX_HEADER_BYTES
+            archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps every entry
+            archive.pax_headers = {}  # and every attribute
+        if metered.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a bad header for the end
+            raise tarfile.ReadError("a header is bad, or the end is missing")
+        while rest := metered.stream.read(1024**2):  # the checksum is at the end
+            unpacked_bytes += len(rest)
+            _check_total(name, unpacked_bytes, packed_bytes)
 
 
 def read_bucket(url: str) -> Entries:

@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import requests
@@ -11,6 +12,8 @@ from urllib3 import Retry
 from pipelines.errors import UserError
 from pipelines.progress import progress
 
+MAX_BYTES = 256 * 1024**3
+MAX_REDIRECTS = 5
 CHUNK_BYTES = 1024**2
 TIMEOUT_SECONDS = 30  # to connect, and between two pieces
 RETRIES = Retry(
@@ -18,26 +21,35 @@ RETRIES = Retry(
 )
 
 
+class _Checked(HTTPAdapter):
+    """Sends a request, the first or a redirect's, only where that is safe."""
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
+        _check_safe(urlsplit(str(request.url)))
+        answer = super().send(request, *args, **kwargs)
+        if answer.is_redirect:
+            answer.close()  # requests would read its body, however long
+        return answer
+
+
 def fetch(url: str, file: Path) -> None:
     """Download an address into a file, whole or with a UserError."""
     shown = without_secrets(url)
-    _check_safe(urlsplit(url))
     try:
         with requests.Session() as session:
+            session.max_redirects = MAX_REDIRECTS
             for scheme in ("https://", "http://"):
-                session.mount(scheme, HTTPAdapter(max_retries=RETRIES))
+                session.mount(scheme, _Checked(max_retries=RETRIES))
             plain_bytes = {"Accept-Encoding": "identity"}
             with session.get(
                 url, stream=True, timeout=TIMEOUT_SECONDS, headers=plain_bytes
             ) as answer:
-                for hop in (*answer.history[1:], answer):  # redirects
-                    _check_safe(urlsplit(hop.url))
                 if not answer.ok:
                     raise UserError(
                         f"{shown} answers {answer.status_code} {answer.reason}: check the address"
                     )
                 _save(answer, file)
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # the latter for no address
         raise UserError(
             f"{shown} cannot be fetched ({type(error).__name__}): check the address and "
             "the network, then run the same command again"
@@ -55,11 +67,18 @@ def _check_safe(parts: SplitResult) -> None:
 
 
 def _save(answer: requests.Response, file: Path) -> None:
-    expected = answer.headers.get("Content-Length", "")
-    pieces = -(-int(expected) // CHUNK_BYTES) if expected.isdigit() else None
+    try:
+        pieces = -(-int(answer.headers["Content-Length"]) // CHUNK_BYTES)
+    except (KeyError, ValueError):  # not said, or no number
+        pieces = None
     with file.open("wb") as out:
         chunks = answer.iter_content(CHUNK_BYTES)
         for chunk in progress(chunks, "fetching", unit="MiB", total=pieces):
+            if out.tell() + len(chunk) > MAX_BYTES:
+                raise UserError(
+                    f"{without_secrets(answer.url)} is larger than {MAX_BYTES} bytes: "
+                    "fetch it yourself and set data.source to the file"
+                )
             out.write(chunk)
 
 

@@ -1,3 +1,4 @@
+import gzip
 import io
 import os
 import stat
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipelines import sources
 from pipelines.errors import UserError
@@ -150,6 +153,15 @@ def test_a_decompression_bomb_in_a_zip_is_listed_and_one_in_a_tar_ends_the_run(
         read(bomb)
 
 
+def test_a_zip_whose_entries_share_their_bytes_is_a_decompression_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 4 * 1024**2)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", os.urandom(30_000) + bytes(4 * 1024**2 - 30_000))
+        archive.filelist *= 100
+    with pytest.raises(UserError, match="decompression bomb"):
+        read(tmp_path / "a.zip")
+
+
 def test_a_zip_that_lies_about_sizes_does_not_get_more_than_it_says(tmp_path):
     file = make_zip(tmp_path / "lies.zip", {"a.png": bytes(5 * 1024**2)})
     content = bytearray(file.read_bytes())
@@ -179,6 +191,126 @@ def test_an_archive_that_ends_early_is_one_clear_error(tmp_path, mode):
     file.write_bytes(file.read_bytes()[:50_000])
     with pytest.raises(UserError, match=r"the archive is (damaged \(.+\)|neither)"):
         read(file)
+
+
+@pytest.mark.parametrize("member", [1, 15, 29])
+def test_a_bad_header_in_a_tar_is_an_error_and_not_its_end(tmp_path, member):
+    file = make_tar(tmp_path / "a.tar", {f"{i}.png": b"%d" % i for i in range(30)})
+    content = bytearray(file.read_bytes())
+    content[member * 1024 + 3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"the archive is damaged \(a header is bad"):
+        read(file)
+
+
+@pytest.mark.parametrize("bytes_left", [10 * 1024, 10 * 1024 - 512, 10 * 1024 + 100])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_tar_without_its_end_is_an_error_wherever_it_was_cut(tmp_path, bytes_left, pack):
+    file = make_tar(tmp_path / "a.tar", {f"{i}.png": b"%d" % i for i in range(30)})
+    file.write_bytes(pack(file.read_bytes()[:bytes_left]))
+    with pytest.raises(UserError, match="the archive is damaged"):
+        read(file)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_the_checksum_at_the_end_of_a_compressed_tar_is_checked(tmp_path, mode):
+    file = make_tar(tmp_path / "a.tar", {"a.png": bytes(100_000)}, mode)
+    assert len(read(file)) == 1
+    content = bytearray(file.read_bytes())
+    content[-6 if mode == "w:gz" else -4] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="the archive is damaged"):
+        read(file)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("size", [sources.MAX_HEADER_BYTES + 1, 2**35, -512])
+def test_a_long_header_in_a_tar_is_refused_before_it_is_read(tmp_path, kind, size):
+    file = make_tar(tmp_path / "a.tar", {"a.png": b"a"})
+    long = tarfile.TarInfo("long")
+    long.type, long.size = kind, size
+    header = long.tobuf(tarfile.GNU_FORMAT)
+    file.write_bytes(file.read_bytes()[:1024] + header + bytes(100 * 1024))
+    with pytest.raises(UserError, match="a header is larger than 65536 bytes"):
+        read(file)
+
+
+def test_long_names_in_a_tar_are_read(tmp_path):
+    contents = {f"{'folder/' * 40}{i}.png": b"%d" % i for i in range(300)}
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=format) as archive:
+            for name, content in contents.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        assert read(tmp_path / "a.tar") == contents
+
+
+def test_a_negative_size_in_a_tar_does_not_send_the_reader_back(tmp_path):
+    negative = tarfile.TarInfo("a.png")
+    negative.size = -1024
+    (tmp_path / "a.tar").write_bytes(negative.tobuf(tarfile.GNU_FORMAT) * 3 + bytes(1024))
+    with pytest.raises(UserError, match="a size is negative"):
+        read(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_entry_is_listed_however_it_is_packed(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr("a.png", os.urandom(3000))
+        archive.writestr("b.png", b"b")
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[50:90] = bytes(40)
+    (tmp_path / "a.zip").write_bytes(content)
+    found = read(tmp_path / "a.zip")
+    assert found["a.png"].startswith("damaged in the archive: ")
+    assert found["b.png"] == b"b"
+
+
+@pytest.mark.parametrize("header", [b"PK\x01\x02", b"PK\x03\x04"])
+def test_a_zip_name_that_only_claims_to_be_utf8_is_no_traceback(tmp_path, header):
+    file = make_zip(tmp_path / "a.zip", {"é.png": b"a", "b.png": b"b"})
+    content = bytearray(file.read_bytes())
+    content[content.index("é".encode(), content.index(header))] = 0xFF
+    file.write_bytes(content)
+    if header == b"PK\x01\x02":  # the table of contents
+        with pytest.raises(UserError, match=r"the archive is damaged \('utf-8' codec"):
+            read(file)
+    else:
+        found = read(file)
+        assert found["é.png"].startswith("damaged in the archive: 'utf-8' codec")
+        assert found["b.png"] == b"b"
+
+
+def test_a_zip_entry_without_a_name_is_listed(tmp_path):
+    file = make_zip(tmp_path / "a.zip", {"a.png": b"x"})
+    file.write_bytes(file.read_bytes().replace(b"a.png", b"\0.png"))  # names end at a zero
+    assert read(file) == {"": "unsafe path"}
+
+
+@pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3))
+def test_damage_anywhere_is_one_error_or_listed_and_loses_nothing_in_silence(
+    tmp_path, mode, places
+):
+    contents = {f"{i}{'long' * 30}.png": b"%d" % i * 99 for i in range(5)}
+    file = tmp_path / "archive"
+    make_zip(file, contents) if mode == "zip" else make_tar(file, contents, mode)
+    content = bytearray(file.read_bytes())
+    for where, change in places:
+        content[int(where * (len(content) - 1))] ^= change
+    file.write_bytes(content)
+    try:
+        entries = list(read_archive(file, "the archive"))
+    except UserError:
+        return
+    assert len(entries) == 5
+    if mode != "w":  # contents have a checksum
+        read = [entry.content for entry in entries if isinstance(entry, RawFile)]
+        assert set(read) <= set(contents.values())
 
 
 def test_something_else_is_no_archive(tmp_path):
