@@ -50,7 +50,7 @@ lock: .venv/installed ## resolve the newest permitted versions into requirements
 	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml
-	sed -i 's/+cpu$$//' requirements.lock # the same version, whichever build this machine has
+	sed -i.bak 's/+cpu$$//' requirements.lock && rm requirements.lock.bak # whichever build was found
 
 clean: ## forget all results; the source images and .venv stay
 	rm -rf artifacts data report runs dvc.lock

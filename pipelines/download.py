@@ -18,7 +18,8 @@ from aegan.config import DataConfig
 from pipelines import params, storage, web
 from pipelines.errors import UserError, run_stage
 from pipelines.progress import progress
-from pipelines.shards import ShardWriter, new_folder, write_json
+from pipelines.files import new_folder, write_json
+from pipelines.shards import ShardWriter
 from pipelines.sources import (
     Entries,
     RawFile,
@@ -181,7 +182,6 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # retries: our own error says enough
     download(params.load(DataConfig), RAW)
 

@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 def follow(
     run_folder: Path,
-    thread: threading.Thread,
+    ended: threading.Event,
     *,
     num_steps: int,
     stop_file: Path,
     outcome_file: Path,
 ) -> None:
-    """Until `thread` ends: show new rows of metrics.jsonl, record system metrics.
+    """Until the event is set: show new rows of metrics.jsonl, record system metrics.
 
     The first Ctrl-C asks the workers to save and end; the second one does not wait for them. Once
     there is an outcome, workers that do not end by themselves are not waited for either.
@@ -38,8 +38,8 @@ def follow(
         while True:
             try:
                 ended_at: float | None = None
-                while thread.is_alive():
-                    thread.join(POLL_SECONDS)
+                # An event, since an interrupted join leaves a running thread marked as ended.
+                while not ended.wait(POLL_SECONDS):
                     view.update()
                     if ended_at is None and outcome_file.exists():
                         ended_at = time.monotonic()

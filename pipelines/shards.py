@@ -7,9 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.files import clear_disk_errors, new_file, new_folder, write_json
-
-__all__ = ["ShardWriter", "clear_disk_errors", "new_folder", "write_json", "write_parquet"]
+from pipelines.files import new_file
 
 
 def write_parquet(table: pa.Table, file: Path) -> None:

@@ -18,7 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pipelines.errors import UserError
-from pipelines.shards import clear_disk_errors
+from pipelines.files import clear_disk_errors
 
 READ_ATTEMPTS = 4  # of a body that breaks off; whole requests are retried by botocore
 

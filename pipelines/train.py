@@ -36,7 +36,7 @@ from pipelines import params
 from pipelines.cluster import ray_session
 from pipelines.errors import UserError, run_stage
 from pipelines.follow import follow
-from pipelines.shards import new_folder
+from pipelines.files import new_folder
 
 SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/train")
 LIBRARY = Path(__file__).parent.parent / "aegan"
@@ -231,19 +231,21 @@ def _run(
             ),
         )
         failure: list[BaseException] = []
+        ended = threading.Event()
 
         def fit() -> None:
             try:
                 trainer.fit()
             except BaseException as error:  # handed to the main thread below
                 failure.append(error)
+            finally:
+                ended.set()
 
         # Ray runs beside the main thread, which keeps Ctrl-C: workers save before they end.
-        thread = threading.Thread(target=fit, daemon=True)
-        thread.start()
+        threading.Thread(target=fit, daemon=True).start()
         follow(
             run_folder,
-            thread,
+            ended,
             num_steps=config.training.num_steps,
             stop_file=run_folder / STOP_FILE,
             outcome_file=run_folder / OUTCOME_FILE,

@@ -30,7 +30,6 @@ NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on,
 NOT_IN_WEIGHTS = {  # the same for `train`, whose weights are all that it computes
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
     "pipelines/files.py": "how the finished folder comes into place",
-    "pipelines/shards.py": "hands on pipelines/files.py; training writes no shards",
 }
 
 
