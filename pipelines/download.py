@@ -17,8 +17,8 @@ from aegan import manifold
 from aegan.config import DataConfig
 from pipelines import params, storage, web
 from pipelines.errors import UserError, run_stage
-from pipelines.progress import progress
 from pipelines.files import new_folder, write_json
+from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
     Entries,

@@ -35,8 +35,8 @@ from aegan.dataset import read_manifest
 from pipelines import params
 from pipelines.cluster import ray_session
 from pipelines.errors import UserError, run_stage
-from pipelines.follow import follow
 from pipelines.files import new_folder
+from pipelines.follow import follow
 
 SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/train")
 LIBRARY = Path(__file__).parent.parent / "aegan"
