@@ -36,8 +36,8 @@ def ray_session() -> Iterator[bool]:
         "include_dashboard": False,
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
-    # Ray's processes inherit that they ignore Ctrl-C, which a terminal sends to them too: the driver
-    # ends them once the workers have saved.
+    # Ray's processes inherit that they ignore Ctrl-C, which a terminal sends to them too: the
+    # driver ends them once the workers have saved.
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     on_terminate = signal.getsignal(signal.SIGTERM)
     ray.init(
