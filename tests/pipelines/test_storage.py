@@ -34,7 +34,9 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     storage._client.cache_clear()
     client = boto3.client("s3", region_name="us-east-1")
     client.create_bucket(Bucket="images")
-    yield lambda name, content: client.put_object(Bucket="images", Key=name, Body=content)
+    yield lambda name, content, **options: client.put_object(
+        Bucket="images", Key=name, Body=content, **options
+    )
     storage._client.cache_clear()
 
 
@@ -95,7 +97,7 @@ def test_an_endpoint_that_does_not_answer_is_one_clear_error(bucket, tmp_path, m
 
 
 def test_a_public_bucket_is_read_without_credentials(bucket, monkeypatch):
-    bucket("open.txt", b"public")
+    bucket("open.txt", b"public", ACL="public-read")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
