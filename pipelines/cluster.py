@@ -40,13 +40,15 @@ def ray_session() -> Iterator[bool]:
     # driver ends them once the workers have saved.
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     on_terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        logging_level=logging.INFO if show_ray_logs() else logging.ERROR,
-        log_to_driver=show_ray_logs(),
-        **(private if local else {}),
-    )
-    signal.signal(signal.SIGINT, on_interrupt)
-    signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
+    try:
+        ray.init(
+            logging_level=logging.INFO if show_ray_logs() else logging.ERROR,
+            log_to_driver=show_ray_logs(),
+            **(private if local else {}),
+        )
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
     try:
         yield local
     finally:

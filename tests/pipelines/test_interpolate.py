@@ -1,7 +1,6 @@
 """Pictures of a tiny untrained model: what matters is that they show what they say."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +22,7 @@ CONFIG = InterpolateConfig(num_pairs=4, num_frames=5, path="slerp", seed=0)
 HELD_OUT = blocks(12, seed=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_project(folder: Path) -> Path:

@@ -30,12 +30,7 @@ from tests.trained import ROOT, RUN_NAME, START, write_project
 CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -20,13 +19,12 @@ from tests.trained import write_model
 MODEL_SIZE, LATENT_DIM = 16, 8
 DEFAULTS = {param.name: param.default for param in serving.SIGNATURE.params.params}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[aegan.AEGAN]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield aegan.load(write_model(tmp_path_factory.mktemp("trained") / "model"))
-    torch.set_num_threads(threads)
+def model(tmp_path_factory: pytest.TempPathFactory) -> aegan.AEGAN:
+    return aegan.load(write_model(tmp_path_factory.mktemp("trained") / "model"))
 
 
 @pytest.fixture(scope="module")
