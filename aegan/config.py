@@ -13,6 +13,7 @@ class ConfigError(ValueError):
 
 
 Arm = Literal["aegan", "gan", "ae", "aae", "egan"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -75,6 +76,7 @@ class TrainingConfig:
     num_steps: int  # encoder/generator updates
     batch_size: int  # over all workers
     update_rule: Literal["shared", "reference"]  # one batch for all updates, or the author's rounds
+    precision: Precision  # of the networks' products; tf32 is float32 anywhere but on a GPU
     learning_rate: float  # of encoder and generator
     discriminator_learning_rate: float
     beta1: float
@@ -107,6 +109,9 @@ class ComputeConfig:
     num_workers: int
     device: Literal["auto", "cpu", "cuda"]
     threads_per_worker: int  # 0: cores divided by workers
+    micro_batch_size: int  # images at once through the networks, for less memory; 0: all
+    compile: bool  # with torch.compile; slower on CPU (docs/performance.md)
+    cuda_graphs: bool  # one launch a step; a GPU and one worker only
     max_failures: int  # restarts of crashed workers
 
 

@@ -1,6 +1,7 @@
 """The few collective operations of training; all are the identity in a single process."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,14 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
         # Newer PyTorch has another name for this argument, older ones know only this one.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+
+def averaging(module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Inside, backward passes average gradients over ranks, or only add them up on each."""
+    if enabled or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    no_sync: AbstractContextManager[None] = module.no_sync()
+    return no_sync
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

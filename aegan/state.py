@@ -1,6 +1,7 @@
 """Everything a checkpoint holds: networks, averages, optimisers, and how far training is."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,25 @@ class TrainingState:
             if network is not None:
                 network.requires_grad_(adversarial[kind])
                 discriminators += list(network.parameters()) if adversarial[kind] else []
-        betas = (options.beta1, options.beta2)
+        # `capturable` keeps the step count on a GPU, where a CUDA graph can raise it.
+        adam = partial(
+            torch.optim.Adam,
+            betas=(options.beta1, options.beta2),
+            fused=True,
+            capturable=device.type == "cuda",
+        )
         self.optimizers = {
-            "encoder_generator": torch.optim.Adam(
+            "encoder_generator": adam(
                 [
                     *self.model.generator.parameters(),
                     *(self.model.encoder.parameters() if self.model.encoder else ()),
                 ],
                 lr=options.learning_rate,
-                betas=betas,
-                fused=True,
             )
         }
         if discriminators:
-            self.optimizers["discriminators"] = torch.optim.Adam(
-                discriminators, lr=options.discriminator_learning_rate, betas=betas, fused=True
+            self.optimizers["discriminators"] = adam(
+                discriminators, lr=options.discriminator_learning_rate
             )
         self.step = 0  # encoder/generator updates done
         self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs

@@ -7,35 +7,28 @@ whole state of every random generator and of the reader: to resume, run the same
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aegan import checkpoint, distributed
 from aegan.config import ConfigError, TrainConfig
 from aegan.dataset import load_images, read_manifest
 from aegan.ema import ema_decay, update_ema
+from aegan.graphs import Graphed
 from aegan.images import grid, save_png, to_float
-from aegan.losses import (
-    ARMS,
-    Fakes,
-    Terms,
-    discriminator_loss,
-    encoder_generator_loss,
-    single_kind_loss,
-)
-from aegan.networks import AEGAN
+from aegan.losses import ARMS, Terms
 from aegan.reader import resident_reader, streamed_reader
 from aegan.sampling import decode, random_latents, reconstruct
 from aegan.state import TrainingState
+from aegan.updates import ROUND, Updates
 from aegan.validation import validate
 
-ROUND = ("real", "hat", "real", "tilde")  # what the author's rule shows the discriminators in turn
 VALIDATION_IMAGES = 512  # how many judge a checkpoint
 STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
 
@@ -60,23 +53,27 @@ def train(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    micro_batch_size: int = 0,
+    compile_networks: bool = False,
+    cuda_graphs: bool = False,
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train until `num_steps`, going on from the newest checkpoint in `run_folder` if there is one.
 
+    A worker's share of a batch goes through the networks in parts of `micro_batch_size` (0: whole).
+    `cuda_graphs` needs a GPU and a single worker.
     The process group, if any, is up already. Rank 0 writes checkpoints, `metrics.jsonl` and sample
     pictures. Every rank calls `report` at every checkpoint and asks `should_stop` every
     few steps. Raises ConfigError, CheckpointError, DivergedError.
     """
     options, terms = config.training, ARMS[config.training.arm]
     manifest = read_manifest(shards)
-    if options.batch_size % world_size:
+    if options.batch_size < world_size:
         raise ConfigError(
-            f"training.batch_size is {options.batch_size}: it must be a multiple of the number of "
+            f"training.batch_size is {options.batch_size}: it must be at least the number of "
             f"workers, {world_size}"
         )
-
     if options.update_rule == "reference" and (config.loss.adversarial, config.loss.gamma) != (
         "bce",
         0,
@@ -85,9 +82,14 @@ def train(
             "training.update_rule: reference needs loss.adversarial: bce and loss.gamma: 0"
         )
 
+    if cuda_graphs and (device.type != "cuda" or world_size > 1):
+        raise ConfigError("compute.cuda_graphs needs a GPU and one worker: set it to false")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
+
     # Load the data. A global batch is the same for any number of workers; each keeps its share.
-    size = options.batch_size // world_size
-    share = slice(rank * size, (rank + 1) * size)
+    share = slice(*(options.batch_size * r // world_size for r in (rank, rank + 1)))
     reader = resident_reader if options.reader == "resident" else streamed_reader
     read_images = reader(
         shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
@@ -106,10 +108,6 @@ def train(
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
-    encoder_generator = distributed.wrap(EncoderGenerator(state.model, terms), device)
-    plain_discriminators = Discriminators(state.model)
-    discriminators = distributed.wrap(plain_discriminators, device)
-    discriminators_optimizer = state.optimizers.get("discriminators")
     checkpoints, log = run_folder / "checkpoints", run_folder / "metrics.jsonl"
     newest = checkpoint.latest(checkpoints)
     if newest is not None:
@@ -124,6 +122,15 @@ def train(
         _forget_rows_after(log, state.step)
 
     # Train.
+    updates = Updates(
+        state,
+        config,
+        device,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        compile_networks=compile_networks,
+    )
+    update = _update_functions(updates, cuda_graphs)
     realism = "x_hat" in terms  # does the arm train samples, or reconstructions only?
     selected_by = f"validation_{'frechet_distance' if realism else 'image_reconstruction'}"
     losses = _LossLog()
@@ -132,38 +139,15 @@ def train(
         step = state.step
         torch.manual_seed(_seed(options.seed, state.attempt, step, rank + 1))  # networks' noise
 
-        # Update the discriminators.
+        # Update the networks.
         if options.update_rule == "shared":
-            x, z = read_batch(step)
-            fakes = encoder_generator(x, z)
-            if discriminators_optimizer is not None:
-                loss, values = discriminator_loss(
-                    discriminators, x, z, fakes.detach(), terms=terms, weights=config.loss
-                )
-                _update(discriminators_optimizer, loss, options.max_gradient_norm)
-                losses.add(values)
+            losses.add(update["all"](*read_batch(step)))
         else:  # the author's rule: rounds of updates, each on a fresh batch
-            if step % len(ROUND) == 0 and discriminators_optimizer is not None:
+            if step % len(ROUND) == 0:
                 for turn, kind in enumerate(ROUND):
-                    x, z = read_batch(2 * step + turn)
-                    images, latents = shown_to_discriminators(state.model, x, z, kind, terms)
-                    if images is None and latents is None:
-                        continue  # the arm has no fake of this kind
-                    real = kind == "real"
-                    target = config.loss.real_target if real else config.loss.fake_target
-                    loss = single_kind_loss(discriminators, images, latents, target=target)
-                    _update(discriminators_optimizer, loss, options.max_gradient_norm)
-                    losses.add({f"discriminators_{kind}": loss.detach()})
-            x, z = read_batch(2 * step + len(ROUND) - step % len(ROUND))
-            fakes = encoder_generator(x, z)
-
-        # Update encoder and generator against the discriminators as they are now.
-        with _frozen(plain_discriminators):
-            loss, values = encoder_generator_loss(
-                plain_discriminators, x, z, fakes, terms=terms, weights=config.loss
-            )
-            _update(state.optimizers["encoder_generator"], loss, options.max_gradient_norm)
-        losses.add(values)
+                    losses.add(update[kind](*read_batch(2 * step + turn)))
+            fresh = read_batch(2 * step + len(ROUND) - step % len(ROUND))
+            losses.add(update["encoder_generator"](*fresh))
 
         # Update the averages.
         images_shown = step * options.batch_size
@@ -192,6 +176,7 @@ def train(
             regular = [step for step in saved if step % options.checkpoint_interval_steps == 0]
             state.restore(checkpoint.path_of(checkpoints, regular[-1]))
             state.attempt = attempt
+            update = _update_functions(updates, cuda_graphs)
             distributed.barrier()  # nobody writes before everybody has read
             if rank == 0:
                 checkpoint.forget_after(checkpoints, state.step)
@@ -228,70 +213,18 @@ def train(
     return Outcome(finished=True, step=state.step)
 
 
-class EncoderGenerator(nn.Module):
-    """G and E as one module, so that DDP averages their gradients in one backward pass."""
-
-    def __init__(self, model: AEGAN, terms: frozenset[str]) -> None:
-        super().__init__()
-        self.generator, self.encoder, self.terms = model.generator, model.encoder, terms
-
-    def forward(self, x: Tensor, z: Tensor) -> Fakes:
-        return make_fakes(self.generator, self.encoder, x, z, self.terms)
-
-
-class Discriminators(nn.Module):
-    """D_x and D_z as one module; None goes in and comes out where the arm has no such fake."""
-
-    def __init__(self, model: AEGAN) -> None:
-        super().__init__()
-        self.image_discriminator = model.image_discriminator
-        self.latent_discriminator = model.latent_discriminator
-
-    def forward(
-        self, images: Tensor | None, latents: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        on_images, on_latents = self.image_discriminator, self.latent_discriminator
-        return (
-            on_images(images) if on_images is not None and images is not None else None,
-            on_latents(latents) if on_latents is not None and latents is not None else None,
-        )
-
-
-def make_fakes(
-    generator: nn.Module, encoder: nn.Module | None, x: Tensor, z: Tensor, terms: frozenset[str]
-) -> Fakes:
-    """The fakes that the terms need, each computed once, in one pass of G and at most two of E."""
-    z_tilde_used = not terms.isdisjoint({"z_tilde", "latent_reconstruction"})
-    x_hat_used = z_tilde_used or "x_hat" in terms
-    x_tilde_used = not terms.isdisjoint({"x_tilde", "image_reconstruction"})
-    z_hat = encoder(x) if encoder is not None and (x_tilde_used or "z_hat" in terms) else None
-    latents = ([z] if x_hat_used else []) + ([z_hat] if x_tilde_used and z_hat is not None else [])
-    images = list(generator(torch.cat(latents)).chunk(len(latents))) if latents else []
-    x_hat = images.pop(0) if x_hat_used else None
-    return Fakes(
-        x_hat=x_hat,
-        z_hat=z_hat,
-        x_tilde=images.pop() if images else None,
-        z_tilde=encoder(x_hat)
-        if encoder is not None and x_hat is not None and z_tilde_used
-        else None,
-    )
-
-
-@torch.no_grad()
-def shown_to_discriminators(
-    model: AEGAN, x: Tensor, z: Tensor, kind: str, terms: frozenset[str]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Images and latents of one kind, `real`, `hat` or `tilde`, that the arm's terms use."""
-    if kind == "real":
-        kinds_used = {term[:2] for term in terms}
-        return x if "x_" in kinds_used else None, z if "z_" in kinds_used else None
-    names = terms & {f"x_{kind}", f"z_{kind}"}
-    fakes = make_fakes(model.generator, model.encoder, x, z, names)
-    return (
-        fakes.x_hat if "x_hat" in names else fakes.x_tilde,
-        fakes.z_hat if "z_hat" in names else fakes.z_tilde,
-    )
+def _update_functions(
+    updates: Updates, cuda_graphs: bool
+) -> dict[str, Callable[[Tensor, Tensor], Terms]]:
+    """What a step calls with x and z; with graphs, made anew after the optimisers' state moved."""
+    functions: dict[str, Callable[[Tensor, Tensor], Terms]] = {
+        "all": updates.on_one_batch,
+        "encoder_generator": updates.of_encoder_generator,
+        **{kind: partial(updates.of_discriminators, kind) for kind in ROUND},
+    }
+    return {
+        name: Graphed(function) if cuda_graphs else function for name, function in functions.items()
+    }
 
 
 class _LossLog:
@@ -316,30 +249,6 @@ class _LossLog:
         }
         self._sums, self._counts = {}, {}
         return means
-
-
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, max_gradient_norm: float) -> None:
-    """One optimiser step; clips the gradient norm of each variable, as the author does."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if max_gradient_norm > 0:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms = torch._foreach_norm(gradients)
-        torch._foreach_clamp_min_(norms, max_gradient_norm)
-        torch._foreach_div_(gradients, norms)
-        torch._foreach_mul_(gradients, max_gradient_norm)
-    optimizer.step()
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient reaches the module's parameters inside."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    yield
-    for parameter in trainable:
-        parameter.requires_grad_(True)
 
 
 def _seed(*key: int) -> int:

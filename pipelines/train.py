@@ -45,6 +45,7 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "dataset.py",
     "distributed.py",
     "ema.py",
+    "graphs.py",
     "images.py",
     "layers.py",
     "losses.py",
@@ -55,6 +56,7 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "sampling.py",
     "state.py",
     "training_loop.py",
+    "updates.py",
     "validation.py",
 )
 STOP_FILE, OUTCOME_FILE = "stop", "outcome.json"
@@ -157,6 +159,7 @@ def _check(config: TrainConfig, compute: ComputeConfig) -> None:
         "training.max_gradient_norm": options.max_gradient_norm,
         "compute.threads_per_worker": compute.threads_per_worker,
         "compute.max_failures": compute.max_failures,
+        "compute.micro_batch_size": compute.micro_batch_size,
     }
     for least, values in ((1, positive), (0, not_negative)):
         for key, value in values.items():
@@ -218,6 +221,11 @@ def _run(
                 "shards": str(shards),
                 "run_folder": str(run_folder),
                 "threads": threads,
+                "execution": {
+                    "micro_batch_size": compute.micro_batch_size,
+                    "compile_networks": compute.compile,
+                    "cuda_graphs": compute.cuda_graphs,
+                },
             },
             torch_config=LoopbackTorchConfig(folder=str(run_folder)) if local else TorchConfig(),
             scaling_config=ScalingConfig(num_workers=compute.num_workers, use_gpu=use_gpu),
@@ -291,6 +299,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 world_size=context.get_world_size(),
                 report=ray.train.report,
                 should_stop=(run_folder / STOP_FILE).exists,
+                **settings["execution"],
             )
         )
     except (CheckpointError, ConfigError, DivergedError) as error:

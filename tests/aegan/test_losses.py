@@ -14,7 +14,7 @@ from aegan.losses import (
     single_kind_loss,
 )
 from aegan.networks import AEGAN
-from aegan.training_loop import Discriminators, make_fakes
+from aegan.updates import Discriminators, make_fakes
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config()
