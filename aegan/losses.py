@@ -71,7 +71,7 @@ def discriminator_loss(
         stacked, stacked_logits = inputs[kind], logits[kind]
         if stacked is None or stacked_logits is None:
             continue
-        real, *fake = stacked_logits.float().chunk(1 + len(named[kind]))
+        real, *fake = _wide(stacked_logits).chunk(1 + len(named[kind]))
         if weights.adversarial == "bce":
             loss = _bce(real, weights.real_target) + _mean(
                 _bce(logit, weights.fake_target) for logit in fake
@@ -110,18 +110,18 @@ def encoder_generator_loss(
     ):
         if logits is None:
             continue
-        chunks = list(logits.float().chunk(len(named[kind]) + paired))
+        chunks = list(_wide(logits).chunk(len(named[kind]) + paired))
         real = chunks.pop(0) if paired else None
         for (name, _), logit in zip(named[kind], chunks, strict=True):
             loss = _bce(logit, 1.0) if real is None else F.softplus(real - logit).mean()
             losses.append(weight * loss)
             values[f"{name}_adversarial"] = loss.detach()
     if "image_reconstruction" in terms and fakes.x_tilde is not None:
-        loss = (fakes.x_tilde.float() - x).abs().mean()
+        loss = (_wide(fakes.x_tilde) - x).abs().mean()
         losses.append(weights.lambda_image_reconstruction * loss)
         values["image_reconstruction"] = loss.detach()
     if "latent_reconstruction" in terms and fakes.z_tilde is not None:
-        loss = (fakes.z_tilde.float() - z).square().mean()
+        loss = (_wide(fakes.z_tilde) - z).square().mean()
         losses.append(weights.lambda_latent_reconstruction * loss)
         values["latent_reconstruction"] = loss.detach()
     return torch.stack(losses).sum(), values
@@ -132,13 +132,13 @@ def single_kind_loss(
 ) -> Tensor:
     """Loss of D_x and D_z in the author's rule: one update sees real ones or one kind of fake."""
     logits = [logit for logit in discriminate(images, latents) if logit is not None]
-    return torch.stack([_bce(logit.float(), target) for logit in logits]).sum()
+    return torch.stack([_bce(_wide(logit), target) for logit in logits]).sum()
 
 
 def gradient_penalty(inputs: Tensor, logits: Tensor, num_real: int) -> Tensor:
     """(R1 + R2) / 2, Mescheder et al. 2018: mean squared gradient norms on real ones and fakes."""
-    (gradient,) = torch.autograd.grad(logits.float().sum(), inputs, create_graph=True)
-    squared_norms = gradient.float().square().flatten(1).sum(1)
+    (gradient,) = torch.autograd.grad(_wide(logits).sum(), inputs, create_graph=True)
+    squared_norms = _wide(gradient).square().flatten(1).sum(1)
     return 0.5 * (squared_norms[:num_real].mean() + squared_norms[num_real:].mean())
 
 
@@ -151,6 +151,11 @@ def _stack(real: Tensor | None, named: list[tuple[str, Tensor]]) -> Tensor | Non
 
 def _with_gradient(stacked: Tensor | None) -> Tensor | None:
     return None if stacked is None else stacked.requires_grad_(True)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or better, as sums want it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _bce(logits: Tensor, target: float) -> Tensor:

@@ -1,37 +1,209 @@
-"""Training images per second of the real loop, reading, averaging and logging included.
+"""Seconds of a training step: the fast forms, the plain eager form, both update rules, all
+interleaved in one run, beside what the machine allows; then images/s of the real loop.
 
-    .venv/bin/python -m benchmarks.speed --preset demo --json FILE
+    .venv/bin/python -m benchmarks.speed --preset paper --json FILE
 
-Runs both update rules in turn, `--repeats` times, so that a busy machine slows both alike. A
-figure is the median over log intervals of all repeats, without a run's first one, which warms up.
+A step is one update of encoder and generator with its share of the discriminators' updates: four
+steps, one round of the author's rule, are timed as one. Plain eager: tests/plain.py.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from aegan.config import (
     DataConfig,
     LossConfig,
     ModelConfig,
+    Precision,
     PreprocessConfig,
     TrainConfig,
     TrainingConfig,
 )
+from aegan.ema import update_ema
+from aegan.graphs import Graphed
+from aegan.state import TrainingState
 from aegan.training_loop import train
+from aegan.updates import ROUND, Updates
+from benchmarks.limits import copy_rate, matrix_product_rate, needs, seconds
 from benchmarks.machine import describe
 from pipelines import params
 from pipelines.download import download
 from pipelines.preprocess import preprocess
+from tests.plain import PlainUpdates, make_plain, take_step
 
 PRESETS = Path("presets")
-INTERVAL = 4  # steps; one round of the author's rule
+INTERVAL = len(ROUND)  # steps; one round of the author's rule
+LOOP_STEPS = {"demo": 80, "paper": 16}
+TOP = 5  # costs named in the profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to compute the same step."""
+
+    rule: str
+    precision: Precision = "float32"
+    plain: bool = False
+    compiled: bool = False
+    graphs: bool = False
+
+    @property
+    def name(self) -> str:
+        extras = [word for word in ("compiled", "graphs") if getattr(self, word)]
+        return ", ".join(["plain" if self.plain else "fast", self.rule, self.precision, *extras])
+
+
+def forms(device: torch.device, *, compiled: bool) -> list[Form]:
+    found = [Form(rule=rule, plain=True) for rule in ("shared", "reference")]
+    for precision in get_args(Precision):
+        if precision == "tf32" and device.type != "cuda":
+            continue
+        for rule in ("shared", "reference"):
+            form = Form(rule=rule, precision=precision)
+            found.append(form)
+            if compiled:
+                found.append(replace(form, compiled=True))
+            if device.type == "cuda":
+                found.append(replace(form, graphs=True))
+    return found
+
+
+def round_of(
+    form: Form, config: TrainConfig, sizes: dict[str, Any], device: torch.device
+) -> Callable[[], None]:
+    """A function that takes one round's steps, `INTERVAL` of them."""
+    training = replace(config.training, update_rule=form.rule, precision=form.precision)
+    # The author's rule knows neither gradient penalties nor relativistic losses.
+    author = replace(config.loss, adversarial="bce", gamma=0.0)
+    config = replace(
+        config, training=training, loss=config.loss if form.rule == "shared" else author
+    )
+    state = TrainingState(config, sizes, device)
+    updates: Updates | PlainUpdates
+    if form.plain:
+        make_plain(state.model)
+        updates = PlainUpdates(state.model, config)
+    else:
+        updates = Updates(state, config, device, compile_networks=form.compiled)
+    x, z = batch(config, sizes, device, plain=form.plain)
+    if form.graphs:
+        replace_by_graphs(updates)
+
+    def take_round() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = form.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = form.precision == "tf32"
+        for step in range(INTERVAL):
+            take_step(updates, step, form.rule, lambda number: (x, z))
+            update_ema(state.ema, state.model, 0.999)
+
+    return take_round
+
+
+def replace_by_graphs(updates: Any) -> None:
+    """As the training loop does with `compute.cuda_graphs`."""
+    of_kind = {
+        kind: Graphed(lambda x, z, kind=kind: Updates.of_discriminators(updates, kind, x, z))
+        for kind in ROUND
+    }
+    updates.of_discriminators = lambda kind, x, z: of_kind[kind](x, z)
+    updates.on_one_batch = Graphed(updates.on_one_batch)
+    updates.of_encoder_generator = Graphed(updates.of_encoder_generator)
+
+
+def batch(
+    config: TrainConfig, sizes: dict[str, Any], device: torch.device, *, plain: bool
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size, side = config.training.batch_size, sizes["image_size"]
+    x = torch.rand(size, side, side, sizes["image_channels"], generator=generator) * 2 - 1
+    z = torch.randn(size, config.model.latent_dim, generator=generator)
+    x = x.permute(0, 3, 1, 2)
+    return (x.contiguous() if plain else x).to(device), z.to(device)
+
+
+def top_costs(work: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:
+    """The operations that take the most time of their own, with their share."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        work()
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    costs = {event.key: getattr(event, kind) for event in recorded.key_averages()}
+    total = sum(costs.values())
+    largest = sorted(costs.items(), key=lambda item: -item[1])[:TOP]
+    return [{"operation": name, "share": round(time / total, 3)} for name, time in largest]
+
+
+def measure_steps(
+    config: TrainConfig,
+    sizes: dict[str, Any],
+    device: torch.device,
+    *,
+    repeats: int,
+    compiled: bool,
+) -> dict[str, Any]:
+    rounds = {
+        form: round_of(form, config, sizes, device) for form in forms(device, compiled=compiled)
+    }
+    times: dict[Form, list[float]] = {form: [] for form in rounds}
+    memory: dict[Form, int] = {}
+    for form, take_round in rounds.items():  # warm up
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        take_round()
+        if device.type == "cuda":
+            memory[form] = torch.cuda.max_memory_allocated(device)
+    rates: dict[str, list[float]] = {"float32": [], "tf32": [], "bfloat16": []}
+    for _ in range(repeats):
+        for form, take_round in rounds.items():
+            times[form].append(seconds(take_round, device) / INTERVAL)
+        for precision, found in rates.items():
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+            found.append(matrix_product_rate(dtype, device, repeats=3))
+    bandwidth = copy_rate(device)
+    results = {}
+    for form, found in times.items():
+        median = statistics.median(found)
+        plain = statistics.median(times[Form(rule=form.rule, plain=True)])
+        results[form.name] = {
+            "seconds_per_step": round(median, 5),
+            "lowest": round(min(found), 5),
+            "highest": round(max(found), 5),
+            "images_per_second": round(config.training.batch_size / median, 1),
+            "times_faster_than_plain": round(plain / median, 2),
+        }
+        if form in memory:
+            results[form.name]["peak_memory_mib"] = memory[form] // 2**20
+        if form.plain or form.compiled or form.graphs:
+            continue
+        rate = statistics.median(rates[form.precision])
+        flops, traffic = (need / INTERVAL for need in needs(rounds[form]))
+        results[form.name] |= {
+            "gflop_per_step": round(flops / 1e9, 1),
+            "share_of_matrix_product_rate": round(flops / median / rate, 3),
+            "gbyte_per_step_outside_products": round(traffic / 1e9, 2),
+            "limit_seconds_per_step": round(flops / rate + traffic / bandwidth, 5),
+            "top_costs": top_costs(rounds[form], device),
+        }
+    return {
+        "matrix_product_gflop_per_second": {
+            precision: round(statistics.median(found) / 1e9) for precision, found in rates.items()
+        },
+        "copy_gbyte_per_second": round(bandwidth / 1e9, 1),
+        "forms": results,
+    }
 
 
 def configuration(preset: str, folder: Path) -> tuple[TrainConfig, PreprocessConfig]:
@@ -63,68 +235,67 @@ def make_shards(config: PreprocessConfig, folder: Path, count: int) -> Path:
     return folder / "shards"
 
 
+def measure_loop(
+    config: TrainConfig, preprocessing: PreprocessConfig, device: torch.device, folder: Path
+) -> dict[str, float]:
+    """Images per second of `aegan.training_loop.train`: reading, averaging and logging included."""
+    shards = make_shards(preprocessing, folder, 2000)
+    steps = LOOP_STEPS[config.model.preset]
+    training = replace(
+        config.training,
+        num_steps=steps,
+        log_interval_steps=INTERVAL,
+        sample_interval_steps=steps + 1,
+        checkpoint_interval_steps=steps + 1,
+    )
+    config = replace(config, training=training)
+    train(config, shards=shards, run_folder=folder / "run", device=device)
+    rows = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    quartiles = statistics.quantiles(  # without the first interval, which warms up
+        (json.loads(row)["images_per_second"] for row in rows[1:]), n=4
+    )
+    names = ("quartile_1", "images_per_second", "quartile_3")
+    return {name: round(value, 1) for name, value in zip(names, quartiles, strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--preset", choices=get_args(ModelConfig.__annotations__["preset"]), required=True
-    )
+    presets = get_args(ModelConfig.__annotations__["preset"])
+    parser.add_argument("--preset", choices=presets, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40, help="of one run")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, help="default: the preset's")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
     machine = describe("torch", "numpy", "pyarrow")
-    speeds: dict[str, list[float]] = {"shared": [], "reference": []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config, preprocessing = configuration(options.preset, folder)
-        shards = make_shards(preprocessing, folder, 2000)
-        for repeat in range(options.repeats):
-            for rule, found in speeds.items():
-                run_folder = folder / f"{rule}-{repeat}"
-                training = replace(
-                    config.training,
-                    update_rule=rule,
-                    num_steps=options.steps,
-                    log_interval_steps=INTERVAL,
-                    sample_interval_steps=options.steps + 1,
-                    checkpoint_interval_steps=options.steps + 1,
-                )
-                # The author's rule knows neither gradient penalties nor relativistic losses.
-                author = replace(config.loss, adversarial="bce", gamma=0.0)
-                loss = config.loss if rule == "shared" else author
-                train(
-                    replace(config, training=training, loss=loss),
-                    shards=shards,
-                    run_folder=run_folder,
-                    device=torch.device(options.device),
-                )
-                rows = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                found += [json.loads(row)["images_per_second"] for row in rows[1:]]
-    result: dict[str, Any] = {
+        config, preprocessing = configuration(options.preset, Path(name))
+        if options.batch_size:
+            training = replace(config.training, batch_size=options.batch_size)
+            config = replace(config, training=training)
+        sizes = {"dataset_sha256": "", "fit": "crop"} | {
+            key: getattr(preprocessing, key) for key in ("image_size", "image_channels")
+        }
+        steps = measure_steps(
+            config, sizes, device, repeats=options.repeats, compiled=options.compile
+        )
+        loop = measure_loop(config, preprocessing, device, Path(name))
+    result = {
         "preset": options.preset,
         "device": options.device,
         "threads": options.threads,
         "batch_size": config.training.batch_size,
+        "rounds_timed": options.repeats,
         "machine": machine,
-        "rules": {
-            rule: summary(found, config.training.batch_size) for rule, found in speeds.items()
-        },
+        **steps,
+        "training_loop": loop,
     }
-    options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(json.dumps(result["rules"], indent=1))
-
-
-def summary(images_per_second: list[float], batch_size: int) -> dict[str, float]:
-    quartiles = statistics.quantiles(images_per_second, n=4)
-    return {
-        "images_per_second": round(quartiles[1], 1),
-        "quartile_1": round(quartiles[0], 1),
-        "quartile_3": round(quartiles[2], 1),
-        "seconds_per_step": round(batch_size / quartiles[1], 4),
-    }
+    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

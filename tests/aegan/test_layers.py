@@ -1,41 +1,17 @@
-"""The fast layers equal the plain forms below in value, gradient and double gradient."""
+"""The fast layers equal the plain forms (tests/plain.py) in value, gradient and double gradient."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+from tests.plain import channel_norm, same_convolution, upsample_convolution
 
 CHANNELS_LAST = torch.channels_last
-
-
-def plain_same_convolution(h: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """TensorFlow's rule: outputs = size / stride, the smaller half of the padding first."""
-    total = max(weight.shape[-1] - stride, 0)
-    padding = total // 2, total - total // 2
-    return F.conv2d(F.pad(h, padding * 2), weight, bias, stride)
-
-
-def plain_upsample_convolution(
-    h: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, scale: int
-) -> Tensor:
-    h = h.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    if y is not None:
-        h = torch.cat([h, y[:, :, None, None].expand(-1, -1, *h.shape[2:])], dim=1)
-    return plain_same_convolution(h, weight, bias)
-
-
-def plain_channel_norm(layer: ChannelNorm, h: Tensor) -> Tensor:
-    centred = h - h.mean(1, keepdim=True)
-    shape = (1, -1) + (1,) * (h.ndim - 2)
-    h = centred * (centred.square().mean(1, keepdim=True) + layer.eps).rsqrt()
-    h = h * layer.weight.view(shape) + layer.bias.view(shape)
-    return h if layer.negative_slope is None else torch.where(h > 0, h, layer.negative_slope * h)
 
 
 def assert_equal_to_second_order(
@@ -88,7 +64,7 @@ def test_upsample_convolution_equals_upsample_tile_concatenate_convolve(
     inputs = [h, layer.weight, layer.bias] + ([] if y is None else [y])
     assert_equal_to_second_order(
         lambda: layer(h.contiguous(memory_format=memory_format), y),
-        lambda: plain_upsample_convolution(h, y, layer.weight, layer.bias, scale),
+        lambda: upsample_convolution(h, y, layer.weight, layer.bias, scale),
         inputs,
     )
 
@@ -112,7 +88,7 @@ def test_upsample_convolution_rounds_no_worse_than_the_plain_form(
 
     def plain(dtype: torch.dtype) -> Tensor:
         arguments = (t.to(dtype) for t in (h, y, layer.weight, layer.bias))
-        return plain_upsample_convolution(*arguments, scale)
+        return upsample_convolution(*arguments, scale)
 
     exact = derivatives(lambda: plain(torch.float64).float())
     ours = derivatives(lambda: layer(h.contiguous(memory_format=CHANNELS_LAST), y))
@@ -145,7 +121,7 @@ def test_same_convolution_pads_as_tensorflow_does(
     assert layer(h).shape == (batch, 4, h.shape[2] // stride, h.shape[3] // stride)
     assert_equal_to_second_order(
         lambda: layer(h.contiguous(memory_format=memory_format)),
-        lambda: plain_same_convolution(h, layer.weight, layer.bias, stride),
+        lambda: same_convolution(h, layer.weight, layer.bias, stride),
         [h, layer.weight, layer.bias],
     )
 
@@ -165,7 +141,7 @@ def test_channel_norm_equals_its_formula(
     h = random(*shape)
     assert_equal_to_second_order(
         lambda: layer(h.contiguous(memory_format=memory_format) if h.ndim == 4 else h),
-        lambda: plain_channel_norm(layer, h),
+        lambda: channel_norm(layer, h),
         [h, layer.weight, layer.bias],
     )
 
@@ -176,7 +152,7 @@ def test_channel_norm_of_bfloat16_computes_statistics_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours = layer(h)
     assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, plain_channel_norm(layer, h.float()).bfloat16())
+    torch.testing.assert_close(ours, channel_norm(layer, h.float()).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

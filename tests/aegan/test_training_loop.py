@@ -334,6 +334,15 @@ def test_one_worker_and_two_give_the_same_weights_up_to_the_order_of_summation(
     assert any(not torch.equal(tensors_at(tmp_path / "1", 0)[name], one[name]) for name in one)
 
 
+def test_workers_with_unequal_shares_of_a_batch_give_the_weights_of_one_worker(shards, tmp_path):
+    config = tiny_config(num_steps=3, loss={"gamma": 0.5}, horizontal_flip=True)
+    for world_size in (1, 3):  # 8 images: shares of 2, 3 and 3
+        train_on(world_size, config, shards, tmp_path / str(world_size))
+    one, three = (tensors_at(tmp_path / str(size) / "rank-0", 3) for size in (1, 3))
+    for name in one:
+        torch.testing.assert_close(three[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_sends_all_of_them_back(shards, tmp_path):
     config = tiny_config(num_steps=4)
     train_on(2, config, shards, tmp_path / "run", spoilt_rank=1)
