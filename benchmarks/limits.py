@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 PRODUCT_SIDE = 4096
 COPY_BYTES = 2**28
-PRODUCTS = ("conv", "mm", "linear")  # parts of the names of operations that multiply matrices
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -26,7 +25,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matrix_product_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+def matrix_product_rate(dtype: torch.dtype, device: torch.device, repeats: int = 1) -> float:
     """FLOP/s of a large square matrix product, median."""
     a, b = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=device).to(dtype) for _ in range(2))
     a @ b
@@ -43,23 +42,30 @@ def copy_rate(device: torch.device, repeats: int = 9) -> float:
     return 2 * COPY_BYTES / statistics.median(times)
 
 
-def needs(work: Callable[[], Any]) -> tuple[float, float]:
-    """FLOPs of the products and bytes that all other operations read and write."""
-    with FlopCounterMode(display=False) as flops, _CountBytes() as traffic:
+def needs(work: Callable[[], Any]) -> tuple[int, int]:
+    """FLOPs of matrix products and convolutions; bytes that all other operations read and write."""
+    with _Count() as count:
         work()
-    return float(flops.get_total_flops()), float(traffic.total)
+    return count.flops, count.bytes
 
 
-class _CountBytes(TorchDispatchMode):
-    """Every tensor that an operation takes or gives counts once; views are free."""
+class _Count(TorchDispatchMode):
+    """Every tensor that an operation takes or gives counts once; views are free.
+
+    PyTorch's own FlopCounterMode has the formulas but fails on gradients of gradients.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.flops = self.bytes = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        result = operation(*arguments, **(keywords or {}))
-        if not (operation.is_view or any(name in str(operation) for name in PRODUCTS)):
+        keywords = keywords or {}
+        result = operation(*arguments, **keywords)
+        if operation.overloadpacket in flop_registry:
+            formula = flop_registry[operation.overloadpacket]
+            self.flops += formula(*arguments, **keywords, out_val=result)
+        elif not operation.is_view:
             tensors = [leaf for leaf in tree_leaves((arguments, result)) if torch.is_tensor(leaf)]
-            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result

@@ -164,14 +164,14 @@ def measure_steps(
         take_round()
         if device.type == "cuda":
             memory[form] = torch.cuda.max_memory_allocated(device)
-    rates: dict[str, list[float]] = {"float32": [], "tf32": [], "bfloat16": []}
+    rates: dict[str, list[float]] = {form.precision: [] for form in rounds}
     for _ in range(repeats):
         for form, take_round in rounds.items():
             times[form].append(seconds(take_round, device) / INTERVAL)
         for precision, found in rates.items():
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
             dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-            found.append(matrix_product_rate(dtype, device, repeats=3))
+            found.append(matrix_product_rate(dtype, device))
     bandwidth = copy_rate(device)
     results = {}
     for form, found in times.items():
