@@ -119,9 +119,12 @@ class UpsampleConv2d(nn.Module):
             kernel = kernel.view(*weight.shape[:2], side, side).transpose(0, 1)
             extra = self.after - self.before
             return F.conv_transpose2d(h, kernel, bias, self.scale, self.after, extra)
-        if self.before != self.after:
-            h = F.pad(h, (0, self.after - self.before) * 2)
-        return F.conv2d(h, weight, bias, padding=self.before)
+        if self.before == self.after:
+            return F.conv2d(h, weight, bias, padding=self.before)
+        if len(weight) < h.shape[1]:  # cheaper than a padded copy of the larger input
+            out = F.conv2d(h, weight, bias, padding=self.after)[:, :, 1:, 1:]
+            return out.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(F.pad(h, (0, 1, 0, 1)), weight, bias, padding=self.before)
 
     def _border(self, size: tuple[int, int], y: Tensor, weight: Tensor) -> Tensor:
         """What y and bias add to a pixel of each kind: [N, out, kinds of rows, kinds of columns].
