@@ -130,7 +130,12 @@ def measure_preset(preset: str, load: Load, folder: Path) -> dict[str, Any]:
             for figure, values in figures.items():
                 found[name][figure] += values
     return {
-        "settings": asdict(load) | {"image_size": preprocessing.image_size},
+        "settings": asdict(load)
+        | {
+            "image_size": preprocessing.image_size,
+            "base_channels": config.model.base_channels,
+            "update_rule": training.update_rule,
+        },
         "gradients": gradients(config, preprocessing.image_size, preprocessing.image_channels),
         "ways": {
             name: {figure: summary(values) for figure, values in figures.items()}
