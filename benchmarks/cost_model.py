@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,7 @@ GPUS_PER_NODE = 8
 GPUS = [1, 2, 4, 8, 16, 32, 64]
 STRONG = [256, 2048]  # global batch
 WEAK = [32, 256]  # images a GPU
+SPEEDS = [1_000, 3_000, 10_000, 30_000, 100_000, 300_000]  # labelled on the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +101,11 @@ def points(
 
 FITTED = [  # image size, base channels, batch
     *points("demo", (16, 16, 32), (32, 8, 32), (32, 16, 8), (32, 16, 32), (32, 16, 128)),
-    *points("demo", (32, 32, 32), (64, 16, 8), (64, 16, 32)),
+    *points("demo", (32, 32, 32), (64, 16, 8)),
     *points("paper", (32, 16, 8), (32, 32, 16), (64, 16, 16), (64, 32, 8), (64, 64, 4)),
 ]
 HELD_OUT = [
-    *points("demo", (16, 32, 64), (32, 16, 64), (64, 32, 16)),
+    *points("demo", (16, 32, 64), (32, 16, 64), (64, 16, 16)),
     *points("paper", (32, 32, 32), (64, 32, 16), (64, 64, 8)),
     *(
         (replace(shape, update_rule="reference"), batch)
@@ -129,14 +131,18 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="fitted to")
     parser.add_argument("--threads", type=int, default=1, help="of a worker")
     parser.add_argument("--repeats", type=int, default=2)
-    gpu = parser.add_argument_group("a GPU, assumed or measured elsewhere (not with --device cuda)")
-    gpu.add_argument("--matrix-flops-per-second", type=float, default=700e12, help="H100, bf16")
-    gpu.add_argument("--matrix-share", type=float, default=0.35, help="of it that a step reaches")
-    gpu.add_argument("--half-batch", type=float, default=16, help="images")
-    gpu.add_argument("--bytes-per-second", type=float, default=2e12, help="60%% of 3.35 TB/s")
-    gpu.add_argument("--bytes-per-number", type=float, default=2, help="bf16; 4: float32")
-    gpu.add_argument("--seconds-per-operation", type=float, default=5e-6)
-    gpu.add_argument("--hidden", type=float, default=0.0, help="share of the all-reduce")
+    assumed = parser.add_argument_group(
+        "a GPU, assumed or measured elsewhere (not with --device cuda)"
+    )
+    assumed.add_argument("--matrix-flops-per-second", type=float, default=700e12, help="H100, bf16")
+    assumed.add_argument(
+        "--matrix-share", type=float, default=0.35, help="of it that a step reaches"
+    )
+    assumed.add_argument("--half-batch", type=float, default=16, help="images")
+    assumed.add_argument("--bytes-per-second", type=float, default=2e12, help="60%% of 3.35 TB/s")
+    assumed.add_argument("--bytes-per-number", type=float, default=2, help="bf16; 4: float32")
+    assumed.add_argument("--seconds-per-operation", type=float, default=5e-6)
+    assumed.add_argument("--hidden", type=float, default=0.0, help="share of the all-reduce")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe("torch")
@@ -156,14 +162,7 @@ def main() -> None:
         }
         errors = {name: error_summary(rows) for name, rows in found.items()}
         print(json.dumps(errors))
-        gpu_device = device
-        if options.device == "cpu":
-            gpu_device = Device(
-                seconds_per_operation=options.seconds_per_operation,
-                flops_per_second=options.matrix_flops_per_second * options.matrix_share,
-                half_batch=options.half_batch,
-                bytes_per_second=options.bytes_per_second * 4 / options.bytes_per_number,
-            )
+        gpu = device if options.device == "cuda" else assumed_gpu(options)
         report: dict[str, Any] = {
             "machine": machine,
             "settings": {"device": options.device, "threads": options.threads},
@@ -171,7 +170,7 @@ def main() -> None:
             "constants": asdict(device),
             "relative_error": errors,
             "points": found,
-            "gpus": predict_gpus(lab, gpu_device, hidden=options.hidden),
+            "gpus": predict_gpus(lab, gpu, hidden=options.hidden),
         }
         if options.scaling:
             measured = json.loads(options.scaling.read_text(encoding="utf-8"))
@@ -185,6 +184,16 @@ def main() -> None:
     if options.picture:
         draw(report["gpus"]["curves"], options.picture)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def assumed_gpu(options: argparse.Namespace) -> Device:
+    """From the command line; bytes are counted in float32, so shorter numbers go faster."""
+    return Device(
+        seconds_per_operation=options.seconds_per_operation,
+        flops_per_second=options.matrix_flops_per_second * options.matrix_share,
+        half_batch=options.half_batch,
+        bytes_per_second=options.bytes_per_second * 4 / options.bytes_per_number,
+    )
 
 
 class Counter(TorchDispatchMode):
@@ -230,7 +239,9 @@ class Lab:
         self, points: list[tuple[Shape, int]], *, repeats: int
     ) -> dict[tuple[Shape, int], float]:
         """Median seconds of a step at each (shape, batch), without a run's first log interval."""
-        plan = [(point, self._run(*point, rounds=4)) for _ in range(repeats) for point in points]
+        order = [*points] * repeats
+        random.Random(0).shuffle(order)  # a machine that slows down shall not favour any point
+        plan = [(point, self._run(*point, rounds=4)) for point in order]
         settings = {
             "threads": self._threads,
             "device": self._device,
@@ -394,20 +405,16 @@ def compare_workers(lab: Lab, device: Device, measured: dict[str, Any]) -> dict[
             image_size=settings["image_size"],
             base_channels=settings["base_channels"],
         )
+        predicted, found = {}, {}
         for workers, way in ways.items():
             batch = settings["batch_size"] / workers
             seconds = compute_seconds(device, lab.count(shape, batch), batch)
             seconds += all_reduce_seconds(link, lab.gradient_bytes(shape), workers)
-            rows.append(
-                {
-                    "preset": preset,
-                    "workers": workers,
-                    "predicted_images_per_second": settings["batch_size"] / seconds,
-                    "measured_images_per_second": results["ways"][way]["images_per_second"][
-                        "median"
-                    ],
-                }
-            )
+            predicted[workers] = settings["batch_size"] / seconds
+            found[workers] = results["ways"][way]["images_per_second"]["median"]
+        for name, speeds in (("predicted", predicted), ("measured", found)):
+            row = {"preset": preset, "figures": name, "speed_up": speeds[2] / speeds[1]}
+            rows.append(row | {f"images_per_second_{n}": speed for n, speed in speeds.items()})
     return {"link": asdict(link), "rows": rows}
 
 
@@ -419,11 +426,13 @@ def predict_gpus(lab: Lab, device: Device, *, hidden: float) -> dict[str, Any]:
         """With `batch` images a GPU."""
         used = NVLINK if gpus <= GPUS_PER_NODE else link
         exposed = (1 - hidden) * all_reduce_seconds(used, buckets, gpus)
-        seconds = compute_seconds(device, lab.count(SHOWN, batch), batch) + exposed
+        work = lab.count(SHOWN, batch)
+        seconds = compute_seconds(device, work, batch) + exposed
         return {
             "images_per_second": batch * gpus / seconds,
             "step_milliseconds": 1e3 * seconds,
             "all_reduce_milliseconds": 1e3 * exposed,
+            "flops_per_second_a_gpu": work.flops / seconds,
         }
 
     curves = []
@@ -452,9 +461,9 @@ def predict_gpus(lab: Lab, device: Device, *, hidden: float) -> dict[str, Any]:
 def draw(curves: list[dict[str, Any]], picture: Path) -> None:
     """One panel a batch: images/s against GPUs, one line a link, and what would be ideal."""
     figure = Figure(figsize=(9, 6.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True).flat
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
     groups = itertools.groupby(curves, key=lambda curve: (curve["scaling"], curve["batch"]))
-    for axes, ((kind, batch), group) in zip(panels, groups, strict=True):
+    for axes, ((kind, batch), group) in zip(panels.flat, groups, strict=True):
         for curve, marker in zip(group, "osv", strict=True):
             speeds = [row["images_per_second"] for row in curve["rows"]]
             axes.loglog(GPUS, speeds, marker=marker, markersize=4, label=curve["link"])
@@ -462,12 +471,13 @@ def draw(curves: list[dict[str, Any]], picture: Path) -> None:
         axes.set_title(
             f"{batch} images " + ("in all" if kind == "strong" else "a GPU"), fontsize=10
         )
-        axes.set_xticks(GPUS, [str(n) for n in GPUS], minor=False)
+        axes.set_xticks(GPUS, map(str, GPUS))
+        axes.set_yticks(SPEEDS, [f"{speed:,}" for speed in SPEEDS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.set_ylabel("images/s")
-        axes.set_xlabel("GPUs")
-    axes.legend(fontsize=8)
+    panels[0, 0].legend(fontsize=8)
+    figure.supxlabel("GPUs", fontsize=10)
+    figure.supylabel("images/s", fontsize=10)
     figure.suptitle(
         "Predicted, not measured: paper preset, 64x64, assumed GPU and links", fontsize=11
     )
