@@ -42,7 +42,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from aegan.config import TrainConfig
-from aegan.training_loop import ROUND, train
+from aegan.training_loop import train
+from aegan.updates import ROUND
 from benchmarks.machine import describe
 from benchmarks.scaling import environment, gradients, read_log
 from benchmarks.speed import configuration, make_shards

@@ -7,16 +7,19 @@ SETTINGS.json: {"threads": a worker's, "workers", "runs": [{"config", "shards", 
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aegan.config import ComputeConfig, LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from pipelines import params
 from pipelines.train import train
 
 
 def main() -> None:
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    compute = ComputeConfig(
+    compute = replace(
+        params.load(ComputeConfig),
         num_workers=settings["workers"],
         device="cpu",
         threads_per_worker=settings["threads"],

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from aegan.config import ModelConfig, TrainConfig
 from aegan.networks import AEGAN
-from aegan.training_loop import Discriminators
+from aegan.updates import Discriminators
 from benchmarks.machine import describe
 from benchmarks.speed import configuration, make_shards
 from pipelines.train import WORKER_ENVIRONMENT
@@ -71,7 +71,12 @@ class Load:
     batch_size: int
     steps: int
     interval: int  # steps in a log interval
-    repeats: int
+
+
+LOADS = {
+    "demo": Load(batch_size=32, steps=60, interval=10),
+    "paper": Load(batch_size=16, steps=4, interval=1),
+}
 
 
 def main() -> None:
@@ -79,18 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--presets", nargs="+", choices=presets, default=presets)
-    parser.add_argument("--demo-repeats", type=int, default=2)
-    parser.add_argument("--paper-repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1, help="of all ways, in turn")
     options = parser.parse_args()
-    loads = {
-        "demo": Load(batch_size=32, steps=60, interval=10, repeats=options.demo_repeats),
-        "paper": Load(batch_size=16, steps=4, interval=1, repeats=options.paper_repeats),
-    }
     report: dict[str, Any] = {"machine": describe("torch", "ray"), "presets": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for preset in options.presets:
-            results = measure_preset(preset, loads[preset], folder / preset)
+            results = measure_preset(preset, options.repeats, folder / preset)
             report["presets"][preset] = results
             print(preset)
             for way, result in results["ways"].items():
@@ -106,9 +106,10 @@ def main() -> None:
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def measure_preset(preset: str, load: Load, folder: Path) -> dict[str, Any]:
-    """Every way, `load.repeats` times in turn."""
+def measure_preset(preset: str, repeats: int, folder: Path) -> dict[str, Any]:
+    """Every way, `repeats` times in turn."""
     folder.mkdir()
+    load = LOADS[preset]
     config, preprocessing = configuration(preset, folder)
     shards = make_shards(preprocessing, folder, IMAGES)
     training = replace(
@@ -124,7 +125,7 @@ def measure_preset(preset: str, load: Load, folder: Path) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {
         way: defaultdict(list) for way in WAYS
     }  # way => figure => one value a log interval or run
-    for repeat in range(load.repeats):
+    for repeat in range(repeats):
         for number, (name, way) in enumerate(WAYS.items()):
             figures = launch(way, config, shards=shards, folder=folder / f"{repeat}-{number}")
             for figure, values in figures.items():
@@ -132,6 +133,7 @@ def measure_preset(preset: str, load: Load, folder: Path) -> dict[str, Any]:
     return {
         "settings": asdict(load)
         | {
+            "repeats": repeats,
             "image_size": preprocessing.image_size,
             "base_channels": config.model.base_channels,
             "update_rule": training.update_rule,
