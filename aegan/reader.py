@@ -18,6 +18,7 @@ from torch import Tensor
 from aegan.config import ConfigError
 from aegan.dataset import load_images, read_manifest, read_row_group
 
+GPU_SHARE = 0.5  # of its free memory that training images may take
 WINDOW_ROW_GROUPS = 8  # how many row groups the streamed reader shuffles together
 
 ReadBatch = Callable[[int], Tensor]  # number of a batch => this worker's share, uint8 [N, H, W, C]
@@ -26,23 +27,44 @@ ReadBatch = Callable[[int], Tensor]  # number of a batch => this worker's share,
 def resident_reader(
     folder: Path, *, batch_size: int, share: slice, seed: int, device: torch.device
 ) -> ReadBatch:
-    """Keeps the whole training split on the device and shuffles it whole.
+    """Keeps the whole training split in memory and shuffles it whole.
 
-    `share` is what this worker keeps of each batch. Raises ConfigError if there is not one batch.
+    On a GPU where it fits, else on the host, read ahead of the GPU. `share` is what this worker
+    keeps of each batch. Raises ConfigError if there is not one batch.
     """
-    images = torch.from_numpy(load_images(folder, "train")).to(device)
+    images = torch.from_numpy(load_images(folder, "train"))
     batches_per_epoch = _batches_per_epoch(folder, len(images), batch_size)
+    fits = device.type != "cuda" or images.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    if fits:
+        images = images.to(device)
     orders: dict[int, Tensor] = {}
 
     def read(number: int) -> Tensor:
         epoch, index = divmod(number, batches_per_epoch)
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = torch.from_numpy(_random(seed, epoch).permutation(len(images))).to(
-                device
-            )
+            order = _random(seed, epoch).permutation(len(images))
+            orders[epoch] = torch.from_numpy(order).to(images.device)
         rows = orders[epoch][index * batch_size : (index + 1) * batch_size][share]
         return images.index_select(0, rows)
+
+    return read if fits else _read_ahead(read, device)
+
+
+def _read_ahead(read_batch: ReadBatch, device: torch.device) -> ReadBatch:
+    """Reads the next batch on a thread, into memory that copies to a GPU on its own (pinned)."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    loading: dict[int, Future[Tensor]] = {}
+
+    def load(number: int) -> Tensor:
+        batch = read_batch(number)
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    def read(number: int) -> Tensor:
+        batch = loading.pop(number, None) or thread.submit(load, number)
+        loading.clear()
+        loading[number + 1] = thread.submit(load, number + 1)
+        return batch.result().to(device, non_blocking=True)
 
     return read
 
@@ -101,9 +123,9 @@ def streamed_reader(
             if window not in loading:
                 loading[window] = thread.submit(load, window)
         parts = [loading[w].result()[max(start - w.start, 0) : stop - w.start] for w in needed]
-        return torch.cat(parts)[share].to(device, non_blocking=True)
+        return torch.cat(parts)[share]
 
-    return read
+    return _read_ahead(read, device) if device.type == "cuda" else read
 
 
 def _row_groups(

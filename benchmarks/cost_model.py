@@ -37,13 +37,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.optimize import nnls
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from aegan.config import TrainConfig
 from aegan.training_loop import train
 from aegan.updates import ROUND
+from benchmarks.limits import Counter
 from benchmarks.machine import describe
 from benchmarks.scaling import environment, gradients, read_log
 from benchmarks.speed import configuration, make_shards
@@ -195,34 +193,6 @@ def assumed_gpu(options: argparse.Namespace) -> Device:
         half_batch=options.half_batch,
         bytes_per_second=options.bytes_per_second * 4 / options.bytes_per_number,
     )
-
-
-class Counter(TorchDispatchMode):
-    """Counts operations, FLOPs of matrix products by PyTorch's formulas, and bytes of all others.
-
-    Views cost nothing, and memory that is only reserved is neither read nor written. PyTorch's own
-    FlopCounterMode cannot be used: its hooks on modules forbid `autograd.grad`, which R1 needs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.flops = self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if func.is_view or "empty" in packet.__name__:
-            return result
-        self.operations += 1
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        else:
-            leaves = tree_leaves((args, kwargs, result))
-            self.bytes += sum(leaf.nbytes for leaf in leaves if torch.is_tensor(leaf))
-        return result
 
 
 class Lab:

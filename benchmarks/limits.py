@@ -42,30 +42,29 @@ def copy_rate(device: torch.device, repeats: int = 9) -> float:
     return 2 * COPY_BYTES / statistics.median(times)
 
 
-def needs(work: Callable[[], Any]) -> tuple[int, int]:
-    """FLOPs of matrix products and convolutions; bytes that all other operations read and write."""
-    with _Count() as count:
-        work()
-    return count.flops, count.bytes
+class Counter(TorchDispatchMode):
+    """Counts operations, FLOPs of matrix products by PyTorch's formulas, and bytes of all others.
 
-
-class _Count(TorchDispatchMode):
-    """Every tensor that an operation takes or gives counts once; views are free.
-
-    PyTorch's own FlopCounterMode has the formulas but fails on gradients of gradients.
+    Views cost nothing, and memory that is only reserved is neither read nor written. PyTorch's own
+    FlopCounterMode cannot be used: its hooks on modules forbid `autograd.grad`, which R1 needs.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = 0
+        self.operations = self.flops = self.bytes = 0
 
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        result = operation(*arguments, **keywords)
-        if operation.overloadpacket in flop_registry:
-            formula = flop_registry[operation.overloadpacket]
-            self.flops += formula(*arguments, **keywords, out_val=result)
-        elif not operation.is_view:
-            tensors = [leaf for leaf in tree_leaves((arguments, result)) if torch.is_tensor(leaf)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if func.is_view or "empty" in packet.__name__:
+            return result
+        self.operations += 1
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        else:
+            leaves = tree_leaves((args, kwargs, result))
+            self.bytes += sum(leaf.nbytes for leaf in leaves if torch.is_tensor(leaf))
         return result

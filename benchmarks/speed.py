@@ -34,7 +34,7 @@ from aegan.graphs import Graphed
 from aegan.state import TrainingState
 from aegan.training_loop import train
 from aegan.updates import ROUND, Updates
-from benchmarks.limits import copy_rate, matrix_product_rate, needs, seconds
+from benchmarks.limits import Counter, copy_rate, matrix_product_rate, seconds
 from benchmarks.machine import describe
 from pipelines import params
 from pipelines.download import download
@@ -189,7 +189,9 @@ def measure_steps(
         if form.plain or form.compiled or form.graphs:
             continue
         rate = statistics.median(rates[form.precision])
-        flops, traffic = (need / INTERVAL for need in needs(rounds[form]))
+        with Counter() as count:
+            rounds[form]()
+        flops, traffic = count.flops / INTERVAL, count.bytes / INTERVAL
         results[form.name] |= {
             "gflop_per_step": round(flops / 1e9, 1),
             "share_of_matrix_product_rate": round(flops / median / rate, 3),

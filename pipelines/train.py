@@ -213,6 +213,9 @@ def _run(
                 f"compute.num_workers is {compute.num_workers}, but there are {cpus:.0f} CPUs: "
                 "lower it"
             )
+        environment = WORKER_ENVIRONMENT | {
+            "TORCHINDUCTOR_CACHE_DIR": str(run_folder.parent / "compiled")  # kept for later runs
+        }
         threads = compute.threads_per_worker or max(int(cpus) // compute.num_workers, 1)
         trainer = TorchTrainer(
             train_worker,
@@ -235,7 +238,7 @@ def _run(
                 name=uuid.uuid4().hex[:12],
                 storage_path=str(run_folder / "ray"),
                 failure_config=FailureConfig(max_failures=compute.max_failures),
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                worker_runtime_env={"env_vars": environment},
             ),
         )
         failure: list[BaseException] = []

@@ -3,12 +3,19 @@ import pytest
 import torch
 
 from aegan.dataset import load_images
-from aegan.reader import WINDOW_ROW_GROUPS, resident_reader, streamed_reader
+from aegan.reader import WINDOW_ROW_GROUPS, _read_ahead, resident_reader, streamed_reader
 from tests.shards import write_shards
 
 ROWS = 16 * WINDOW_ROW_GROUPS * 2 + 5  # three windows of the streamed reader, the last one short
 CPU = torch.device("cpu")
-READERS = pytest.mark.parametrize("reader", [resident_reader, streamed_reader])
+
+
+def reader_ahead(*arguments, **keywords):
+    """What feeds a GPU from the host's memory."""
+    return _read_ahead(streamed_reader(*arguments, **keywords), CPU)
+
+
+READERS = pytest.mark.parametrize("reader", [resident_reader, streamed_reader, reader_ahead])
 
 
 @pytest.fixture(scope="module")
