@@ -182,7 +182,7 @@ class _AddBorder(torch.autograd.Function):
         regions = [*_regions(before, out, border)]
         inner = regions[0][1]
         if inner.shape[2:] == (1, 1):  # all pixels at once is faster than a slice
-            out += inner.to(out.dtype)
+            out.add_(inner.to(out.dtype))
             regions = [*_regions(before, out, border - inner)][1:]
         for region, bias in regions:
             region += bias.to(out.dtype)
