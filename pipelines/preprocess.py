@@ -24,9 +24,11 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from aegan import image_files
 from aegan.config import SPLITS, PreprocessConfig
+from aegan.images import grid, save_png
 from pipelines import decode, near_duplicates, params
 from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
 from pipelines.errors import UserError, run_stage
@@ -216,10 +218,14 @@ class _TrainingImages:
         self.sheet: list[np.ndarray] = []  # evenly spaced images, uint8 [H, W, C]
 
     def add(self, rows: pa.Table) -> None:
-        pixels = np.frombuffer(b"".join(rows.column("image").to_pylist()), np.uint8)
-        images = pixels.reshape(-1, *self._shape)
-        for channel, counts in enumerate(self._histogram):
-            counts += np.bincount(images[..., channel].ravel(), minlength=256)
+        if not len(rows):
+            return
+        column = rows.column("image").combine_chunks()
+        pixels = np.frombuffer(column.buffers()[1], np.uint8, len(rows) * column.type.byte_width)
+        images = pixels.reshape(len(rows), *self._shape)
+        stack = pixels.reshape(-1, *self._shape[1:])
+        picture = Image.fromarray(stack.squeeze(-1) if stack.shape[-1] == 1 else stack)
+        self._histogram += np.reshape(picture.histogram(), self._histogram.shape)
         positions = self._wanted - self._seen
         self.sheet.extend(images[positions[(positions >= 0) & (positions < len(images))]])
         self._seen += len(images)
@@ -333,8 +339,6 @@ def _statistics(
 
 
 def _draw(images: list[np.ndarray], file: Path) -> None:
-    from aegan.images import grid, save_png  # needs torch, which no decoding process should load
-
     columns = int(len(images) ** 0.5 + 0.5)
     scale = max(1, 64 // images[0].shape[0])
     save_png(grid(np.stack(images), columns=columns), file, scale=scale)
