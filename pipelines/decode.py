@@ -54,7 +54,7 @@ def decode_snapshot(
     started = time.monotonic()
     pieces = list(_plan(raw, shards, work))
     missing = [piece for piece in pieces if not _is_complete(piece)]
-    processes = min(processes or _available_cores(), max(1, len(missing)))
+    processes = min(processes or available_cores(), max(1, len(missing)))
     decode = partial(_decode_row_group, config)
     if processes == 1:
         _run(map(decode, missing), total=len(missing))
@@ -105,7 +105,8 @@ def _is_complete(piece: Piece) -> bool:
         return False
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """How many this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -160,6 +160,14 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(faces, tmp_path):
     assert hashes(tmp_path) == hashes(faces)
 
 
+def test_a_decoding_process_loads_neither_torch_nor_scipy():
+    script = "import pipelines.preprocess, sys; print({'torch', 'scipy'} & sys.modules.keys())"
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout == "set()\n"
+
+
 def test_every_unusable_file_gets_its_line_and_the_rest_is_kept(tmp_path):
     images = blocks(40)
     folder = write_folder(tmp_path / "images", images)
