@@ -49,6 +49,7 @@ def stamp_after(name, part):
 
 stamp_after("resident_reader", "load the images")
 stamp_after("TrainingState", "networks and optimisers")
+stamp_after("Updates", "first checkpoint")
 stamp_after("update_ema", "first step")
 settings = json.loads(sys.argv[1])
 sections = {"model": ModelConfig, "loss": LossConfig, "training": TrainingConfig}
@@ -66,7 +67,7 @@ def start_loop(config: TrainConfig, *, shards: Path, folder: Path) -> dict[str, 
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     stamps: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     order = ["python", "import torch", "import the rest", "load the images"]
-    order += ["networks and optimisers", "first step"]
+    order += ["networks and optimisers", "first checkpoint", "first step"]
     moments = [start, *(stamps[part] for part in order)]
     parts = {part: moments[i + 1] - moments[i] for i, part in enumerate(order)}
     return parts | {"all": moments[-1] - start}

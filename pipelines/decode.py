@@ -5,6 +5,7 @@ A worker reads its own row group and writes its own part: no pixel travels betwe
 
 import hashlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -161,10 +162,10 @@ def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Tabl
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
     )
-    unusable = np.array([reason is not None for reason in reasons])
+    unusable = np.array([reason is not None for reason in reasons], np.bool_)
     return pa.table(
         {
-            "image_id": pa.array([hashlib.sha256(image).hexdigest() for image in images]),
+            "image_id": pa.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images]),
             "image": _as_column(images),
             "thumbnail": _as_column(small),
             "split": pa.array(splits, pa.string(), mask=unusable),
@@ -175,6 +176,6 @@ def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Tabl
 
 def _as_column(images: np.ndarray) -> pa.FixedSizeBinaryArray:
     """uint8 [N, H, W, C] => their bytes, without a copy."""
-    kind = pa.binary(images[0].nbytes)
+    kind = pa.binary(math.prod(images.shape[1:]))
     buffers = [None, pa.py_buffer(np.ascontiguousarray(images))]
     return pa.FixedSizeBinaryArray.from_buffers(kind, len(images), buffers)

@@ -54,7 +54,7 @@ def splits_of(
     """
     cells = 2 if small.shape[-1] == 3 else 4
     side = THUMBNAIL_SIZE // cells
-    means = small.reshape(len(small), cells, side, cells, side, -1).mean(axis=(2, 4))
+    means = small.reshape(-1, cells, side, cells, side, small.shape[-1]).mean(axis=(2, 4))
     draws = [
         int.from_bytes(hashlib.sha256(coarse.tobytes()).digest()[:8]) / 2**64
         for coarse in np.round(means / 16).astype(np.uint8)
