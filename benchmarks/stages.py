@@ -1,24 +1,27 @@
-"""Seconds of the stages `evaluate` and `interpolate`, and of each function of ours they call.
+"""Seconds of the stages `evaluate` and `interpolate`, and of each of their functions.
 
     .venv/bin/python -m benchmarks.stages --json FILE
 
 On the designed set and the settings of params.yaml, with a model after a few steps of training:
 what it draws does not change the time. The first repeat also loads the libraries of the metrics.
+A function's seconds leave out those of the other functions listed, so that all add up.
 """
 
 import argparse
-import cProfile
 import json
-import pstats
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections import defaultdict
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 
+import aegan
 from aegan import checkpoint
 from aegan.config import EvaluateConfig, InterpolateConfig
 from aegan.dataset import read_manifest
@@ -29,6 +32,7 @@ from benchmarks.speed import configuration, make_shards
 from pipelines import evaluate, interpolate, params
 
 STEPS = 20
+WORTH_A_LINE = 0.02  # seconds
 
 
 def make_model(folder: Path, *, images: int) -> tuple[Path, Path]:
@@ -52,18 +56,48 @@ def make_model(folder: Path, *, images: int) -> tuple[Path, Path]:
     return shards, folder / "model"
 
 
-def seconds_by_part(stage: Callable[[], None], module: Path) -> dict[str, float]:
-    """All seconds of a stage, and those of each function of aegan/ that its module calls."""
-    profile = cProfile.Profile()
-    profile.runcall(stage)
-    table: Any = pstats.Stats(profile)
-    parts: dict[str, float] = {}
-    for (file, _, name), (*_, callers) in table.stats.items():
-        if "/aegan/" in file and Path(file) != module:
-            seconds = sum(row[3] for (caller, *_), row in callers.items() if caller == str(module))
-            if seconds > 0.005:
-                parts[f"{Path(file).stem}.{name}"] = seconds
-    return {"all": table.total_tt} | dict(sorted(parts.items(), key=lambda item: -item[1]))
+class Stopwatch:
+    """Wraps functions so that the seconds spent in each add up, nested ones apart."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._nested = [0.0]  # seconds of timed calls within each timed call that is under way
+
+    def watch(self, owner: Any, name: str, label: str) -> None:
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            self._nested.append(0.0)
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent = time.perf_counter() - start
+                self.seconds[label] += spent - self._nested.pop()
+                self._nested[-1] += spent
+
+        setattr(owner, name, timed)
+
+    def watch_stage(self, stage: ModuleType) -> None:
+        """The functions of the stage, and those of aegan/ that it uses."""
+        for name, value in list(vars(stage).items()):
+            home = getattr(value, "__module__", "")
+            if not home.startswith(("aegan", "pipelines")):
+                continue
+            if isinstance(value, FunctionType):
+                self.watch(stage, name, name)
+            elif isinstance(value, type) and home.startswith("aegan.metrics"):
+                for method, function in list(vars(value).items()):
+                    if isinstance(function, FunctionType):
+                        self.watch(value, method, f"{name}.{method}")
+
+
+def watch_library(stopwatch: Stopwatch) -> None:
+    """The public functions, which the stages call as `aegan.encode`."""
+    for name in aegan.__all__:
+        if isinstance(getattr(aegan, name), FunctionType):
+            stopwatch.watch(aegan, name, f"aegan.{name}")
 
 
 def main() -> None:
@@ -79,28 +113,30 @@ def main() -> None:
         shards, model = make_model(folder, images=options.images)
         manifest = read_manifest(shards)
         evaluation, interpolation = params.load(EvaluateConfig), params.load(InterpolateConfig)
+        stopwatch = Stopwatch()
+        watch_library(stopwatch)
+        stopwatch.watch_stage(evaluate)
+        stopwatch.watch_stage(interpolate)
         for _ in range(options.repeats):
-            found["evaluate"].append(
-                seconds_by_part(
-                    lambda: evaluate.evaluate(model, shards, folder / "metrics", evaluation),
-                    Path(evaluate.__file__),
-                )
-            )
-            found["interpolate"].append(
-                seconds_by_part(
-                    lambda: interpolate.interpolate(
-                        model, shards, folder / "pictures", interpolation
-                    ),
-                    Path(interpolate.__file__),
-                )
-            )
-        measured = json.loads((folder / "metrics/metrics.json").read_text(encoding="utf-8"))
+            for stage, run in {
+                "evaluate": lambda: evaluate.evaluate(model, shards, folder / "out", evaluation),
+                "interpolate": lambda: interpolate.interpolate(
+                    model, shards, folder / "pictures", interpolation
+                ),
+            }.items():
+                stopwatch.seconds.clear()
+                run()
+                parts = dict(sorted(stopwatch.seconds.items(), key=lambda item: -item[1]))
+                found[stage].append({"all": sum(parts.values())} | parts)
+        measured = json.loads((folder / "out/metrics.json").read_text(encoding="utf-8"))
     results: dict[str, Any] = {}
     for stage, runs in found.items():
         results[stage] = {
             "first_run_seconds": round(runs[0]["all"], 3),
             "seconds": {
-                part: _summary([run.get(part, 0.0) for run in runs[1:]]) for part in runs[-1]
+                part: _summary([run.get(part, 0.0) for run in runs[1:]])
+                for part, seconds in runs[-1].items()
+                if seconds > WORTH_A_LINE
             },
         }
     median = results["evaluate"]["seconds"]["all"]["median"]
