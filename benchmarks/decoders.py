@@ -11,6 +11,7 @@ Besides the speed: how far the pixels are from the present ones, and what become
 """
 
 import argparse
+import contextlib
 import importlib
 import io
 import json
@@ -25,12 +26,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aegan.image_files import FORMATS as FORMATS_TAKEN
 from aegan.image_files import decode_image
 from benchmarks.machine import describe
 from benchmarks.photographs import FORMATS, encode, photograph
 
 IMAGE_SIZE = 64
 ENOUGH = 4 * IMAGE_SIZE  # a reduced decoding keeps this many pixels, as aegan/image_files.py does
+MAX_PIXELS = 50_000_000
 FILES = {64: 500, 1024: 24}  # size => how many files are decoded in one repeat
 
 Decode = Callable[[bytes], np.ndarray]  # bytes of a file => uint8 [IMAGE_SIZE, IMAGE_SIZE, 3]
@@ -87,6 +90,16 @@ def libjpeg_turbo(simplejpeg: Any, content: bytes) -> np.ndarray:
     return image if image.shape[0] == IMAGE_SIZE else _fit(Image.fromarray(image))
 
 
+def hybrid(simplejpeg: Any, content: bytes) -> np.ndarray:
+    """Pillow reads the header and takes whatever is no plain JPEG; libjpeg-turbo the rest."""
+    file = Image.open(io.BytesIO(content), formats=FORMATS_TAKEN)
+    plain = file.format == "JPEG" and file.mode == "RGB" and file.getexif().get(0x0112, 1) == 1
+    if plain and file.width * file.height <= MAX_PIXELS:
+        with contextlib.suppress(ValueError):  # Pillow says what is wrong with a damaged file
+            return libjpeg_turbo(simplejpeg, content)
+    return decode_image(content, image_size=IMAGE_SIZE, image_channels=3)
+
+
 def turbojpeg(library: Any, content: bytes) -> np.ndarray:
     return _fit(Image.fromarray(library.decode(content, pixel_format=0)))
 
@@ -111,6 +124,7 @@ def decoders() -> tuple[dict[str, Decode], dict[str, str]]:
         "opencv": ("cv2", lambda cv2: partial(opencv, cv2)),
         "opencv, reduced": ("cv2", lambda cv2: partial(opencv, cv2, reduced=True)),
         "simplejpeg (libjpeg-turbo)": ("simplejpeg", lambda lib: partial(libjpeg_turbo, lib)),
+        "pillow's header, simplejpeg": ("simplejpeg", lambda lib: partial(hybrid, lib)),
         "PyTurboJPEG (libjpeg-turbo)": (
             "turbojpeg", lambda lib: partial(turbojpeg, lib.TurboJPEG())
         ),
