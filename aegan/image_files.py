@@ -55,15 +55,19 @@ def _convert(
         raise UnusableImageError(
             f"too many pixels: {file.width}x{file.height}, at most {max_pixels}"
         )
+    # Large pictures are shrunk by whole factors first, never below four times the wanted size:
+    # the difference is under one grey level, and JPEG files are shrunk while they are decoded.
+    enough = 4 * image_size
     if file.format in ("JPEG", "MPO"):
-        # Large photographs are halved while decoding, never below four times the wanted size:
-        # the difference is under one grey level, and decoding is several times faster.
-        file.draft(None, (4 * image_size, 4 * image_size))
+        file.draft(None, (enough, enough))
     file.load()
     ImageOps.exif_transpose(file, in_place=True)
     image = _opaque(file).convert("RGB" if image_channels == 3 else "L")
     size = (image_size, image_size)
     if image.size != size:
+        factor = min(image.size) // enough
+        if factor > 1:
+            image = image.reduce(factor)
         fit_into = ImageOps.fit if fit == "crop" else partial(ImageOps.pad, color="white")
         image = fit_into(image, size, Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(image_size, image_size, image_channels)

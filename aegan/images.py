@@ -1,27 +1,32 @@
 """Images between the networks and people: value ranges, grids, files.
 
 Inside the project an image batch is uint8 [N, H, W, C]; networks see float [N, C, H, W] in [-1, 1].
+A process that only draws pictures does not load torch.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAUSE_MILLISECONDS = 600  # at both ends of an animation
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 [N, H, W, C] => float32 [N, C, H, W] in [-1, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 127.5).sub_(1)
+    return images.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
     """Float [N, C, H, W] in [-1, 1] => uint8 [N, H, W, C], rounded."""
     pixels = x.float().add(1).mul_(127.5).round_().clamp_(0, 255)
-    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return pixels.byte().permute(0, 2, 3, 1).contiguous()
 
 
 def grid(images: np.ndarray | Tensor, *, columns: int, gap: int = 2) -> np.ndarray:

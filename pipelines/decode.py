@@ -5,6 +5,7 @@ A worker reads its own row group and writes its own part: no pixel travels betwe
 
 import hashlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -18,13 +19,14 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aegan.config import PreprocessConfig
 from aegan.image_files import UnusableImageError, decode_image
 from pipelines.errors import UserError
-from pipelines.near_duplicates import THUMBNAIL_SIZE, split_of, thumbnail
+from pipelines.near_duplicates import splits_of, thumbnails
 from pipelines.progress import progress
 from pipelines.shards import write_parquet
 
@@ -53,7 +55,7 @@ def decode_snapshot(
     started = time.monotonic()
     pieces = list(_plan(raw, shards, work))
     missing = [piece for piece in pieces if not _is_complete(piece)]
-    processes = min(processes or _available_cores(), max(1, len(missing)))
+    processes = min(processes or available_cores(), max(1, len(missing)))
     decode = partial(_decode_row_group, config)
     if processes == 1:
         _run(map(decode, missing), total=len(missing))
@@ -104,7 +106,8 @@ def _is_complete(piece: Piece) -> bool:
         return False
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """How many this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -127,47 +130,52 @@ def _set_up_worker() -> None:
 def _decode_row_group(config: PreprocessConfig, piece: Piece) -> None:
     """Rows of the snapshot => the same rows decoded, or with the reason why not."""
     found = pq.ParquetFile(piece.shard).read_row_group(piece.row_group)
-    rows = [_decode_file(config, content.as_py()) for content in found.column("content")]
-    decoded = pa.Table.from_pylist(rows, schema=_decoded_schema(config))
+    decoded = decode_files(found.column("content"), config)
     for name in found.column_names:
         if name != "content":
             decoded = decoded.append_column(name, found.column(name))
     write_parquet(decoded, piece.part)
 
 
-def _decoded_schema(config: PreprocessConfig) -> pa.Schema:
-    return pa.schema(
-        [
-            ("image_id", pa.string()),
-            ("image", pa.binary(config.image_size**2 * config.image_channels)),
-            ("thumbnail", pa.binary(THUMBNAIL_SIZE**2 * config.image_channels)),
-            ("split", pa.string()),
-            ("reason", pa.string()),  # the only one set when the file is no usable image
-        ]
-    )
+def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Table:
+    """A row for each file, which depends on the file's bytes and `config` alone.
 
-
-def _decode_file(config: PreprocessConfig, content: bytes) -> dict[str, Any]:
-    try:
-        image = decode_image(
-            content,
-            image_size=config.image_size,
-            image_channels=config.image_channels,
-            fit=config.fit,
-            max_pixels=config.max_pixels,
-        )
-    except UnusableImageError as error:
-        return {"reason": str(error)}
-    small = thumbnail(image)
-    split = split_of(
+    `image_id`, `image`, `thumbnail`, `split`; only `reason` counts if the file is no usable image.
+    """
+    size, channels = config.image_size, config.image_channels
+    images = np.zeros((len(contents), size, size, channels), np.uint8)
+    reasons: list[str | None] = [None] * len(images)
+    for row, content in enumerate(contents):
+        try:
+            images[row] = decode_image(
+                content.as_py(),
+                image_size=size,
+                image_channels=channels,
+                fit=config.fit,
+                max_pixels=config.max_pixels,
+            )
+        except UnusableImageError as error:
+            reasons[row] = str(error)
+    small = thumbnails(images)
+    splits = splits_of(
         small,
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
     )
-    pixels = image.tobytes()
-    return {
-        "image_id": hashlib.sha256(pixels).hexdigest(),
-        "image": pixels,
-        "thumbnail": small.tobytes(),
-        "split": split,
-    }
+    unusable = np.array([reason is not None for reason in reasons], np.bool_)
+    return pa.table(
+        {
+            "image_id": pa.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images]),
+            "image": _as_column(images),
+            "thumbnail": _as_column(small),
+            "split": pa.array(splits, pa.string(), mask=unusable),
+            "reason": pa.array(reasons, pa.string()),
+        }
+    )
+
+
+def _as_column(images: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """uint8 [N, H, W, C] => their bytes, without a copy."""
+    kind = pa.binary(math.prod(images.shape[1:]))
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(images))]
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(images), buffers)

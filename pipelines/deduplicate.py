@@ -63,10 +63,9 @@ def _gather(
     with thumbnails_file.open("wb") as out:
         for part in progress(parts, "comparing", unit="parts", total=len(parts)):
             table = pq.read_table(part, columns=["source", "image_id", "split", "thumbnail"])
-            thumbnails = table.column("thumbnail")
-            out.write(b"".join(thumbnails.fill_null(bytes(thumbnails.type.byte_width)).to_pylist()))
+            out.write(b"".join(table.column("thumbnail").to_pylist()))
             # 128 bits of the hash tell any number of images apart, in half the memory.
-            ids.append(np.array(table.column("image_id").fill_null("").to_pylist(), "S32"))
+            ids.append(np.array(table.column("image_id").to_pylist(), "S32"))
             fate = pc.index_in(table.column("split"), value_set=pa.array(SPLITS))
             fates.append(fate.fill_null(UNUSABLE).to_numpy().astype(np.int8))
             sources.append(pa.array(table.column("source").to_pylist(), pa.string()))

@@ -7,44 +7,63 @@ difference of their thumbnails, in grey levels, is below a distance.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from aegan.config import Split
 
+if TYPE_CHECKING:  # imported where a search needs it: decoding processes start without it
+    from scipy.spatial import cKDTree
+
 THUMBNAIL_SIZE = 16
 PROJECTION_DIMS = 8
+_PIXELS_AT_ONCE = 1 << 20  # of images that become thumbnails
 _ROWS_AT_ONCE = 1 << 11  # thumbnails held as numbers; bounds the memory
 
 Indices = NDArray[np.int64]
 
 
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, C] => uint8 [16, 16, C], every pixel the mean of its area."""
-    size = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    small = picture.resize(size, Image.Resampling.BOX)
-    return np.asarray(small).reshape(*size, image.shape[-1])
+def thumbnails(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, H, C] => uint8 [N, 16, 16, C], every pixel the mean of its area.
+
+    H is a multiple of 16, so no area reaches into the next image of a stack.
+    """
+    count, height, width, channels = images.shape
+    small = np.empty((count, THUMBNAIL_SIZE, THUMBNAIL_SIZE, channels), np.uint8)
+    for part in _parts(np.arange(count), max(1, _PIXELS_AT_ONCE // height**2)):
+        stack = images[part[0] : part[-1] + 1].reshape(-1, width, channels)
+        picture = Image.fromarray(stack.squeeze(-1) if channels == 1 else stack)
+        # One axis after the other: Pillow's own order of both depends on a picture's shape.
+        picture = picture.resize((THUMBNAIL_SIZE, picture.height), Image.Resampling.BOX)
+        size = (THUMBNAIL_SIZE, len(part) * THUMBNAIL_SIZE)
+        picture = picture.resize(size, Image.Resampling.BOX)
+        small[part] = np.asarray(picture).reshape(-1, *small.shape[1:])
+    return small
 
 
-def split_of(small: np.ndarray, *, validation_fraction: float, test_fraction: float) -> Split:
-    """The split of an image from its thumbnail alone, uint8 [16, 16, C].
+def splits_of(
+    small: np.ndarray, *, validation_fraction: float, test_fraction: float
+) -> list[Split]:
+    """The split of each image from its thumbnail alone, uint8 [N, 16, 16, C].
 
     The thumbnail is brought down to 12 coarse colour values (16 grey ones) first, so that most
     near duplicates agree, while few other images do and the fractions come out as wanted.
     """
     cells = 2 if small.shape[-1] == 3 else 4
     side = THUMBNAIL_SIZE // cells
-    coarse = np.round(small.reshape(cells, side, cells, side, -1).mean(axis=(1, 3)) / 16)
-    draw = int.from_bytes(hashlib.sha256(coarse.astype(np.uint8).tobytes()).digest()[:8]) / 2**64
-    if draw < test_fraction:
-        return "test"
-    return "validation" if draw < test_fraction + validation_fraction else "train"
+    means = small.reshape(-1, cells, side, cells, side, small.shape[-1]).mean(axis=(2, 4))
+    draws = [
+        int.from_bytes(hashlib.sha256(coarse.tobytes()).digest()[:8]) / 2**64
+        for coarse in np.round(means / 16).astype(np.uint8)
+    ]
+    held_out = test_fraction + validation_fraction
+    return [
+        "test" if draw < test_fraction else "validation" if draw < held_out else "train"
+        for draw in draws
+    ]
 
 
 class NearDuplicates:
@@ -63,6 +82,8 @@ class NearDuplicates:
 
     def nearest(self, queries: Indices, among: Indices) -> Indices:
         """For each query a near duplicate among others (the nearest candidate), or -1."""
+        from scipy.spatial import cKDTree
+
         found = np.full(len(queries), -1, np.int64)
         if not len(among):
             return found
@@ -88,6 +109,10 @@ class NearDuplicates:
 
     def groups(self, images: Indices, *, neighbours: int = 16) -> tuple[int, int]:
         """(groups, images in them) when each is tied to its nearest near duplicates."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+        from scipy.spatial import cKDTree
+
         if len(images) < 2:
             return 0, 0
         tree = cKDTree(self._points[images])
@@ -106,7 +131,7 @@ class NearDuplicates:
         sizes = np.bincount(labels)
         return int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
 
-    def _candidates(self, tree: cKDTree, queries: Indices, count: int) -> Indices:
+    def _candidates(self, tree: "cKDTree", queries: Indices, count: int) -> Indices:
         """Positions in the tree [Q, count], nearest first; `tree.n` where there is none."""
         _, positions = tree.query(
             self._points[queries],

@@ -1,9 +1,9 @@
 """Stage `preprocess`: data/raw/ -> data/shards/, checked, resized, deduplicated, split images.
 
-Three passes; memory is bounded by row groups plus some 300 bytes an image:
+Three passes; memory is bounded by a few row groups a core plus some 300 bytes an image:
 1. decode.py: all cores turn the row groups of the snapshot into part files in a work folder;
 2. deduplicate.py: ids and thumbnails alone say what becomes of each image;
-3. here: the parts stream into the shards of the three splits.
+3. here: all cores stream the parts into the shards of the three splits.
 The bytes do not depend on the number of processes. Killed, the next run uses the finished parts.
 """
 
@@ -13,9 +13,12 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,16 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from aegan import image_files
-from aegan.config import SPLITS, PreprocessConfig
+from aegan.config import SPLITS, PreprocessConfig, Split
+from aegan.images import grid, save_png
 from pipelines import decode, near_duplicates, params
 from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
 from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors, new_folder, write_json
+from pipelines.near_duplicates import Indices
 from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 
@@ -177,52 +183,55 @@ def _schema(config: PreprocessConfig, factors: list[str]) -> pa.Schema:
     return pa.schema(columns, {key: str(value) for key, value in metadata.items()})
 
 
-class _SplitWriter:
-    """Rows of one split into full row groups and full shards."""
+@dataclass(frozen=True)
+class _Shard:
+    """A file to write: which images of the snapshot it holds."""
 
-    def __init__(self, config: PreprocessConfig, writer: ShardWriter) -> None:
-        self._config, self._writer = config, writer
-        self._waiting: pa.Table = writer.schema.empty_table()
+    split: Split
+    number: int  # within its split
+    images: Indices
 
-    def add(self, rows: pa.Table) -> None:
-        size = self._config.rows_per_row_group
-        self._waiting = pa.concat_tables([self._waiting, rows])
-        while len(self._waiting) >= size:
-            self._write(self._waiting.slice(0, size))
-            self._waiting = self._waiting.slice(size).combine_chunks()
 
-    def finish(self) -> dict[str, Any]:
-        """The split's entry in the manifest."""
-        if len(self._waiting):
-            self._write(self._waiting)
-        self._writer.finish_shard()
-        shards = self._writer.shards
-        return {"rows": sum(shard["rows"] for shard in shards), "shards": shards}
-
-    def _write(self, row_group: pa.Table) -> None:
-        self._writer.write(row_group)
-        if self._writer.rows == self._config.rows_per_shard:
-            self._writer.finish_shard()
+def _plan_shards(config: PreprocessConfig, verdict: Verdict) -> list[_Shard]:
+    """Every kept image in its split, in the snapshot's order, in shards that are full but one."""
+    shards = []
+    for code, split in enumerate(SPLITS):
+        images = np.flatnonzero(verdict.fate == code)
+        for start in range(0, len(images), config.rows_per_shard):
+            rows = images[start : start + config.rows_per_shard]
+            shards.append(_Shard(split, start // config.rows_per_shard, rows))
+    return shards
 
 
 class _TrainingImages:
     """What the reports say about the training images, gathered while they pass."""
 
-    def __init__(self, config: PreprocessConfig, count: int) -> None:
+    def __init__(self, config: PreprocessConfig, verdict: Verdict) -> None:
         self._shape = (config.image_size, config.image_size, config.image_channels)
         self._histogram = np.zeros((config.image_channels, 256), np.int64)
-        self._wanted = np.linspace(0, count - 1, min(count, CONTACT_SHEET_IMAGES)).astype(np.int64)
-        self._seen = 0
-        self.sheet: list[np.ndarray] = []  # evenly spaced images, uint8 [H, W, C]
+        images = np.flatnonzero(verdict.fate == SPLITS.index("train"))
+        places = np.linspace(0, len(images) - 1, min(len(images), CONTACT_SHEET_IMAGES))
+        self._wanted = images[places.astype(np.int64)]
+        self._shown: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
 
-    def add(self, rows: pa.Table) -> None:
-        pixels = np.frombuffer(b"".join(rows.column("image").to_pylist()), np.uint8)
+    def add(self, numbers: Indices, column: pa.ChunkedArray) -> None:
+        """Some images and their numbers in the snapshot; threads may call it at the same time."""
+        chunk, size = column.combine_chunks(), column.type.byte_width
+        pixels = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
+        stack = pixels.reshape(-1, *self._shape[1:])
+        picture = Image.fromarray(stack.squeeze(-1) if stack.shape[-1] == 1 else stack)
+        histogram = np.reshape(picture.histogram(), self._histogram.shape)
         images = pixels.reshape(-1, *self._shape)
-        for channel, counts in enumerate(self._histogram):
-            counts += np.bincount(images[..., channel].ravel(), minlength=256)
-        positions = self._wanted - self._seen
-        self.sheet.extend(images[positions[(positions >= 0) & (positions < len(images))]])
-        self._seen += len(images)
+        with self._lock:
+            self._histogram += histogram
+            for row in np.flatnonzero(np.isin(numbers, self._wanted)):
+                self._shown[int(numbers[row])] = images[row].copy()
+
+    @property
+    def sheet(self) -> list[np.ndarray]:
+        """Evenly spaced images, uint8 [H, W, C]."""
+        return [self._shown[number] for number in self._wanted.tolist()]
 
     def pixel_statistics(self) -> dict[str, Any]:
         """Mean and standard deviation of each channel in grey levels, 0 to 255."""
@@ -244,34 +253,45 @@ def _write_shards(
     verdict: Verdict,
     folder: Path,
 ) -> _TrainingImages:
-    """Stream the kept rows into the shards of their splits and write the manifest."""
+    """Write the kept rows into the shards of their splits, several at a time, and the manifest."""
     schema = _schema(config, snapshot["factors"])
-    writers = {
-        split: _SplitWriter(config, ShardWriter(folder, split, schema=schema)) for split in SPLITS
-    }
-    training_images = _TrainingImages(config, int((verdict.fate == SPLITS.index("train")).sum()))
-    start = 0
-    for part in progress(parts, "writing", unit="parts", total=len(parts)):
-        table = pq.read_table(part)
-        labels = pa.nulls(len(table), pa.int64())  # no source states classes yet
-        table = table.append_column("label", labels).select(schema.names)
-        table = table.replace_schema_metadata(schema.metadata)
-        fate = verdict.fate[start : start + len(table)]
-        start += len(table)
-        for number, split in enumerate(SPLITS):
-            rows = table.take(np.flatnonzero(fate == number))
-            writers[split].add(rows)
-            if split == "train":
-                training_images.add(rows)
-    splits = {split: writer.finish() for split, writer in writers.items()}
-    hashes = [shard["sha256"] for entry in splits.values() for shard in entry["shards"]]
+    training_images = _TrainingImages(config, verdict)
+    ends = np.cumsum([pq.read_metadata(part).num_rows for part in parts])
+
+    def write(shard: _Shard) -> dict[str, Any]:
+        writer = ShardWriter(folder, shard.split, schema=schema, first=shard.number)
+        written = 0
+        tables = _read_rows(parts, ends, shard.images, schema)
+        for rows in _row_groups(tables, config.rows_per_row_group):
+            writer.write(rows)
+            if shard.split == "train":
+                numbers = shard.images[written : written + len(rows)]
+                training_images.add(numbers, rows.column("image"))
+            written += len(rows)
+        writer.finish_shard()
+        return writer.shards[0]
+
+    shards = _plan_shards(config, verdict)
+    # Threads are enough: reading, writing and hashing release the interpreter's lock.
+    threads = ThreadPoolExecutor(min(decode.available_cores(), len(shards)))
+    try:
+        writing = threads.map(write, shards)
+        entries = list(progress(writing, "writing", unit="shards", total=len(shards)))
+    finally:
+        threads.shutdown(cancel_futures=True)
+    splits: dict[str, Any] = {split: {"rows": 0, "shards": []} for split in SPLITS}
+    for shard, entry in zip(shards, entries, strict=True):
+        splits[shard.split]["rows"] += entry["rows"]
+        splits[shard.split]["shards"].append(entry)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "image_size": config.image_size,
         "image_channels": config.image_channels,
         "fit": config.fit,
         "preprocess_sha256": _hash(dataclasses.asdict(config)),
-        "dataset_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "dataset_sha256": hashlib.sha256(
+            "".join(entry["sha256"] for entry in entries).encode()
+        ).hexdigest(),
         "source": snapshot["source"],
         "source_sha256": snapshot["source_sha256"],
         "factors": snapshot["factors"],
@@ -279,6 +299,34 @@ def _write_shards(
     }
     write_json(manifest, folder / "manifest.json")
     return training_images
+
+
+def _read_rows(
+    parts: list[Path], ends: Indices, images: Indices, schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """The rows of some images (ascending numbers), a part at a time, in the shards' schema."""
+    stored = [name for name in schema.names if name != "label"]
+    first, last = np.searchsorted(ends, images[[0, -1]], side="right")
+    for number in range(int(first), int(last) + 1):
+        start = ends[number - 1] if number else 0
+        inside = images[np.searchsorted(images, start) : np.searchsorted(images, ends[number])]
+        if len(inside):
+            table = pq.read_table(parts[number], columns=stored).take(inside - start)
+            labels = pa.nulls(len(table), pa.int64())  # no source states classes yet
+            table = table.append_column("label", labels).select(schema.names)
+            yield table.replace_schema_metadata(schema.metadata)
+
+
+def _row_groups(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size` rows; the last may be shorter."""
+    waiting: pa.Table | None = None
+    for table in tables:
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        while len(waiting) >= size:
+            yield waiting.slice(0, size)
+            waiting = waiting.slice(size).combine_chunks()
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
 def _write_quarantine(
@@ -333,8 +381,6 @@ def _statistics(
 
 
 def _draw(images: list[np.ndarray], file: Path) -> None:
-    from aegan.images import grid, save_png  # needs torch, which no decoding process should load
-
     columns = int(len(images) ** 0.5 + 0.5)
     scale = max(1, 64 // images[0].shape[0])
     save_png(grid(np.stack(images), columns=columns), file, scale=scale)

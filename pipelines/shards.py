@@ -24,12 +24,15 @@ def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 class ShardWriter:
-    """Row groups into `<name>-00000.parquet`, ...; `shards` lists the finished files."""
+    """Row groups into `<name>-00000.parquet`, ...; `shards` lists the finished files.
 
-    def __init__(self, folder: Path, name: str, *, schema: pa.Schema) -> None:
+    Of several writers of one name, each begins with another number: `first`.
+    """
+
+    def __init__(self, folder: Path, name: str, *, schema: pa.Schema, first: int = 0) -> None:
         self.shards: list[dict[str, Any]] = []
         self.schema = schema
-        self._folder, self._name = folder, name
+        self._folder, self._name, self._first = folder, name, first
         self._writer: pq.ParquetWriter | None = None
         self.rows = 0  # in the open shard
         self.bytes = 0
@@ -57,4 +60,4 @@ class ShardWriter:
 
     @property
     def _file(self) -> Path:
-        return self._folder / f"{self._name}-{len(self.shards):05d}.parquet"
+        return self._folder / f"{self._name}-{self._first + len(self.shards):05d}.parquet"

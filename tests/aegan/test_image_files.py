@@ -113,10 +113,11 @@ def test_shrinking_averages_instead_of_picking_pixels():
     assert np.abs(decode(encode(fine.astype(np.uint8))).astype(int) - 127).max() <= 3
 
 
-def test_halving_a_large_photograph_while_decoding_is_not_visible():
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_shrinking_a_large_photograph_in_two_steps_is_not_visible(format):
     y, x = np.mgrid[0:1024, 0:1024] / 1024
     waves = [np.sin(8 * x + 5 * y * y + phase) * 110 + 128 for phase in range(3)]
-    content = encode(np.stack(waves, axis=-1).astype(np.uint8), "JPEG", quality=92)
+    content = encode(np.stack(waves, axis=-1).astype(np.uint8), format, quality=92)
     whole = Image.open(io.BytesIO(content)).resize((16, 16), Image.Resampling.LANCZOS)
     assert np.abs(decode(content).astype(int) - np.asarray(whole)).mean() < 1
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
@@ -24,7 +25,7 @@ from PIL import Image
 from aegan import dataset, manifold
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
 from pipelines import download as download_stage
-from pipelines.decode import decode_snapshot
+from pipelines.decode import decode_files, decode_snapshot
 from pipelines.download import download
 from pipelines.errors import UserError
 from pipelines.preprocess import preprocess
@@ -158,6 +159,25 @@ def test_the_work_folder_is_gone_after_a_good_end(faces):
 def test_the_bytes_do_not_depend_on_the_number_of_processes(faces, tmp_path):
     run(faces / "raw", tmp_path, processes=2)
     assert hashes(tmp_path) == hashes(faces)
+
+
+def test_a_decoded_row_depends_on_its_own_file_alone():
+    contents = [encode(image) for image in blocks(5, size=64)]
+    contents[2] = b"no image"
+    together = decode_files(pa.chunked_array([contents], pa.large_binary()), CONFIG)
+    assert [row is None for row in together["reason"].to_pylist()] == [1, 1, 0, 1, 1]
+    for row, content in enumerate(contents):
+        alone = decode_files(pa.chunked_array([[content]], pa.large_binary()), CONFIG)
+        assert alone.to_pylist() == together.slice(row, 1).to_pylist()
+    assert len(decode_files(pa.chunked_array([[]], pa.large_binary()), CONFIG)) == 0
+
+
+def test_a_decoding_process_loads_neither_torch_nor_scipy():
+    script = "import pipelines.preprocess, sys; print({'torch', 'scipy'} & sys.modules.keys())"
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout == "set()\n"
 
 
 def test_every_unusable_file_gets_its_line_and_the_rest_is_kept(tmp_path):
