@@ -5,5 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 : "${DVC_REMOTE_URL:?set it to s3://bucket/prefix}"
 dvc remote add --local --force --default storage "$DVC_REMOTE_URL"
-dvc repro --pull
-dvc push --run-cache
+status=0
+dvc repro --pull || status=$?
+dvc push --run-cache # after a failure too: the next attempt goes on after the stages that ended well
+exit $status
