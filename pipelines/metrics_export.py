@@ -1,7 +1,8 @@
 """What a training reports, as Prometheus gauges on Ray's metrics endpoint.
 
 Ray puts `ray_` before every name and adds labels of its own (WorkerId, NodeAddress, SessionName).
-infra/monitoring/grafana shows them.
+A value is there for the scrapes right after its report only (Ray 2.60): queries want
+`last_over_time`, as in infra/monitoring/grafana.
 """
 
 import functools

@@ -149,13 +149,14 @@ def test_a_report_is_seen_on_the_node_of_its_worker_and_in_the_dashboard(cluster
     try:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "reported\n"
-        port = cluster.metrics[1]
-        wait_until(
-            lambda: any(name.startswith("ray_aegan_loss") for name in exported(port)),
-            seconds=60,
-            what="the gauges are exported",
-        )
-        samples = exported(port)
+        port, samples = cluster.metrics[1], {}
+        expected = {"ray_aegan_loss aegan-0123 image_reconstruction", "ray_node_mem_total"}
+
+        def all_seen() -> bool:
+            samples.update(exported(port))  # Ray forgets a report's values soon after a scrape
+            return expected <= samples.keys()
+
+        wait_until(all_seen, seconds=60, what="the gauges are exported")
     finally:
         driver.communicate()
     ours = {name: value for name, value in samples.items() if "aegan" in name}
