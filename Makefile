@@ -47,10 +47,13 @@ refresh: .venv/installed ## look at the source again, then re-run what changed
 	@$(MAKE) --no-print-directory run
 
 lock: .venv/installed ## resolve the newest permitted versions into requirements.lock
-	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev \
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev --extra server \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml
 	sed -i.bak 's/+cpu$$//' requirements.lock && rm requirements.lock.bak # whichever build was found
+
+infra/.env: ## random passwords for infra/compose.yaml
+	infra/make_env.sh
 
 clean: ## forget all results; the source images and .venv stay
 	rm -rf artifacts data report runs dvc.lock

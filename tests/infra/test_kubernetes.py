@@ -1,0 +1,240 @@
+"""infra/kubernetes: schemas, references and what must hold of every pod.
+
+`kubectl kustomize` (or `kustomize build`) renders the overlays; where there is neither, the tests
+of what is rendered are skipped. The fields of KubeRay's own kinds are those of its API reference.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from ruamel.yaml import YAML
+
+FOLDER = Path(__file__).parents[2] / "infra/kubernetes"
+KUBERNETES_VERSION = "1.32"
+CLUSTERS = ("cpu", "gpu")
+JOBS = ("cpu-job", "gpu-job")
+POD = {"template"}  # checked with Kubernetes' own schema
+FIELDS = {  # KubeRay: kind => fields it may have
+    "RayClusterSpec": {
+        *("authOptions", "suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations"),
+        *("enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion"),
+        "workerGroupSpecs",
+    },
+    "AuthOptions": {"mode", "secretName", "enableK8sTokenAuth"},
+    "AutoscalerOptions": {
+        *("resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds"),
+        *("upscalingMode", "version", "env", "envFrom", "volumeMounts"),
+    },
+    "HeadGroupSpec": {"headService", "enableIngress", "rayStartParams", "serviceType", *POD},
+    "WorkerGroupSpec": {
+        *("suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds"),
+        *("rayStartParams", "scaleStrategy", "numOfHosts", *POD),
+    },
+    "RayJobSpec": {
+        *("activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate"),
+        *("metadata", "clusterSelector", "submitterConfig", "managedBy", "deletionStrategy"),
+        *("entrypoint", "runtimeEnvYAML", "jobId", "submissionMode", "entrypointResources"),
+        *("entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished"),
+        *("shutdownAfterJobFinishes", "suspend"),
+    },
+}
+
+
+def render(folder: Path) -> list[dict[str, Any]]:
+    """The manifests that `kubectl apply -k` would send."""
+    if kubectl := shutil.which("kubectl"):
+        command = [kubectl, "kustomize", folder]
+    elif kustomize := shutil.which("kustomize"):
+        command = [kustomize, "build", folder]
+    else:
+        pytest.skip("needs kubectl or kustomize")
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return list(YAML(typ="safe").load_all(text))
+
+
+@pytest.fixture(params=[*CLUSTERS, *JOBS])
+def manifests(request) -> list[dict[str, Any]]:
+    return render(FOLDER / "overlays" / request.param)
+
+
+def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = (manifest for manifest in manifests if manifest["kind"] == kind)
+    return found
+
+
+def cluster_of(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """The specification of the Ray cluster, be it of its own or of a job."""
+    specifications = {
+        manifest["kind"]: manifest["spec"]
+        for manifest in manifests
+        if manifest["apiVersion"] == "ray.io/v1"
+    }
+    ((kind, specification),) = specifications.items()
+    found: dict[str, Any] = specification["rayClusterSpec"] if kind == "RayJob" else specification
+    return found
+
+
+def pods_of(manifests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The templates of all pods: head, workers and what submits a job."""
+    cluster = cluster_of(manifests)
+    yield cluster["headGroupSpec"]["template"]
+    yield from (group["template"] for group in cluster["workerGroupSpecs"])
+    for manifest in manifests:
+        if manifest["kind"] == "RayJob":
+            yield manifest["spec"]["submitterPodTemplate"]
+
+
+def unknown_fields(manifests: list[dict[str, Any]]) -> set[str]:
+    """Fields that KubeRay does not know."""
+    cluster = cluster_of(manifests)
+    parts = [
+        ("RayClusterSpec", cluster),
+        ("AuthOptions", cluster["authOptions"]),
+        ("AutoscalerOptions", cluster["autoscalerOptions"]),
+        ("HeadGroupSpec", cluster["headGroupSpec"]),
+        *(("WorkerGroupSpec", group) for group in cluster["workerGroupSpecs"]),
+        *(("RayJobSpec", job["spec"]) for job in manifests if job["kind"] == "RayJob"),
+    ]
+    return {f"{kind}.{field}" for kind, part in parts for field in part.keys() - FIELDS[kind]}
+
+
+def test_manifests_are_as_the_schemas_of_kubernetes_say(manifests):
+    for manifest in manifests:
+        if manifest["apiVersion"] != "ray.io/v1":
+            kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    for template in pods_of(manifests):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+
+
+def test_a_misspelt_field_of_a_pod_is_noticed():
+    pod = {"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [], "tolerationz": []}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+
+
+def test_kuberay_knows_every_field(manifests):
+    assert unknown_fields(manifests) == set()
+    cluster_of(manifests)["autoscalerOptions"]["idleTimeout"] = 60
+    assert unknown_fields(manifests) == {"AutoscalerOptions.idleTimeout"}
+
+
+def test_ray_has_the_version_of_the_lock_and_demands_a_token(manifests):
+    cluster = cluster_of(manifests)
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["authOptions"] == {"mode": "token"}
+
+
+def test_the_cluster_grows_and_shrinks(manifests):
+    cluster = cluster_of(manifests)
+    assert cluster["enableInTreeAutoscaling"] is True
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["minReplicas"] == 0 < workers["maxReplicas"]
+
+
+def test_containers_have_no_more_rights_than_their_user(manifests):
+    containers = []
+    for template in pods_of(manifests):
+        rights = template["spec"]["securityContext"]
+        assert rights["runAsNonRoot"] is True
+        assert rights["seccompProfile"] == {"type": "RuntimeDefault"}
+        containers += template["spec"]["containers"]
+    for container in [*containers, cluster_of(manifests)["autoscalerOptions"]]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"].keys() == {"requests", "limits"}
+    enforced = of_kind(manifests, "Namespace")["metadata"]["labels"]
+    assert enforced == {"pod-security.kubernetes.io/enforce": "restricted"}
+
+
+def test_only_the_pod_with_the_autoscaler_may_talk_to_kubernetes(manifests):
+    head, *others = (template["spec"] for template in pods_of(manifests))
+    assert head["automountServiceAccountToken"] is True
+    assert [pod["automountServiceAccountToken"] for pod in others] == [False] * len(others)
+
+
+def test_secrets_are_referred_to_and_not_contained(manifests):
+    assert "Secret" not in {manifest["kind"] for manifest in manifests}
+    head, workers = (template["spec"] for template in list(pods_of(manifests))[:2])
+    for pod in (head, workers):
+        assert {"secretRef": {"name": "aegan-credentials"}} in pod["containers"][0]["envFrom"]
+
+
+def test_settings_that_pods_refer_to_are_there(manifests):
+    settings = of_kind(manifests, "ConfigMap")
+    assert settings["metadata"]["name"] == "aegan"
+    assert "DVC_REMOTE_URL" in settings["data"]
+    account = of_kind(manifests, "ServiceAccount")["metadata"]["name"]
+    head = cluster_of(manifests)["headGroupSpec"]["template"]["spec"]
+    assert head["serviceAccountName"] == account
+    assert {"configMapRef": {"name": "aegan"}} in head["containers"][0]["envFrom"]
+
+
+def test_everything_is_in_one_namespace(manifests):
+    namespaced = [manifest for manifest in manifests if manifest["kind"] != "Namespace"]
+    assert {manifest["metadata"]["namespace"] for manifest in namespaced} == {"aegan"}
+
+
+def test_images_have_a_tag(manifests):
+    images = {c["image"] for pod in pods_of(manifests) for c in pod["spec"]["containers"]}
+    (image,) = images  # one and the same
+    assert image.endswith((":cpu", ":cuda"))
+
+
+def test_nothing_comes_in_or_goes_out_unless_a_rule_says_so(manifests):
+    policies = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    own = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "aegan"}}}
+    from_cluster, *from_elsewhere = policies["ray"]["ingress"]
+    assert from_cluster == {"from": [own]}
+    assert [rule["ports"] for rule in from_elsewhere] == [[{"port": 8265}], [{"port": 8080}]]
+    assert all("namespaceSelector" in peer for rule in from_elsewhere for peer in rule["from"])
+    (outside,) = (
+        p["ipBlock"] for r in policies["ray"]["egress"] for p in r["to"] if "ipBlock" in p
+    )
+    assert outside["except"] == ["169.254.0.0/16"]  # instance metadata: the node's credentials
+
+
+def test_network_policy_and_disruption_budget_concern_the_pods(manifests):
+    labels = [template["metadata"]["labels"] for template in pods_of(manifests)]
+    assert labels == [{"app.kubernetes.io/name": "aegan"}] * len(labels)
+    budget = of_kind(manifests, "PodDisruptionBudget")["spec"]
+    by_kuberay = {"ray.io/node-type": "head"}
+    assert budget["selector"]["matchLabels"] == labels[0] | by_kuberay
+    assert budget.keys() == {"minAvailable", "selector"}
+
+
+@pytest.mark.parametrize("overlay", JOBS)
+def test_a_job_brings_its_own_cluster_and_ends(overlay):
+    manifests = render(FOLDER / "overlays" / overlay)
+    assert "RayCluster" not in {manifest["kind"] for manifest in manifests}
+    cluster = render(FOLDER / "overlays" / overlay.removesuffix("-job"))
+    job = of_kind(manifests, "RayJob")["spec"]
+    assert job["rayClusterSpec"] == of_kind(cluster, "RayCluster")["spec"]
+    assert job["shutdownAfterJobFinishes"] is True
+    assert job["backoffLimit"] > 0 < job["activeDeadlineSeconds"]
+    script = job["entrypoint"].removeprefix("sh /app/")
+    assert (FOLDER.parents[1] / script).exists()
+
+
+def test_gpu_workers_ask_for_one_gpu():
+    (workers,) = cluster_of(render(FOLDER / "overlays/gpu"))["workerGroupSpecs"]
+    resources = workers["template"]["spec"]["containers"][0]["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == 1
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.rglob("kustomization.yaml")), ids=str)
+def test_files_that_a_kustomization_names_are_there(file):
+    content = YAML(typ="safe").load(file.read_text())
+    named = [*content.get("resources", []), *content.get("components", [])]
+    named += [patch["path"] for patch in content.get("patches", []) if "path" in patch]
+    named += [name for maker in content.get("configMapGenerator", []) for name in maker["envs"]]
+    assert [name for name in named if not (file.parent / name).exists()] == []
