@@ -12,7 +12,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     "boto3": {"storage"},
     "botocore": {"storage"},
     "mlflow": {"tracking", "serving"},
-    "ray": {"cluster", "loopback", "train"},
+    "ray": {"cluster", "loopback", "submit", "train"},
     "ruamel": {"params"},
     "kagglehub": {"download"},
 }
