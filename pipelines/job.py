@@ -44,10 +44,10 @@ def main() -> None:
             run_dvc("push", "--run-cache")
         raise
     run_dvc("push", "--run-cache")
-    result = json.dumps({"files_sha256": files_sha256, **collect_result()}, indent=1).encode()
+    result = {"job": content, "files_sha256": files_sha256, **collect_result()}
     # Found by the content that the job started from, and by the one that its results lead to.
     for name in {content, content_id(files_sha256, DVC_LOCK.read_bytes())}:
-        storage.write_object(result_url(address, name), result)
+        storage.write_object(result_url(address, name), json.dumps(result, indent=1).encode())
 
 
 def content_id(files_sha256: str, dvc_lock: bytes) -> str:

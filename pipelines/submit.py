@@ -21,7 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         stop(connect(), content)
         return
     if (result := read_result(address, content)) is not None:
-        log.info("job %s has succeeded already", content)
+        log.info("job %s has succeeded already", result["job"])
     else:
         client = connect()
         job, status = newest_attempt(client, content)
@@ -181,7 +181,8 @@ def connect() -> JobSubmissionClient:
             f"RAY_ADDRESS is {address!r}: expected the address of the cluster's dashboard, "
             "for example RAY_ADDRESS=http://host:8265"
         )
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    for chatty in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     with clear_errors():
         return _Client(address)
 
@@ -320,11 +321,14 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
     answered = time.monotonic()
     while True:
         try:
-            ended = client.get_job_info(job).status.is_terminal()  # asked before its last lines
+            shown = asyncio.run(_show_log(client, job, shown=shown))
+            details = client.get_job_info(job)
             answered = time.monotonic()
-            shown, complete = asyncio.run(_show_log(client, job, shown=shown))
-            if ended and complete:
-                return client.get_job_info(job)
+            if details.status.is_terminal():
+                with suppress(*LOST):  # the machine with the log may be gone
+                    sys.stdout.write(client.get_job_logs(job)[shown:])
+                return details
+            time.sleep(1)
         except AuthenticationError:
             with clear_errors():
                 raise
@@ -339,27 +343,24 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
                     f"the cluster has not answered for {LOST_SECONDS // 60} minutes ({error}); "
                     f"job {job} may go on: the same command follows it again"
                 ) from None
-        time.sleep(RECONNECT_SECONDS)
+            time.sleep(RECONNECT_SECONDS)
 
 
-async def _show_log(client: JobSubmissionClient, job: str, *, shown: int) -> tuple[int, bool]:
-    """Write what follows the first `shown` characters; how many those are now, and if to the end.
+async def _show_log(client: JobSubmissionClient, job: str, *, shown: int) -> int:
+    """Write what follows the first `shown` characters of the log; returns how many those are then.
 
     Every connection starts at the log's beginning. One that is silent for long may be dead.
     """
     position = 0
     chunks = client.tail_job_logs(job)
-    try:
+    with suppress(StopAsyncIteration, *LOST):
         while True:
             text = await asyncio.wait_for(anext(chunks), SILENCE_SECONDS)
             sys.stdout.write(text[max(shown - position, 0) :])
             sys.stdout.flush()
             position += len(text)
             shown = max(shown, position)
-    except StopAsyncIteration:
-        return shown, True
-    except LOST:
-        return shown, False
+    return shown
 
 
 def stop(client: JobSubmissionClient, content: str) -> None:
