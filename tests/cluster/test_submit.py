@@ -26,6 +26,7 @@ from moto.server import ThreadedMotoServer
 from ruamel.yaml import YAML
 
 from pipelines import params
+from tests.pictures import blocks, write_folder
 from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -349,20 +350,51 @@ def test_a_cluster_with_other_packages_than_the_locks_is_one_clear_error(cluster
     assert "Running stage" not in output
 
 
-def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(cluster, tmp_path):
-    project = make_project(tmp_path / "project", cluster, training=SMALL | {"num_steps": 100_000})
-    client = start(project, cluster)
-    job = job_of(read_until(client, "starting run"))
-    client.send_signal(signal.SIGINT)
-    output, _ = client.communicate(timeout=60)
-    assert client.returncode == 130
-    assert f"detached: job {job} goes on" in output
-    assert f"aegan submit --stop --job {job}" in output
-    assert jobs(cluster)[job]["status"] == "RUNNING"
+@dataclass
+class Detached:
+    """A long job on data of this machine, whose client was ended by Ctrl-C."""
 
-    assert f"job {job} has ended" in submit(project, cluster, "--stop")
-    assert jobs(cluster)[job]["status"] == "STOPPED"
-    assert f"job {job} does not run" in submit(project, cluster, "--stop", expected=1)
+    project: Path
+    job: str
+    output: str  # until the training started
+    farewell: str
+    status: str
+
+
+@pytest.fixture(scope="module")
+def detached(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Detached:
+    folder = tmp_path_factory.mktemp("detached")
+    pictures = write_folder(folder / "pictures", blocks(60))
+    sections = {
+        "data": {"source": str(pictures)},
+        "training": SMALL | {"num_steps": 100_000},
+        "preprocess": {"image_size": 16, "near_duplicate_distance": 0.0},
+    }
+    project = make_project(folder / "project", cluster, **sections)
+    dvc(project, cluster, "repro", "preprocess")
+    shutil.rmtree(pictures)  # the cluster has no such folder
+    client = start(project, cluster)
+    output = read_until(client, "starting run")
+    job = job_of(output)
+    client.send_signal(signal.SIGINT)
+    farewell, _ = client.communicate(timeout=60)
+    assert client.returncode == 130, farewell
+    return Detached(project, job, output, farewell, jobs(cluster)[job]["status"])
+
+
+def test_data_of_this_machine_go_along_with_the_job(detached):
+    assert re.findall(r"Running stage '(\w+)'", detached.output) == ["train"]
+
+
+def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(detached, cluster):
+    assert f"detached: job {detached.job} goes on" in detached.farewell
+    assert f"aegan submit --stop --job {detached.job}" in detached.farewell
+    assert detached.status == "RUNNING"
+
+    assert f"job {detached.job} has ended" in submit(detached.project, cluster, "--stop")
+    assert jobs(cluster)[detached.job]["status"] == "STOPPED"
+    refused = submit(detached.project, cluster, "--stop", expected=1)
+    assert refused == f"error: job {detached.job} does not run: it has stopped\n"
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_too_much_to_ship_names_the_largest_file(project, monkeypatch):
 def test_a_folder_without_git_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(UserError, match="git cannot list the files to ship: .*not a git repo"):
+    with pytest.raises(UserError, match=r"git cannot list the files to ship: .*not a git repo"):
         submit.shipped_files()
 
 
@@ -207,12 +207,12 @@ def test_a_result_holds_lock_metrics_and_what_dvc_does_not_store(stages):
 
 
 def test_a_failed_stages_own_words_are_the_reason(stages, capfd):
-    with pytest.raises(UserError, match="^dvc repro failed: no images in set/$"):
+    with pytest.raises(UserError, match=r"^dvc repro failed: no images in set/$"):
         job.run_dvc("repro", "bad")
     assert "Running stage 'bad'" in capfd.readouterr().out
 
 
 def test_where_no_stage_speaks_the_reason_is_dvcs(stages):
     Path("dvc.yaml").unlink()
-    with pytest.raises(UserError, match="^dvc repro failed: .*'good' does not exist"):
+    with pytest.raises(UserError, match=r"^dvc repro failed: .*'good' does not exist"):
         job.run_dvc("repro", "good")
