@@ -404,7 +404,7 @@ def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(detached, cluster):
         ({"RAY_AUTH_MODE": "disabled"}, "wants a token: set RAY_AUTH_MODE=token and"),
         ({"RAY_ADDRESS": "http://127.0.0.1:9"}, "cannot be reached: check RAY_ADDRESS"),
         ({"RAY_ADDRESS": ""}, "RAY_ADDRESS is '': expected the address"),
-        ({"RAY_ADDRESS": "AWS_ENDPOINT_URL"}, "is not a Ray dashboard that takes jobs"),
+        ({"RAY_ADDRESS": "AWS_ENDPOINT_URL"}, "takes no jobs; is it a Ray dashboard?"),
     ],
 )
 def test_a_wrong_token_or_address_is_one_clear_line(cluster, tmp_path, change, message):

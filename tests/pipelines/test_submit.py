@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import job, submit
+from pipelines import job, ray_jobs, shipment, submit
 from pipelines.errors import UserError
 
 PARAMS = Path(__file__).parent.parent.parent / "params.yaml"
@@ -53,19 +53,19 @@ def write(name: str, content: str) -> None:
 
 
 def name_of_job() -> str:
-    return job.content_id(submit.hash_files(submit.shipped_files()), submit.read_lock())
+    return job.content_id(shipment.hash_files(shipment.shipped_files()), shipment.read_lock())
 
 
 def test_code_and_parameters_are_shipped_but_no_secrets_data_or_documents(project):
     expected = {"aegan/losses.py", "dvc.yaml", "params.yaml", "presets/small.yaml"}
-    assert submit.shipped_files().keys() == expected
+    assert shipment.shipped_files().keys() == expected
 
 
 def test_files_are_shipped_as_they_are_now_not_as_they_were_committed(project):
     write("aegan/losses.py", "a = 2\n")
     Path("presets/small.yaml").unlink()
     write("dvc.lock", "schema: '2.0'\n")  # which git may not know yet
-    files = submit.shipped_files()
+    files = shipment.shipped_files()
     assert files["aegan/losses.py"] == b"a = 2\n"
     assert files["dvc.lock"] == b"schema: '2.0'\n"
     assert "presets/small.yaml" not in files
@@ -77,11 +77,11 @@ def test_new_files_stay_here_until_git_knows_them_and_are_named(project):
     write(".gitignore", "*.log\n")
     write("output.log", "words\n")
     git("add", ".gitignore")
-    assert submit.unknown_files() == ["aegan/new.py"]
-    assert "aegan/new.py" not in submit.shipped_files()
+    assert shipment.unknown_files() == ["aegan/new.py"]
+    assert "aegan/new.py" not in shipment.shipped_files()
     git("add", "aegan/new.py")
-    assert submit.unknown_files() == []
-    assert "aegan/new.py" in submit.shipped_files()
+    assert shipment.unknown_files() == []
+    assert "aegan/new.py" in shipment.shipped_files()
 
 
 @pytest.mark.parametrize("name", ["aegan/losses.py", "params.yaml", "dvc.lock", "aegan/added.py"])
@@ -111,32 +111,32 @@ def test_a_jobs_name_does_not_change_with_anything_else(project, monkeypatch):
 
 
 def test_the_results_of_a_job_lead_to_a_name_with_the_same_files(project):
-    files = submit.shipped_files()
+    files = shipment.shipped_files()
     write("dvc.lock", "schema: '2.0'\n")
-    assert submit.hash_files(submit.shipped_files()) == submit.hash_files(files)
+    assert shipment.hash_files(shipment.shipped_files()) == shipment.hash_files(files)
 
 
 def test_equal_files_make_equal_packages_that_unpack_to_them(project, tmp_path):
-    files = submit.shipped_files()
+    files = shipment.shipped_files()
     first, second = tmp_path / "first.zip", tmp_path / "second.zip"
-    submit.write_package(files, first)
-    submit.write_package(dict(reversed(files.items())), second)
+    shipment.write_package(files, first)
+    shipment.write_package(dict(reversed(files.items())), second)
     assert first.read_bytes() == second.read_bytes()
     with zipfile.ZipFile(first) as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == files
 
 
 def test_too_much_to_ship_names_the_largest_file(project, monkeypatch):
-    monkeypatch.setattr(submit, "MAX_SHIPPED_BYTES", 100)
+    monkeypatch.setattr(shipment, "MAX_SHIPPED_BYTES", 100)
     with pytest.raises(UserError, match=r"the largest file is params\.yaml: data belongs into"):
-        submit.shipped_files()
+        shipment.shipped_files()
 
 
 def test_a_folder_without_git_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(UserError, match=r"git cannot list the files to ship: .*not a git repo"):
-        submit.shipped_files()
+        shipment.shipped_files()
 
 
 def test_without_a_bucket_the_error_says_what_is_needed(project):
@@ -148,17 +148,25 @@ def test_without_a_bucket_the_error_says_what_is_needed(project):
 def test_an_address_that_is_no_dashboards_is_one_clear_error(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=rf"RAY_ADDRESS is '{address}': expected .*http://host"):
-        submit.connect()
+        ray_jobs.connect()
 
 
 def test_attempts_of_a_job_are_numbered_and_lead_back_to_it():
     content = "aegan-0123456789ab"
-    names = [submit.attempt_id(content, number) for number in (1, 2, 11)]
+    names = [ray_jobs.attempt_id(content, number) for number in (1, 2, 11)]
     assert names == [content, f"{content}-2", f"{content}-11"]
-    assert {submit.without_attempt(name) for name in names} == {content}
+    assert {ray_jobs.without_attempt(name) for name in names} == {content}
     for other in ("raysubmit_4LamXRuQpYdSMg7J", "aegan-0123456789ab-", "aegan-12"):
         with pytest.raises(UserError, match="expected the id of a job"):
-            submit.without_attempt(other)
+            ray_jobs.without_attempt(other)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/hosts", ".git/hooks/pre-commit", "a.py"])
+def test_a_result_writes_nothing_but_outputs(project, name):
+    result = {"dvc_lock": "", "files": {name: "text"}, "outputs": [], "files_sha256": ""}
+    with pytest.raises(UserError, match="which is none of its outputs: not fetched"):
+        submit.fetch(result, "s3://bucket", files_sha256="")
+    assert not (project / name).exists() or name == "/etc/hosts"
 
 
 def test_the_installed_packages_are_those_of_the_lock_whatever_their_build():
