@@ -28,7 +28,7 @@ LOST = (OSError, RuntimeError, aiohttp.ClientError, TimeoutError)  # how a conne
 log = logging.getLogger(__name__)
 
 
-class _Client(JobSubmissionClient):  # type: ignore[misc]
+class Client(JobSubmissionClient):  # type: ignore[misc]
     """Ray's client, which by itself waits for an answer for ever."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
@@ -36,7 +36,7 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
         return super()._do_request(method, endpoint, timeout=timeout, **options)
 
 
-def connect() -> JobSubmissionClient:
+def connect() -> Client:
     """A client of the cluster that RAY_ADDRESS names; raises UserError."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
@@ -47,7 +47,7 @@ def connect() -> JobSubmissionClient:
     for chatty in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     with clear_errors():
-        return _Client(address)
+        return Client(address)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def without_attempt(job: str) -> str:
     return match[1]
 
 
-def attempts(client: JobSubmissionClient, content: str) -> list[JobStatus]:
+def attempts(client: Client, content: str) -> list[JobStatus]:
     """The status of every attempt that the cluster knows, in their order."""
     with clear_errors():
         jobs = {job.submission_id: job.status for job in client.list_jobs()}
@@ -99,7 +99,7 @@ def attempts(client: JobSubmissionClient, content: str) -> list[JobStatus]:
 
 
 def start(
-    client: JobSubmissionClient,
+    client: Client,
     job: str,
     *,
     command: str,
@@ -122,7 +122,7 @@ def start(
             log.info("job %s: another one has just submitted it; following", job)
 
 
-def follow_to_the_end(client: JobSubmissionClient, job: str) -> None:
+def follow_to_the_end(client: Client, job: str) -> None:
     """Show the job's log until it ends; UserError unless it succeeded. Ctrl-C leaves it running."""
     try:
         details = follow(client, job)
@@ -139,7 +139,7 @@ def follow_to_the_end(client: JobSubmissionClient, job: str) -> None:
         raise UserError(f"job {job} has {details.status.lower()}: {reason}")
 
 
-def follow(client: JobSubmissionClient, job: str) -> JobDetails:
+def follow(client: Client, job: str) -> JobDetails:
     """Write the job's log to standard output until it ends; a broken connection is made again."""
     shown = 0
     answered = time.monotonic()
@@ -170,7 +170,7 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
             time.sleep(RECONNECT_SECONDS)
 
 
-async def _show_log(client: JobSubmissionClient, job: str, *, shown: int) -> int:
+async def _show_log(client: Client, job: str, *, shown: int) -> int:
     """Write what follows the first `shown` characters of the log; returns how many those are then.
 
     Every connection starts at the log's beginning. One that is silent for long may be dead.
@@ -187,7 +187,7 @@ async def _show_log(client: JobSubmissionClient, job: str, *, shown: int) -> int
     return shown
 
 
-def stop(client: JobSubmissionClient, job: str) -> None:
+def stop(client: Client, job: str) -> None:
     """End a job and wait until it has ended."""
     with clear_errors():
         client.stop_job(job)

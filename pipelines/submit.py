@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def submit(
-    client: ray_jobs.JobSubmissionClient,
+    client: ray_jobs.Client,
     job: str,
     files: Mapping[str, bytes],
     *,
