@@ -12,18 +12,29 @@ import os; os.environ.setdefault("MPLCONFIGDIR", "$(CURDIR)/.venv/matplotlib")
 endef
 export PTH
 
+# What `pip install` would write for [project.scripts].
+define AEGAN
+#!$(CURDIR)/$(BIN)/python
+from pipelines.cli import main
+main()
+endef
+export AEGAN
+
 # MLflow: load no pickles, start no job workers, use the stages' store.
 MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run test test-quick check mlflow serve refresh lock clean
+.PHONY: run submit test test-quick check mlflow serve refresh lock clean
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
 	@echo
 	@echo "report:  file://$(CURDIR)/report/index.html"
 	@echo "MLflow:  make mlflow"
+
+submit: .venv/installed ## the same on the Ray cluster that RAY_ADDRESS names (docs/submitting.md)
+	@$(BIN)/python -m pipelines.submit
 
 test: .venv/installed ## the whole test suite
 	$(BIN)/python -m pytest
@@ -63,4 +74,5 @@ clean: ## forget all results; the source images and .venv stay
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@echo "$$PTH" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/aegan.pth"
+	@echo "$$AEGAN" > $(BIN)/aegan && chmod +x $(BIN)/aegan
 	@touch $@

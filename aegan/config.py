@@ -113,6 +113,7 @@ class ComputeConfig:
     compile: bool  # with torch.compile; slower on CPU (docs/performance.md)
     cuda_graphs: bool  # one launch a step; a GPU and one worker only
     max_failures: int  # restarts of crashed workers
+    storage: str  # s3://bucket/prefix or a folder: what outlives the machines of a cluster
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""The only boto3 module: list, read and download objects of an S3 bucket.
+"""The only boto3 module: list, read, download and write objects of an S3 bucket.
 
 Credentials and endpoint are boto3's own (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...);
 without credentials requests go unsigned, as public buckets want them.
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,13 @@ def download_object(url: str, file: Path) -> None:
         _client().download_file(bucket, key, str(file))
 
 
+def write_object(url: str, content: bytes) -> None:
+    """One object, whole or not at all."""
+    bucket, key = _split(url)
+    with _clear_errors(url, "written"):
+        _client().put_object(Bucket=bucket, Key=key, Body=content)
+
+
 def _split(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     if parts.scheme != "s3" or not parts.netloc:
@@ -65,6 +73,7 @@ def _split(url: str) -> tuple[str, str]:
 
 @functools.cache
 def _client() -> Any:
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # not which endpoint it found
     session = boto3.Session()
     anonymous = {"signature_version": UNSIGNED} if session.get_credentials() is None else {}
     retries = {"mode": "standard", "total_max_attempts": 5}
@@ -74,7 +83,7 @@ def _client() -> Any:
 
 
 @contextmanager
-def _clear_errors(url: str) -> Iterator[None]:
+def _clear_errors(url: str, done: str = "read") -> Iterator[None]:
     try:
         yield
     except ClientError as error:
@@ -84,8 +93,8 @@ def _clear_errors(url: str) -> Iterator[None]:
             "NoSuchKey": "check the path behind the bucket's name",
             "404": "check the bucket's name and the path behind it",
         }.get(code, "check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights")
-        raise UserError(f"{url} cannot be read ({code}): {cure}") from None
+        raise UserError(f"{url} cannot be {done} ({code}): {cure}") from None
     except (BotoCoreError, Boto3Error) as error:
         raise UserError(
-            f"{url} cannot be read: {error}; check the network, AWS_ENDPOINT_URL and AWS_PROFILE"
+            f"{url} cannot be {done}: {error}; check the network, AWS_ENDPOINT_URL and AWS_PROFILE"
         ) from None

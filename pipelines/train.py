@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import statistics
@@ -361,6 +362,8 @@ def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _git_commit() -> str:
     """The commit and whether files differ from it; empty without git."""
+    if "AEGAN_GIT_COMMIT" in os.environ:  # a submitted job has the files, not the repository
+        return os.environ["AEGAN_GIT_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

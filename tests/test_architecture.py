@@ -12,7 +12,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     "boto3": {"storage"},
     "botocore": {"storage"},
     "mlflow": {"tracking", "serving"},
-    "ray": {"cluster", "loopback", "metrics_export", "train"},
+    "ray": {"cluster", "loopback", "metrics_export", "ray_jobs", "train"},
     "ruamel": {"params"},
     "kagglehub": {"download"},
 }

@@ -1,0 +1,27 @@
+"""The `aegan` command."""
+
+import sys
+
+from pipelines.errors import UserError, run_stage
+
+USAGE = "usage: aegan submit [--help]"
+
+
+def main() -> None:
+    run_stage(_main)
+
+
+def _main() -> None:
+    match sys.argv[1:]:
+        case ["submit", *arguments]:
+            from pipelines import submit  # which loads Ray
+
+            submit.main(arguments)
+        case ["--help" | "-h"]:
+            print(USAGE)
+        case _:
+            raise UserError(USAGE)
+
+
+if __name__ == "__main__":
+    main()

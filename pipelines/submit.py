@@ -1,0 +1,183 @@
+"""Run the pipeline on a Ray cluster as a job, follow it, and make its results those of this folder.
+
+    aegan submit              the job of these files: started, or followed if it runs, or fetched
+    aegan submit --stop       end it; training saves a checkpoint first
+
+RAY_ADDRESS names the cluster's dashboard (http://host:8265), RAY_AUTH_MODE=token and RAY_AUTH_TOKEN
+give its token, `compute.storage` in params.yaml the bucket. See docs/submitting.md.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aegan.config import ComputeConfig
+from pipelines import params, ray_jobs, shipment, storage
+from pipelines.errors import UserError, run_stage
+from pipelines.files import new_file
+from pipelines.job import DVC_LOCK, DVC_REMOTE, REQUIREMENTS, content_id, remote_url, result_url
+
+PASSED_ON = ("AWS_", "MLFLOW_")  # beginnings of the variables that --pass-env gives to the job
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    address = params.load(ComputeConfig).storage
+    if not address.startswith("s3://"):
+        raise UserError(
+            f"compute.storage is {address!r}: a job needs a bucket that this machine and the "
+            "cluster both reach; set `storage: s3://bucket/prefix` under compute in params.yaml"
+        )
+    files = shipment.shipped_files()
+    files_sha256 = shipment.hash_files(files)
+    if options.job:
+        content = ray_jobs.without_attempt(options.job)
+    else:
+        content = content_id(files_sha256, shipment.read_lock())
+
+    if not options.stop and (result := read_result(address, content)) is not None:
+        log.info("job %s has succeeded already", result["job"])
+        fetch(result, address, files_sha256=files_sha256)
+        return
+
+    client = ray_jobs.connect()
+    known = ray_jobs.attempts(client, content)
+    job = ray_jobs.attempt_id(content, max(len(known), 1))
+    runs = bool(known) and not known[-1].is_terminal()
+    state = f"has {known[-1].lower()}" if known else "is not known to this cluster"
+    if options.stop:
+        if not runs:
+            raise UserError(f"job {job} does not run: it {state}")
+        ray_jobs.stop(client, job)
+        return
+    if runs:
+        log.info("job %s is there already: following it", job)
+    elif options.job:
+        raise UserError(f"job {job} {state} and left no results")
+    else:
+        if known:
+            log.info("job %s %s: starting attempt %d", job, state, len(known) + 1)
+        job = ray_jobs.attempt_id(content, len(known) + 1)
+        push_data(address)
+        submit(
+            client,
+            job,
+            files,
+            command=f"python -m pipelines.job {content} {files_sha256}",
+            pass_env=options.pass_env,
+            install=options.install,
+        )
+    ray_jobs.follow_to_the_end(client, job)
+    result = read_result(address, content)
+    if result is None:
+        raise UserError(f"job {job} succeeded, but left no {result_url(address, content)}")
+    fetch(result, address, files_sha256=files_sha256)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aegan submit", description="Run the pipeline on the cluster that RAY_ADDRESS names."
+    )
+    parser.add_argument("--stop", action="store_true", help="end the running job")
+    parser.add_argument("--job", metavar="ID", help="follow, fetch or stop this job instead")
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="let Ray install requirements.lock, where the cluster's image does not have it",
+    )
+    parser.add_argument(
+        "--pass-env",
+        action="store_true",
+        help="give this machine's AWS_* and MLFLOW_* variables to the job; whoever may use the "
+        "cluster can read them there",
+    )
+    return parser
+
+
+def submit(
+    client: ray_jobs.Client,
+    job: str,
+    files: Mapping[str, bytes],
+    *,
+    command: str,
+    pass_env: bool,
+    install: bool,
+) -> None:
+    """Start a job on these files."""
+    if unknown := shipment.unknown_files():
+        log.info("not shipped, since git does not know them (git add): %s", ", ".join(unknown))
+    variables = {"AEGAN_GIT_COMMIT": shipment.git_commit()}
+    if pass_env:
+        variables |= {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    lock = files[str(REQUIREMENTS)].decode().splitlines() if install else []
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "files.zip"
+        shipment.write_package(files, package)
+        ray_jobs.start(
+            client,
+            job,
+            command=command,
+            package=package,
+            variables=variables,
+            packages=[line for line in lock if "==" in line],
+        )
+
+
+def push_data(address: str) -> None:
+    """Give the job the data that dvc.lock names and this machine has."""
+    set_remote(address)
+    if DVC_LOCK.exists():
+        _dvc("push", "--remote", DVC_REMOTE)
+
+
+def read_result(address: str, content: str) -> dict[str, Any] | None:
+    """What a job left that succeeded; None while there is none."""
+    url = result_url(address, content)
+    if url not in dict(storage.list_objects(url)):
+        return None
+    result: dict[str, Any] = json.loads(storage.read_object(url))
+    return result
+
+
+def fetch(result: Mapping[str, Any], address: str, *, files_sha256: str) -> None:
+    """Make the job's dvc.lock, outputs and metrics those of this folder."""
+    for name in result["files"]:
+        _check_place(name)
+    for name, text in {str(DVC_LOCK): result["dvc_lock"], **result["files"]}.items():
+        with new_file(Path(name)) as aside:
+            aside.write_text(text, encoding="utf-8")
+    set_remote(address)
+    _dvc("pull", "--force", "--remote", DVC_REMOTE, "--", *result["outputs"])
+    log.info("fetched: dvc.lock and %d outputs; `dvc metrics show`", len(result["outputs"]))
+    if files_sha256 != result["files_sha256"]:
+        log.info("the job had other files than are here: `dvc status` shows what differs")
+
+
+def _check_place(name: str) -> None:
+    """A bucket is not trusted to write anywhere."""
+    parts = Path(name).parts
+    if parts[:1] != ("artifacts",) or ".." in parts:
+        raise UserError(f"the job's result names {name}, which is none of its outputs: not fetched")
+
+
+def set_remote(address: str) -> None:
+    """Name the bucket's DVC remote in .dvc/config.local, which git ignores."""
+    _dvc("config", "--local", f"remote.{DVC_REMOTE}.url", remote_url(address))
+
+
+def _dvc(*arguments: str) -> None:
+    if subprocess.run([sys.executable, "-m", "dvc", *arguments], check=False).returncode != 0:
+        raise UserError(f"dvc {arguments[0]} failed; what it says stands above")
+
+
+if __name__ == "__main__":
+    run_stage(main)
