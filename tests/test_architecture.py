@@ -12,7 +12,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     "boto3": {"storage"},
     "botocore": {"storage"},
     "mlflow": {"tracking", "serving"},
-    "ray": {"cluster", "loopback", "train"},
+    "ray": {"cluster", "process_group", "train", "worker"},
     "ruamel": {"params"},
     "kagglehub": {"download"},
 }

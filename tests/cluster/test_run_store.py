@@ -15,7 +15,6 @@ from aegan.training_loop import Outcome, train
 from pipelines import run_store, shard_store, storage
 from pipelines.errors import UserError
 from pipelines.run_store import RunStore, Uploader, claim
-from tests.cluster.faults import FaultyProxy
 from tests.tiny import tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -193,7 +192,7 @@ def test_giving_up_is_one_clear_error_and_the_same_machine_loses_nothing(
 
 def test_a_refusal_is_not_asked_for_twice(proxy, bucket, tmp_path):
     proxy.fault = lambda method, path: 403
-    with pytest.raises(UserError, match="AccessDenied.*check the credentials"):
+    with pytest.raises(UserError, match=r"AccessDenied.*check the credentials"):
         RunStore(f"{bucket}/runs/x").exchange(tmp_path)
     assert proxy.refused == 1
 
@@ -225,7 +224,7 @@ def test_another_driver_takes_the_run_over_and_the_first_one_ends(
             taken.append(claim(RunStore(url)))
 
     taken: list[str] = []
-    with pytest.raises(UserError, match="another training of s3://.*/runs/x was started on"):
+    with pytest.raises(UserError, match=r"another training of s3://.*/runs/x was started on"):
         work(url, tmp_path / "a", shards, also=take_over)
     assert work(url, tmp_path / "b", shards, driver=taken[0]).finished
     assert_same_run(tmp_path / "b", undisturbed)

@@ -1,0 +1,113 @@
+"""A Ray cluster of several nodes on the loopback interface, with token authentication."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+RAY = Path(sys.executable).parent / "ray"
+SECONDS_TO_START = 60.0
+
+
+class Node:
+    """One node: `ray start --block` and all that it starts."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [
+                str(RAY),
+                "start",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                "--object-store-memory=80000000",
+                "--disable-usage-stats",
+                *arguments,
+            ],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        try:
+            tree = psutil.Process(self.process.pid)
+            return [tree, *tree.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def lose(self) -> None:
+        """What a power cut does."""
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+class RayCluster:
+    """A head without CPUs, and nodes with one CPU each."""
+
+    def __init__(self, **environment: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray puts sockets below it
+        (self.folder / "disk").mkdir()
+        self.token = secrets.token_hex(32)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.environment = {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface only
+        }
+        self._environment = {
+            **{name: os.environ[name] for name in os.environ if not name.startswith("RAY_")},
+            **self.environment,
+            "PYTHONPATH": "",  # nodes know nothing of our code
+            "TMPDIR": str(self.folder / "disk"),
+            "RAY_TMPDIR": str(self.folder),
+            **environment,
+        }
+        del self._environment["RAY_ADDRESS"]
+        port = self.address.split(":")[1]
+        self.head = Node(
+            ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false",
+             f"--temp-dir={self.folder}"],
+            self._environment,
+        )  # fmt: skip
+        self._wait_for_port(int(port))
+        self.nodes: list[Node] = []
+
+    def add_node(self) -> Node:
+        node = Node([f"--address={self.address}", "--num-cpus=1"], self._environment)
+        self.nodes.append(node)
+        return node
+
+    def close(self) -> None:
+        tree = [process for node in (*self.nodes, self.head) for process in node.processes()]
+        for process in tree:
+            if process.is_running():
+                process.send_signal(signal.SIGKILL)
+        for node in (*self.nodes, self.head):
+            node.process.wait()
+        psutil.wait_procs(tree, timeout=10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_for_port(self, port: int) -> None:
+        deadline = time.monotonic() + SECONDS_TO_START
+        while time.monotonic() < deadline:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError("the head node did not start")

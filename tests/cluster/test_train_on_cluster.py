@@ -1,0 +1,129 @@
+"""The train stage on a Ray cluster of several nodes with its run in a bucket."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+import torch
+
+from aegan import checkpoint
+from tests.cluster.faults import FaultyProxy
+from tests.cluster.nodes import RayCluster
+from tests.project import finish, make_project, run_folder, start, train_workers
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(480)]
+NUM_STEPS = 600
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    cluster = RayCluster(
+        AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", OMP_NUM_THREADS="1"
+    )
+    for _ in range(2):
+        cluster.add_node()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def make(cluster, shards, bucket, tmp_path) -> Callable[..., Path]:
+    """A project whose training runs on the cluster, with its run in the test's bucket."""
+
+    def make(name: str, **overrides: object) -> Path:
+        compute = {"compute__num_workers": 2, "compute__storage": f"{bucket}/prefix"}
+        training = {"training__num_steps": NUM_STEPS, "training__log_interval_steps": 10}
+        return make_project(tmp_path / name, shards, **(training | compute | overrides))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, shards, s3, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights after a run of two workers on two nodes in which nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    boto3.client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=s3,
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    ).create_bucket(Bucket="undisturbed")
+    project = make_project(
+        folder / "project",
+        shards,
+        training__num_steps=NUM_STEPS,
+        training__log_interval_steps=10,
+        compute__num_workers=2,
+        compute__storage="s3://undisturbed",
+    )
+    credentials = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    output = finish(
+        start(project, **cluster.environment, **credentials, AWS_ENDPOINT_URL=s3)
+    )
+    assert "uploading 3 shards" in output
+    assert (project / "artifacts/train/model/ema.safetensors").exists()
+    rows = [json.loads(line) for line in (run_folder(project) / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(10, NUM_STEPS + 1, 10))
+    return weights(project)
+
+
+def weights(project: Path) -> dict[str, torch.Tensor]:
+    folder = run_folder(project) / "checkpoints"
+    return checkpoint.load(checkpoint.path_of(folder, NUM_STEPS))[0]
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture
+def wait_for_checkpoint(s3, bucket) -> Callable[[int], int]:
+    """Wait until the bucket has a whole checkpoint of a step or a later one; returns which."""
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+
+    def wait(step: int) -> int:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            found = client.list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents", [])
+            names = [re.search(r"step-(\d+)/state.json$", item["Key"]) for item in found]
+            steps = [int(name[1]) for name in names if name]
+            if max(steps, default=-1) >= step:
+                return max(steps)
+            time.sleep(0.1)
+        raise AssertionError(f"no checkpoint of step {step} or later")
+
+    return wait
+
+
+def workers_on(cluster: RayCluster) -> list[psutil.Process]:
+    return train_workers([process for node in cluster.nodes for process in node.processes()])
+
+
+def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weights(
+    cluster, make, wait_for_checkpoint, undisturbed
+):
+    project = make("disturbed")
+    driver = start(project, **cluster.environment)
+    step = wait_for_checkpoint(50)
+    workers = workers_on(cluster)
+    assert len(workers) == 2
+    workers[0].kill()
+    step = wait_for_checkpoint(step + 100)
+    cluster.nodes.pop(0).lose()
+    cluster.add_node()
+    step = wait_for_checkpoint(step + 100)
+    driver.kill()
+    driver.communicate()
+    output = finish(start(project, **cluster.environment))
+    assert re.search(r"resuming at step \d+", output)
+    assert step < NUM_STEPS
+    assert_same(weights(project), undisturbed)
