@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from pipelines.errors import UserError
 
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # training sends nothing through Ray's object store
+CONNECT_SECONDS = 10.0
 CODE = Path(__file__).parent.parent
 PACKAGES = ("aegan", "pipelines")
 SHIPPED_ENVIRONMENT = (  # where the bucket is; never who may use it: nodes have their own rights
@@ -43,11 +45,8 @@ def ray_session() -> Iterator[bool]:
     if local:
         # Ray's switch for laptops: everything listens on 127.0.0.1 instead of all interfaces.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if address.startswith(("ray://", "http")):
-        raise UserError(
-            f"RAY_ADDRESS is {address}, but the driver must run on a node of the cluster: "
-            "submit it there with `make submit`"
-        )
+    else:
+        _check_address(address)
     import ray  # after the environment is set, which importing it reads
 
     # Ray's processes inherit that they ignore Ctrl-C, which a terminal sends to them too: the
@@ -67,6 +66,14 @@ def ray_session() -> Iterator[bool]:
             log_to_driver=show_ray_logs(),
             **(private if local else joined),
         )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if local:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"RAY_ADDRESS={address} lets nobody in ({reason}): RAY_AUTH_MODE and RAY_AUTH_TOKEN "
+            "must be those of the cluster, and this machine one of its nodes (else: make submit)"
+        ) from None
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
@@ -74,6 +81,24 @@ def ray_session() -> Iterator[bool]:
         yield local
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse at once what Ray would try for minutes."""
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS is {address}, but training is driven from a node of the cluster: set "
+            "host:port there, or submit it with `make submit`"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # `auto`, and the like
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): check host and port"
+        ) from None
 
 
 def shipped_environment() -> dict[str, str]:

@@ -48,8 +48,7 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
     context, compute = ray.train.get_context(), assignment.compute
     rank = context.get_world_rank()
     torch.set_num_threads(
-        compute.threads_per_worker
-        or max(cpus_of_this_node() // context.get_local_world_size(), 1)
+        compute.threads_per_worker or max(cpus_of_this_node() // context.get_local_world_size(), 1)
     )
     place: _Place | None = None
     try:

@@ -19,7 +19,10 @@ def make_project(folder: Path, shards: Path, **overrides: object) -> Path:
     folder.mkdir()
     parameters = YAML(typ="safe").load(PARAMS.read_text())
     parameters["model"] |= {"latent_dim": 4, "base_channels": 4}
-    parameters["training"] |= SMALL | {"checkpoint_interval_steps": 50, "sample_interval_steps": 200}
+    parameters["training"] |= SMALL | {
+        "checkpoint_interval_steps": 50,
+        "sample_interval_steps": 200,
+    }
     parameters["compute"] |= {"threads_per_worker": 1}
     for key, value in overrides.items():
         section, name = key.split("__")

@@ -1,9 +1,7 @@
 """The train stage on a Ray cluster of several nodes with its run in a bucket."""
 
 import json
-import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,6 @@ import pytest
 import torch
 
 from aegan import checkpoint
-from tests.cluster.faults import FaultyProxy
 from tests.cluster.nodes import RayCluster
 from tests.project import finish, make_project, run_folder, start, train_workers
 
@@ -65,9 +62,7 @@ def undisturbed(cluster, shards, s3, tmp_path_factory) -> dict[str, torch.Tensor
         compute__storage="s3://undisturbed",
     )
     credentials = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    output = finish(
-        start(project, **cluster.environment, **credentials, AWS_ENDPOINT_URL=s3)
-    )
+    output = finish(start(project, **cluster.environment, **credentials, AWS_ENDPOINT_URL=s3))
     assert "uploading 3 shards" in output
     assert (project / "artifacts/train/model/ema.safetensors").exists()
     rows = [json.loads(line) for line in (run_folder(project) / "metrics.jsonl").open()]
