@@ -116,9 +116,70 @@ def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weig
     cluster.nodes.pop(0).lose()
     cluster.add_node()
     step = wait_for_checkpoint(step + 100)
+    workers_on(cluster)[0].terminate()  # told to end: saves, and the run goes on
+    step = wait_for_checkpoint(step + 51)
     driver.kill()
     driver.communicate()
     output = finish(start(project, **cluster.environment))
     assert re.search(r"resuming at step \d+", output)
     assert step < NUM_STEPS
     assert_same(weights(project), undisturbed)
+
+
+def test_a_bucket_that_fails_for_half_a_minute_changes_nothing(
+    cluster, make, proxy, wait_for_checkpoint, undisturbed
+):
+    project = make("flaky")
+    driver = start(project, **cluster.environment)
+    wait_for_checkpoint(50)
+    proxy.during(30.0, 503)
+    finish(driver)
+    assert proxy.refused > 0
+    assert_same(weights(project), undisturbed)
+
+
+def test_a_run_that_loses_a_node_for_good_goes_on_with_the_others(
+    cluster, make, wait_for_checkpoint, undisturbed
+):
+    project = make("elastic", compute__min_workers=1)
+    driver = start(project, **cluster.environment)
+    wait_for_checkpoint(50)
+    assert len(workers_on(cluster)) == 2
+    cluster.nodes.pop(0).lose()
+    try:
+        output = finish(driver)
+    finally:
+        cluster.add_node()
+    found = weights(project)
+    distance = max(float((found[name] - undisturbed[name]).abs().max()) for name in found)
+    print(f"largest difference of a weight to two workers all the way: {distance:.3g}")
+    assert "trained 600 steps" in output
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+def test_a_bucket_without_permission_is_one_line_before_anything_starts(cluster, make, proxy):
+    proxy.fault = lambda method, path: 403 if method == "PUT" else None
+    project = make("forbidden")
+    output = finish(start(project, **cluster.environment), expected=1)
+    message = r"error: s3://.* cannot be written \(AccessDenied\): check the credentials"
+    assert re.search(f"^{message}", output, re.MULTILINE), output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RAY_AUTH_TOKEN": "f" * 64}, "error: RAY_ADDRESS=.* lets nobody in .*RAY_AUTH_TOKEN"),
+        (
+            {"RAY_ADDRESS": "127.0.0.1:9"},
+            "error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9",
+        ),
+        ({"RAY_ADDRESS": "ray://127.0.0.1:9"}, "error: RAY_ADDRESS is ray://.*make submit"),
+    ],
+    ids=["wrong token", "unreachable", "from outside"],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_line(cluster, make, environment, message):
+    process = start(make("outside"), **(cluster.environment | environment))
+    output = finish(process, expected=1)
+    assert re.search(f"^{message}", output, re.MULTILINE), output
+    assert "Traceback" not in output
