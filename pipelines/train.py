@@ -271,7 +271,7 @@ def _run(
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(run_folder.parent / "compiled")
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config=assignment,
+            train_loop_config={"assignment": assignment},
             torch_config=LoopbackTorchConfig(folder=str(run_folder))
             if local
             else ClusterTorchConfig(),

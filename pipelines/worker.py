@@ -43,8 +43,9 @@ class Assignment:
     compute: ComputeConfig
 
 
-def train_worker(assignment: Assignment) -> dict[str, Any]:
+def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
     """Train as this rank; returns how it ended. An error no retry can cure is part of that."""
+    assignment = settings["assignment"]
     context, compute = ray.train.get_context(), assignment.compute
     rank = context.get_world_rank()
     torch.set_num_threads(
@@ -79,8 +80,6 @@ def train_worker(assignment: Assignment) -> dict[str, Any]:
             )
         )
     except (CheckpointError, ConfigError, DivergedError) as error:
-        if rank != 0:
-            raise
         outcome = {"error": str(error)}
     return place.leave(outcome)
 

@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on the loopback interface, with token authentication."""
 
+import itertools
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ SECONDS_TO_START = 60.0
 class Node:
     """One node: `ray start --block` and all that it starts."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
         self.process = subprocess.Popen(
             [
                 str(RAY),
@@ -32,8 +33,8 @@ class Node:
                 *arguments,
             ],
             env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
@@ -68,7 +69,6 @@ class RayCluster:
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface only
         }
         self._environment = {
             **{name: os.environ[name] for name in os.environ if not name.startswith("RAY_")},
@@ -84,12 +84,15 @@ class RayCluster:
             ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false",
              f"--temp-dir={self.folder}"],
             self._environment,
+            self.folder / "head.log",
         )  # fmt: skip
         self._wait_for_port(int(port))
         self.nodes: list[Node] = []
+        self._numbers = itertools.count()
 
     def add_node(self) -> Node:
-        node = Node([f"--address={self.address}", "--num-cpus=1"], self._environment)
+        log = self.folder / f"node-{next(self._numbers)}.log"
+        node = Node([f"--address={self.address}", "--num-cpus=1"], self._environment, log)
         self.nodes.append(node)
         return node
 
