@@ -141,7 +141,7 @@ class RunStore:
         aside.mkdir(parents=True)
         self._download(_state_of(step), aside / checkpoint.STATE)
         try:
-            self._download(_tensors_of(aside, step), aside / checkpoint.TENSORS)
+            self._download(_tensors_of(aside), aside / checkpoint.TENSORS)
             checkpoint.load(aside)
         except (StorageError, checkpoint.CheckpointError) as error:
             if isinstance(error, StorageError) and error.code not in ("NoSuchKey", "404"):
@@ -302,7 +302,7 @@ def _state_of(step: int) -> str:
     return f"{_folder_of(step)}/{checkpoint.STATE}"
 
 
-def _tensors_of(path: Path, step: int | None = None) -> str:
+def _tensors_of(path: Path) -> str:
     """The stored name of a local checkpoint's tensors."""
     state = json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
     return f"{_folder_of(int(state['step']))}/{state['sha256']}.safetensors"
