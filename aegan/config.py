@@ -109,8 +109,6 @@ class ComputeConfig:
     num_workers: int
     min_workers: int  # with fewer nodes than usual, train on with so many; 0: with all or none
     device: Literal["auto", "cpu", "cuda"]
-    min_workers: int  # with fewer nodes than usual, train on with so many; 0: with all or none
-    device: Literal["auto", "cpu", "cuda"]
     gpus_per_worker: float  # if there are GPUs; less than 1 only for a single worker
     threads_per_worker: int  # 0: the node's cores divided by its workers
     micro_batch_size: int  # images at once through the networks, for less memory; 0: all
