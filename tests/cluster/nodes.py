@@ -30,6 +30,9 @@ class Node:
                 "--node-ip-address=127.0.0.1",
                 "--object-store-memory=80000000",
                 "--disable-usage-stats",
+                "--dashboard-agent-listen-port=0",  # nodes of one machine must not collide
+                "--min-worker-port=0",
+                "--max-worker-port=0",
                 *arguments,
             ],
             env=environment,
@@ -37,6 +40,11 @@ class Node:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        deadline = time.monotonic() + SECONDS_TO_START
+        while "Ray runtime started" not in log.read_text():
+            assert self.process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
         try:
@@ -86,7 +94,6 @@ class RayCluster:
             self._environment,
             self.folder / "head.log",
         )  # fmt: skip
-        self._wait_for_port(int(port))
         self.nodes: list[Node] = []
         self._numbers = itertools.count()
 
@@ -105,12 +112,3 @@ class RayCluster:
             node.process.wait()
         psutil.wait_procs(tree, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _wait_for_port(self, port: int) -> None:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while time.monotonic() < deadline:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.2)
-        raise AssertionError("the head node did not start")

@@ -16,7 +16,13 @@ from tests.cluster.nodes import RayCluster
 from tests.project import finish, make_project, run_folder, start, train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(480)]
-NUM_STEPS = 600
+NUM_STEPS = 300
+TRAINING = {
+    "training__num_steps": NUM_STEPS,
+    "training__log_interval_steps": 10,
+    "training__checkpoint_interval_steps": 20,
+    "training__sample_interval_steps": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,7 @@ def make(cluster, shards, bucket, tmp_path) -> Callable[..., Path]:
 
     def make(name: str, **overrides: object) -> Path:
         compute = {"compute__num_workers": 2, "compute__storage": f"{bucket}/prefix"}
-        training = {"training__num_steps": NUM_STEPS, "training__log_interval_steps": 10}
-        return make_project(tmp_path / name, shards, **(training | compute | overrides))
+        return make_project(tmp_path / name, shards, **(TRAINING | compute | overrides))
 
     return make
 
@@ -56,8 +61,7 @@ def undisturbed(cluster, shards, s3, tmp_path_factory) -> dict[str, torch.Tensor
     project = make_project(
         folder / "project",
         shards,
-        training__num_steps=NUM_STEPS,
-        training__log_interval_steps=10,
+        **TRAINING,
         compute__num_workers=2,
         compute__storage="s3://undisturbed",
     )
@@ -108,16 +112,16 @@ def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weig
 ):
     project = make("disturbed")
     driver = start(project, **cluster.environment)
-    step = wait_for_checkpoint(50)
+    step = wait_for_checkpoint(20)
     workers = workers_on(cluster)
     assert len(workers) == 2
     workers[0].kill()
-    step = wait_for_checkpoint(step + 100)
+    step = wait_for_checkpoint(step + 40)
     cluster.nodes.pop(0).lose()
     cluster.add_node()
-    step = wait_for_checkpoint(step + 100)
+    step = wait_for_checkpoint(step + 40)
     workers_on(cluster)[0].terminate()  # told to end: saves, and the run goes on
-    step = wait_for_checkpoint(step + 51)
+    step = wait_for_checkpoint(step + 21)
     driver.kill()
     driver.communicate()
     output = finish(start(project, **cluster.environment))
@@ -131,7 +135,7 @@ def test_a_bucket_that_fails_for_half_a_minute_changes_nothing(
 ):
     project = make("flaky")
     driver = start(project, **cluster.environment)
-    wait_for_checkpoint(50)
+    wait_for_checkpoint(20)
     proxy.during(30.0, 503)
     finish(driver)
     assert proxy.refused > 0
@@ -143,7 +147,7 @@ def test_a_run_that_loses_a_node_for_good_goes_on_with_the_others(
 ):
     project = make("elastic", compute__min_workers=1)
     driver = start(project, **cluster.environment)
-    wait_for_checkpoint(50)
+    wait_for_checkpoint(20)
     assert len(workers_on(cluster)) == 2
     cluster.nodes.pop(0).lose()
     try:
@@ -153,7 +157,7 @@ def test_a_run_that_loses_a_node_for_good_goes_on_with_the_others(
     found = weights(project)
     distance = max(float((found[name] - undisturbed[name]).abs().max()) for name in found)
     print(f"largest difference of a weight to two workers all the way: {distance:.3g}")
-    assert "trained 600 steps" in output
+    assert f"trained {NUM_STEPS} steps" in output
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
