@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,21 @@ def make(cluster, shards, bucket, tmp_path) -> Callable[..., Path]:
         return make_project(tmp_path / name, shards, **(TRAINING | compute | overrides))
 
     return make
+
+
+@pytest.fixture
+def drive(cluster) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the train stage as a driver on the cluster; none outlives the test."""
+    drivers = []
+
+    def drive(project: Path, **environment: str) -> subprocess.Popen[str]:
+        drivers.append(start(project, **(cluster.environment | environment)))
+        return drivers[-1]
+
+    yield drive
+    for driver in drivers:
+        driver.kill()
+        driver.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +124,10 @@ def workers_on(cluster: RayCluster) -> list[psutil.Process]:
 
 
 def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weights(
-    cluster, make, wait_for_checkpoint, undisturbed
+    cluster, make, drive, wait_for_checkpoint, undisturbed
 ):
     project = make("disturbed")
-    driver = start(project, **cluster.environment)
+    driver = drive(project)
     step = wait_for_checkpoint(20)
     workers = workers_on(cluster)
     assert len(workers) == 2
@@ -123,18 +139,17 @@ def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weig
     workers_on(cluster)[0].terminate()  # told to end: saves, and the run goes on
     step = wait_for_checkpoint(step + 21)
     driver.kill()
-    driver.communicate()
-    output = finish(start(project, **cluster.environment))
+    output = finish(drive(project))
     assert re.search(r"resuming at step \d+", output)
     assert step < NUM_STEPS
     assert_same(weights(project), undisturbed)
 
 
 def test_a_bucket_that_fails_for_half_a_minute_changes_nothing(
-    cluster, make, proxy, wait_for_checkpoint, undisturbed
+    make, drive, proxy, wait_for_checkpoint, undisturbed
 ):
     project = make("flaky")
-    driver = start(project, **cluster.environment)
+    driver = drive(project)
     wait_for_checkpoint(20)
     proxy.during(30.0, 503)
     finish(driver)
@@ -143,10 +158,10 @@ def test_a_bucket_that_fails_for_half_a_minute_changes_nothing(
 
 
 def test_a_run_that_loses_a_node_for_good_goes_on_with_the_others(
-    cluster, make, wait_for_checkpoint, undisturbed
+    cluster, make, drive, wait_for_checkpoint, undisturbed
 ):
     project = make("elastic", compute__min_workers=1)
-    driver = start(project, **cluster.environment)
+    driver = drive(project)
     wait_for_checkpoint(20)
     assert len(workers_on(cluster)) == 2
     cluster.nodes.pop(0).lose()
@@ -161,10 +176,10 @@ def test_a_run_that_loses_a_node_for_good_goes_on_with_the_others(
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
-def test_a_bucket_without_permission_is_one_line_before_anything_starts(cluster, make, proxy):
+def test_a_bucket_without_permission_is_one_line_before_anything_starts(make, drive, proxy):
     proxy.fault = lambda method, path: 403 if method == "PUT" else None
     project = make("forbidden")
-    output = finish(start(project, **cluster.environment), expected=1)
+    output = finish(drive(project), expected=1)
     message = r"error: s3://.* cannot be written \(AccessDenied\): check the credentials"
     assert re.search(f"^{message}", output, re.MULTILINE), output
     assert "Traceback" not in output
@@ -182,8 +197,8 @@ def test_a_bucket_without_permission_is_one_line_before_anything_starts(cluster,
     ],
     ids=["wrong token", "unreachable", "from outside"],
 )
-def test_a_cluster_that_cannot_be_joined_is_one_line(cluster, make, environment, message):
-    process = start(make("outside"), **(cluster.environment | environment))
+def test_a_cluster_that_cannot_be_joined_is_one_line(make, drive, environment, message):
+    process = drive(make("outside"), **environment)
     output = finish(process, expected=1)
     assert re.search(f"^{message}", output, re.MULTILINE), output
     assert "Traceback" not in output
