@@ -59,8 +59,8 @@ def drive(cluster) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield drive
     for driver in drivers:
-        driver.kill()
-        driver.communicate()
+        with driver:
+            driver.kill()
 
 
 @pytest.fixture(scope="module")
