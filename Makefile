@@ -25,7 +25,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run submit test test-quick check mlflow serve refresh lock clean
+.PHONY: run submit test test-cluster test-quick check mlflow serve refresh lock clean
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -41,6 +41,9 @@ test: .venv/installed ## the whole test suite
 
 test-quick: .venv/installed ## what runs in minutes: no servers, no long training
 	$(BIN)/python -m pytest -m "not slow and not integration"
+
+test-cluster: .venv/installed ## a Ray cluster on this machine that loses workers, nodes, its bucket
+	$(BIN)/python -m pytest tests/cluster
 
 check: .venv/installed ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -70,9 +70,9 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint, if there is one."""
-    found = steps(folder)
+def latest(folder: Path, *, interval: int = 1) -> Path | None:
+    """The newest checkpoint, of those at multiples of `interval`, if there is one."""
+    found = [step for step in steps(folder) if step % interval == 0]
     return path_of(folder, found[-1]) if found else None
 
 

@@ -107,13 +107,15 @@ class ComputeConfig:
     """How the training runs; nothing here changes what is computed but for rounding."""
 
     num_workers: int
+    min_workers: int  # with fewer nodes than usual, train on with so many; 0: with all or none
     device: Literal["auto", "cpu", "cuda"]
-    threads_per_worker: int  # 0: cores divided by workers
+    gpus_per_worker: float  # if there are GPUs; less than 1 only for a single worker
+    threads_per_worker: int  # 0: the node's cores divided by its workers
     micro_batch_size: int  # images at once through the networks, for less memory; 0: all
     compile: bool  # with torch.compile; slower on CPU (docs/performance.md)
     cuda_graphs: bool  # one launch a step; a GPU and one worker only
-    max_failures: int  # restarts of crashed workers
-    storage: str  # s3://bucket/prefix or a folder: what outlives the machines of a cluster
+    max_failures: int  # restarts of crashed workers; those of preempted nodes do not count
+    storage: str  # runs: the folder, on a disk that all nodes share; or s3://bucket/prefix
 
 
 @dataclass(frozen=True, kw_only=True)

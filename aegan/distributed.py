@@ -1,18 +1,22 @@
 """The few collective operations of training; all are the identity in a single process."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+Result = TypeVar("Result")
+
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """DDP around a module with trainable parameters, if a process group is up.
 
-    Gradients are averaged over ranks, so each rank's loss must be a mean over equal shares.
+    Gradients are averaged over ranks: each rank's loss must weigh as much as its share.
     """
     trainable = any(parameter.requires_grad for parameter in module.parameters())
     if not (dist.is_initialized() and trainable):
@@ -41,15 +45,18 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return tensor.item() > 0
 
 
-def same_on_all_ranks(value: int, device: torch.device) -> bool:
-    """Whether every rank passes the same number; every rank must call it."""
+def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:
+    """What the function returns, or raises, on rank 0, which alone calls it; on every rank."""
     if not dist.is_initialized():
-        return True
-    of_rank_0 = torch.tensor([value], device=device)
-    dist.broadcast(of_rank_0, src=0)
-    return not any_rank(of_rank_0.item() != value, device)
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # raised below, on every rank
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, device=device)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]

@@ -81,9 +81,8 @@ class TrainingState:
         }
         return checkpoint.save(folder, self.step, self._tensors(), state)
 
-    def restore(self, path: Path) -> None:
-        """Go back to a checkpoint; raises CheckpointError, ConfigChangedError."""
-        tensors, state = checkpoint.load(path)
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a checkpoint, as `checkpoint.load` returns it; raises ConfigChangedError."""
         checkpoint.check_config(state["config"], self._config)
         for name, module in (("model", self.model), ("ema", self.ema)):
             module.load_state_dict(_under(tensors, name))

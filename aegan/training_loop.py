@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +64,10 @@ def train(
 
     A worker's share of a batch goes through the networks in parts of `micro_batch_size` (0: whole).
     `cuda_graphs` needs a GPU and a single worker.
-    The process group, if any, is up already. Rank 0 writes checkpoints, `metrics.jsonl` and sample
-    pictures. Every rank calls `report` at every checkpoint and asks `should_stop` every
-    few steps. Raises ConfigError, CheckpointError, DivergedError.
+    The process group, if any, is up already. Rank 0 reads and writes `run_folder`: checkpoints,
+    `metrics.jsonl`, sample pictures; the other ranks get the checkpoint from it. Every rank calls
+    `report` at every checkpoint and asks `should_stop` every few steps.
+    Raises ConfigError, CheckpointError, DivergedError.
     """
     options, terms = config.training, ARMS[config.training.arm]
     manifest = read_manifest(shards)
@@ -109,15 +111,12 @@ def train(
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
     checkpoints, log = run_folder / "checkpoints", run_folder / "metrics.jsonl"
-    newest = checkpoint.latest(checkpoints)
+    newest = distributed.from_rank_0(lambda: _load_newest(checkpoints), device)
     if newest is not None:
-        state.restore(newest)
-    distributed.barrier()  # nobody writes before everybody has looked
-    if rank == 0 and newest is None:
-        state.save(checkpoints)
-    if not distributed.same_on_all_ranks(state.step, device):
-        raise ConfigError(f"{run_folder} is not the same folder on every worker: use a shared disk")
+        state.restore(*newest)
     if rank == 0:
+        if newest is None:
+            state.save(checkpoints)
         checkpoint.forget_after(checkpoints, state.step)
         _forget_rows_after(log, state.step)
 
@@ -172,12 +171,13 @@ def train(
                 raise DivergedError(_divergence_report(state, row))
             attempt = state.attempt + 1
             # Not one of an early stop: where a run goes back to must not depend on stops.
-            saved = checkpoint.steps(checkpoints)
-            regular = [step for step in saved if step % options.checkpoint_interval_steps == 0]
-            state.restore(checkpoint.path_of(checkpoints, regular[-1]))
+            regular = distributed.from_rank_0(
+                lambda: _load_newest(checkpoints, options.checkpoint_interval_steps), device
+            )
+            assert regular is not None  # every run begins with one, and one is always kept
+            state.restore(*regular)
             state.attempt = attempt
             update = _update_functions(updates, cuda_graphs)
-            distributed.barrier()  # nobody writes before everybody has read
             if rank == 0:
                 checkpoint.forget_after(checkpoints, state.step)
                 _forget_rows_after(log, state.step)
@@ -249,6 +249,13 @@ class _LossLog:
         }
         self._sums, self._counts = {}, {}
         return means
+
+
+def _load_newest(
+    checkpoints: Path, interval: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    newest = checkpoint.latest(checkpoints, interval=interval)
+    return None if newest is None else checkpoint.load(newest)
 
 
 def _seed(*key: int) -> int:

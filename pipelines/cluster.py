@@ -4,11 +4,26 @@ import logging
 import os
 import secrets
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # training sends nothing through Ray's object store
+CONNECT_SECONDS = 10.0
+CODE = Path(__file__).parent.parent
+PACKAGES = ("aegan", "pipelines")
+SHIPPED_ENVIRONMENT = (  # where the bucket is; never who may use it: nodes have their own rights
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+)
 
 
 def show_ray_logs() -> bool:
@@ -21,7 +36,8 @@ def ray_session() -> Iterator[bool]:
     """Connected to Ray inside; yields whether it is a private one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
-    local = "RAY_ADDRESS" not in os.environ
+    address = os.environ.get("RAY_ADDRESS", "")
+    local = not address
     if local and "RAY_AUTH_MODE" not in os.environ:
         # A token for this process tree only: Ray would write one into the home folder.
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -29,23 +45,35 @@ def ray_session() -> Iterator[bool]:
     if local:
         # Ray's switch for laptops: everything listens on 127.0.0.1 instead of all interfaces.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    else:
+        _check_address(address)
     import ray  # after the environment is set, which importing it reads
 
+    # Ray's processes inherit that they ignore Ctrl-C, which a terminal sends to them too: the
+    # driver ends them once the workers have saved.
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_terminate = signal.getsignal(signal.SIGTERM)
     private: dict[str, Any] = {
         "address": "local",
         "include_dashboard": False,
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
-    # Ray's processes inherit that they ignore Ctrl-C, which a terminal sends to them too: the
-    # driver ends them once the workers have saved.
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    on_terminate = signal.getsignal(signal.SIGTERM)
+    # Nodes of a cluster need this code; a job's working directory may not be ours.
+    joined = {"runtime_env": {"py_modules": [str(CODE / package) for package in PACKAGES]}}
     try:
         ray.init(
             logging_level=logging.INFO if show_ray_logs() else logging.ERROR,
             log_to_driver=show_ray_logs(),
-            **(private if local else {}),
+            **(private if local else joined),
         )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if local:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"RAY_ADDRESS={address} lets nobody in ({reason}): RAY_AUTH_MODE and RAY_AUTH_TOKEN "
+            "must be those of the cluster, and this machine one of its nodes (else: make submit)"
+        ) from None
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
@@ -53,3 +81,35 @@ def ray_session() -> Iterator[bool]:
         yield local
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse at once what Ray would try for minutes."""
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS is {address}, but training is driven from a node of the cluster: set "
+            "host:port there, or submit it with `make submit`"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # `auto`, and the like
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): check host and port"
+        ) from None
+
+
+def shipped_environment() -> dict[str, str]:
+    """What workers on other nodes need of this process's environment to find the bucket."""
+    return {name: os.environ[name] for name in SHIPPED_ENVIRONMENT if name in os.environ}
+
+
+def cpus_of_this_node() -> int:
+    """The CPUs that the node of this worker gives to Ray."""
+    import ray
+
+    this = ray.get_runtime_context().get_node_id()
+    cpus = [node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == this]
+    return max(int(cpus[0]), 1) if cpus else 1

@@ -1,7 +1,8 @@
 """Stage `train`: run the training loop under Ray Train and publish the best checkpoint's model.
 
 Works in runs/<name>/, where the name is a hash of data, parameters and code: the same command
-resumes, a changed one starts afresh. See docs/architecture.md.
+resumes, a changed one starts afresh. With `compute.storage: s3://...` the run lives in the bucket
+and comes into that folder at the end. See docs/architecture.md, docs/cluster.md.
 """
 
 import ast
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import threading
 import uuid
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,20 +26,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aegan import checkpoint
-from aegan.config import (
-    ComputeConfig,
-    ConfigError,
-    LossConfig,
-    ModelConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from aegan.config import ComputeConfig, LossConfig, ModelConfig, TrainConfig, TrainingConfig
 from aegan.dataset import read_manifest
 from pipelines import params
-from pipelines.cluster import ray_session
+from pipelines.cluster import ray_session, shipped_environment
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder
 from pipelines.follow import follow
+from pipelines.run_store import CHECKPOINTS, LOG, OUTCOME, STOP, RunStore, claim, shown_progress
+from pipelines.shard_store import send_shards
+from pipelines.storage import is_s3
 
 SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/train")
 LIBRARY = Path(__file__).parent.parent / "aegan"
@@ -60,8 +58,7 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "updates.py",
     "validation.py",
 )
-STOP_FILE, OUTCOME_FILE = "stop", "outcome.json"
-ORPHAN_WAIT_SECONDS = 60
+WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
 WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -78,7 +75,7 @@ def main() -> None:
     )
     run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
     publish(run_folder, OUTPUT)
-    if (run_folder / STOP_FILE).exists():  # asked to stop, but it was the end anyway
+    if (run_folder / STOP).exists():  # asked to stop, but it was the end anyway
         raise KeyboardInterrupt
 
 
@@ -110,9 +107,12 @@ def _train(
     shards: Path,
     run_folder: Path,
 ) -> None:
-    done = checkpoint.steps(run_folder / "checkpoints")
+    store = _open_store(compute.storage, shards=shards, run_folder=run_folder)
+    done = store.steps() if store else checkpoint.steps(run_folder / CHECKPOINTS)
     if done and done[-1] == config.training.num_steps:
         log.info("run %s is complete already", run_folder.name)
+        if store:
+            store.fetch(run_folder)
         return
     if done:
         log.info("resuming at step %d of run %s", done[-1], run_folder.name)
@@ -131,12 +131,36 @@ def _train(
         "machine": platform.platform(),
     }
     checkpoint.write_json(run_folder / "run.json", facts)
-    outcome = _run(config, compute, shards=shards, run_folder=run_folder)
-    if "error" in outcome:
-        raise UserError(outcome["error"])
-    if not outcome["finished"]:
-        log.info("stopped at step %d; the same command goes on from there", outcome["step"])
-        raise KeyboardInterrupt
+    reached = -1
+    while True:
+        outcome = _run(config, compute, facts, shards=shards, run_folder=run_folder, store=store)
+        if "error" in outcome:
+            raise UserError(outcome["error"])
+        if outcome["finished"]:
+            break
+        if (run_folder / STOP).exists():
+            log.info("stopped at step %d; the same command goes on from there", outcome["step"])
+            raise KeyboardInterrupt
+        if outcome["step"] <= reached:
+            raise UserError(f"workers are told to end again and again at step {reached}")
+        reached = outcome["step"]
+        log.info("a worker was told to end: going on from step %d without it", reached)
+    if store:
+        store.look()
+        store.fetch(run_folder)
+
+
+def _open_store(storage: str, *, shards: Path, run_folder: Path) -> RunStore | None:
+    """The run's place in the bucket, with the shards there; None without a bucket."""
+    if not is_s3(storage):
+        return None
+    send_shards(shards, storage)
+    store = RunStore(f"{storage.rstrip('/')}/runs/{run_folder.name}")
+    store.look()
+    local = checkpoint.steps(run_folder / CHECKPOINTS)
+    if local and local[-1] > max(store.steps(), default=-1):  # trained here before
+        store.exchange(run_folder)
+    return store
 
 
 def _check(config: TrainConfig, compute: ComputeConfig) -> None:
@@ -158,6 +182,7 @@ def _check(config: TrainConfig, compute: ComputeConfig) -> None:
         "training.seed": options.seed,
         "training.max_rollbacks": options.max_rollbacks,
         "training.max_gradient_norm": options.max_gradient_norm,
+        "compute.min_workers": compute.min_workers,
         "compute.threads_per_worker": compute.threads_per_worker,
         "compute.max_failures": compute.max_failures,
         "compute.micro_batch_size": compute.micro_batch_size,
@@ -166,6 +191,22 @@ def _check(config: TrainConfig, compute: ComputeConfig) -> None:
         for key, value in values.items():
             if value < least:
                 raise UserError(f"params.yaml: {key} is {value}; it must be {least} or more")
+    if compute.min_workers > compute.num_workers:
+        raise UserError(
+            f"params.yaml: compute.min_workers is {compute.min_workers}; it must be at most "
+            f"compute.num_workers, {compute.num_workers}"
+        )
+    gpus = compute.gpus_per_worker
+    if gpus != 1 and not (0 < gpus < 1 and compute.num_workers == 1):
+        raise UserError(
+            f"params.yaml: compute.gpus_per_worker is {gpus}; it must be 1, or a part of one for a "
+            "single worker (a worker trains on one GPU: use more workers)"
+        )
+    if compute.storage != "runs" and not is_s3(compute.storage):
+        raise UserError(
+            f"params.yaml: compute.storage is {compute.storage!r}; it must be runs or "
+            "s3://bucket/prefix (for another folder make runs a link to it)"
+        )
 
 
 def run_name(config: TrainConfig, dataset_sha256: str) -> str:
@@ -183,7 +224,7 @@ def code_sha256() -> str:
 
 def _clear(run_folder: Path) -> None:
     """Remove what a run that was cut off left behind, but not its checkpoints and logs."""
-    for stale in (STOP_FILE, OUTCOME_FILE):
+    for stale in (STOP, OUTCOME):
         (run_folder / stale).unlink(missing_ok=True)
     for rendezvous in run_folder.glob("rendezvous-*"):
         rendezvous.unlink()
@@ -191,65 +232,65 @@ def _clear(run_folder: Path) -> None:
 
 
 def _run(
-    config: TrainConfig, compute: ComputeConfig, *, shards: Path, run_folder: Path
+    config: TrainConfig,
+    compute: ComputeConfig,
+    facts: dict[str, Any],
+    *,
+    shards: Path,
+    run_folder: Path,
+    store: RunStore | None,
 ) -> dict[str, Any]:
     """Run the workers and show their progress; returns what rank 0 said of the end."""
-    with ray_session() as local:
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+    (run_folder / OUTCOME).unlink(missing_ok=True)
+    driver = claim(store) if store else ""
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(WORKER_HANGS_SECONDS))
+    results: list[Any] = []
+    ended = threading.Event()
+    with (
+        shown_progress(store, run_folder, driver) if store else nullcontext(),
+        ray_session() as local,
+    ):
+        from ray.train import FailureConfig, RunConfig
+        from ray.train.torch import TorchTrainer
 
-        from pipelines.loopback import LoopbackTorchConfig
+        from pipelines.process_group import ClusterTorchConfig, LoopbackTorchConfig
+        from pipelines.worker import Assignment, train_worker
 
-        gpus = ray.cluster_resources().get("GPU", 0)
-        use_gpu = compute.device == "cuda" or (compute.device == "auto" and gpus > 0)
-        if use_gpu and gpus < compute.num_workers:
-            raise UserError(
-                f"compute.num_workers is {compute.num_workers}, but there are {gpus:.0f} GPUs: "
-                "lower it or set compute.device: cpu"
-            )
-        cpus = ray.cluster_resources().get("CPU", 1)
-        if not use_gpu and cpus < compute.num_workers:
-            raise UserError(
-                f"compute.num_workers is {compute.num_workers}, but there are {cpus:.0f} CPUs: "
-                "lower it"
-            )
-        environment = WORKER_ENVIRONMENT | {
-            "TORCHINDUCTOR_CACHE_DIR": str(run_folder.parent / "compiled")  # kept for later runs
-        }
-        threads = compute.threads_per_worker or max(int(cpus) // compute.num_workers, 1)
+        assignment = Assignment(
+            config=config,
+            run_folder=run_folder,
+            shards=shards,
+            dataset_sha256=facts["dataset_sha256"],
+            storage=compute.storage if store else "",
+            run_store=store.url if store else "",
+            driver=driver,
+            compute=compute,
+        )
+        environment = WORKER_ENVIRONMENT | shipped_environment()
+        if not store:  # a folder that workers see: compiled code is kept for later runs
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(run_folder.parent / "compiled")
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={
-                "config": asdict(config),
-                "shards": str(shards),
-                "run_folder": str(run_folder),
-                "threads": threads,
-                "execution": {
-                    "micro_batch_size": compute.micro_batch_size,
-                    "compile_networks": compute.compile,
-                    "cuda_graphs": compute.cuda_graphs,
-                },
-            },
-            torch_config=LoopbackTorchConfig(folder=str(run_folder)) if local else TorchConfig(),
-            scaling_config=ScalingConfig(num_workers=compute.num_workers, use_gpu=use_gpu),
+            train_loop_config={"assignment": assignment},
+            torch_config=LoopbackTorchConfig(folder=str(run_folder))
+            if local
+            else ClusterTorchConfig(),
+            scaling_config=_scaling(compute, local=local),
             run_config=RunConfig(
                 # A name of its own each time: Ray hands back the old result for a reused one.
                 # Resuming is the business of our own checkpoints.
                 name=uuid.uuid4().hex[:12],
-                storage_path=str(run_folder / "ray"),
+                storage_path=str(run_folder / "ray"),  # only this process's node writes there
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 worker_runtime_env={"env_vars": environment},
             ),
         )
-        failure: list[BaseException] = []
-        ended = threading.Event()
 
         def fit() -> None:
             try:
-                trainer.fit()
+                results.append(trainer.fit().return_value)
             except BaseException as error:  # handed to the main thread below
-                failure.append(error)
+                results.append(error)
             finally:
                 ended.set()
 
@@ -259,71 +300,55 @@ def _run(
             run_folder,
             ended,
             num_steps=config.training.num_steps,
-            stop_file=run_folder / STOP_FILE,
-            outcome_file=run_folder / OUTCOME_FILE,
+            stop_file=run_folder / STOP,
+            outcome_file=run_folder / OUTCOME,
         )
-    outcome = run_folder / OUTCOME_FILE
-    if not outcome.exists():
-        reason = failure[0] if failure else "no worker said why"
+    if results and isinstance(results[0], dict):
+        outcome = results[0]
+    elif (run_folder / OUTCOME).exists():  # rank 0 ended alone, the others wait in vain
+        outcome = json.loads((run_folder / OUTCOME).read_text(encoding="utf-8"))
+    else:
+        reason = results[0] if results else "no worker said why"
         raise UserError(f"training failed: {reason} (AEGAN_RAY_LOGS=1 shows all that Ray says)")
     shutil.rmtree(run_folder / "ray", ignore_errors=True)
-    return dict(json.loads(outcome.read_text(encoding="utf-8")))
+    return outcome
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What runs on each worker. An error that a retry cannot cure goes into the outcome file."""
-    import ray.train
-    import ray.train.torch
-    import torch
+def _scaling(compute: ComputeConfig, *, local: bool) -> Any:
+    """Ray's ScalingConfig; raises UserError where this machine can never have so many workers."""
+    import ray
+    from ray.train import ScalingConfig
 
-    from aegan.checkpoint import CheckpointError
-    from aegan.training_loop import DivergedError
-    from aegan.training_loop import train as training_loop
-
-    torch.set_num_threads(settings["threads"])
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    run_folder = Path(settings["run_folder"])
-    config = TrainConfig(
-        model=ModelConfig(**settings["config"]["model"]),
-        loss=LossConfig(**settings["config"]["loss"]),
-        training=TrainingConfig(**settings["config"]["training"]),
-    )
-    if rank == 0:  # wait for the worker of a killed run, which would write there too
-        lock = FileLock(run_folder / "worker.lock", timeout=ORPHAN_WAIT_SECONDS)
-        lock.acquire()
-    try:
-        outcome = asdict(
-            training_loop(
-                config,
-                shards=Path(settings["shards"]),
-                run_folder=run_folder,
-                device=ray.train.torch.get_device(),
-                rank=rank,
-                world_size=context.get_world_size(),
-                report=ray.train.report,
-                should_stop=(run_folder / STOP_FILE).exists,
-                **settings["execution"],
+    present = ray.cluster_resources()
+    use_gpu = compute.device == "cuda" or (compute.device == "auto" and present.get("GPU", 0) > 0)
+    kind, share = ("GPU", compute.gpus_per_worker) if use_gpu else ("CPU", 1)
+    least = compute.min_workers or compute.num_workers
+    if present.get(kind, 0) < least * share:
+        found = f"there are {present.get(kind, 0):.0f} {kind}s"
+        if local:
+            key = "min_workers" if compute.min_workers else "num_workers"
+            raise UserError(
+                f"compute.{key} is {least}, but {found}: lower it"
+                + (" or set compute.device: cpu" if use_gpu else "")
             )
-        )
-    except (CheckpointError, ConfigError, DivergedError) as error:
-        if rank != 0:
-            raise
-        outcome = {"error": str(error)}
-    if rank == 0:
-        checkpoint.write_json(run_folder / OUTCOME_FILE, outcome)
-        lock.release()
+        log.info("waiting for nodes: %d workers are wanted, but %s", least, found)
+    elastic = compute.min_workers not in (0, compute.num_workers)
+    return ScalingConfig(
+        num_workers=(least, compute.num_workers) if elastic else compute.num_workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": 1, "GPU": share} if use_gpu else None,
+    )
 
 
 def publish(run_folder: Path, output: Path) -> None:
     """Copy what the later stages use out of the run's folder: best model, curves, pictures."""
     from aegan.state import export_model
 
-    checkpoints = run_folder / "checkpoints"
+    checkpoints = run_folder / CHECKPOINTS
     last_step = checkpoint.steps(checkpoints)[-1]
     best = checkpoint.best(checkpoints)
     chosen = best[0] if best else last_step
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run_folder / LOG).read_text().splitlines()]
     facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
     _, last_state = checkpoint.load(checkpoint.path_of(checkpoints, last_step))
     summary = {

@@ -12,7 +12,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     "boto3": {"storage"},
     "botocore": {"storage"},
     "mlflow": {"tracking", "serving"},
-    "ray": {"cluster", "loopback", "metrics_export", "ray_jobs", "train"},
+    "ray": {"cluster", "metrics_export", "process_group", "ray_jobs", "train", "worker"},
     "ruamel": {"params"},
     "kagglehub": {"download"},
 }
@@ -23,13 +23,16 @@ NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on,
     "pipelines/cluster.py": "where training runs",
     "pipelines/errors.py": "how a stage ends when it fails",
     "pipelines/follow.py": "what is shown meanwhile, and metrics of the machine",
-    "pipelines/loopback.py": "how workers meet",
     "pipelines/params.py": "dvc.yaml names the parameters",
+    "pipelines/process_group.py": "how workers meet",
     "pipelines/progress.py": "what is shown meanwhile",
+    "pipelines/run_store.py": "where checkpoints are kept; each is verified by its hash",
+    "pipelines/shard_store.py": "where shards are kept; each is verified by its hash",
 }
 NOT_IN_WEIGHTS = {  # the same for `train`, whose weights are all that it computes
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
     "pipelines/files.py": "how the finished folder comes into place",
+    "pipelines/storage.py": "how bytes travel",
 }
 
 

@@ -1,6 +1,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 from aegan import checkpoint, training_loop, updates
 from aegan.config import TrainConfig
 from aegan.losses import ARMS
+from aegan.networks import AEGAN
 from aegan.sampling import load, reconstruct, sample
 from aegan.state import TrainingState, export_model
 from aegan.training_loop import DivergedError, train
@@ -270,6 +272,36 @@ def test_a_batch_smaller_than_the_number_of_workers_is_refused(shards, tmp_path)
         run(tiny_config(), shards, tmp_path, world_size=9)
 
 
+@pytest.mark.parametrize("loss", [{}, {"gamma": 0.5}, {"adversarial": "relativistic"}])
+def test_unequal_shares_give_the_gradients_of_the_whole_batch(monkeypatch, loss):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # losses use 32 bits otherwise
+    config = tiny_config(loss=loss, max_gradient_norm=0.0)
+    torch.manual_seed(0)
+    model = AEGAN(
+        config.model, image_size=16, image_channels=3, encoder=True, discriminators=True
+    ).double()
+    discriminators = [*model.image_discriminator.parameters()]
+    discriminators += [*model.latent_discriminator.parameters()]
+    others = [*model.generator.parameters(), *model.encoder.parameters()]
+    optimizers = {
+        "discriminators": torch.optim.SGD(discriminators, lr=0.0),
+        "encoder_generator": torch.optim.SGD(others, lr=0.0),
+    }
+    state = SimpleNamespace(model=model, optimizers=optimizers)
+    x = torch.rand(8, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    z = torch.randn(8, 4, dtype=torch.float64)
+
+    def gradients(start: int, stop: int, world_size: int) -> list[torch.Tensor]:
+        worker = updates.Updates(state, config, CPU, world_size=world_size)
+        worker.on_one_batch(x[start:stop], z[start:stop])
+        return [parameter.grad.clone() for parameter in (*discriminators, *others)]
+
+    ranks = [gradients(*share, 3) for share in ((0, 2), (2, 5), (5, 8))]
+    for whole, *parts in zip(gradients(0, 8, 1), *ranks, strict=True):
+        mean = torch.stack(parts).mean(0)  # as DDP averages
+        torch.testing.assert_close(mean, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_clipping_bounds_the_norm_of_each_variable_and_leaves_small_gradients_alone():
     large, small = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([large, small], lr=1.0)
@@ -298,7 +330,10 @@ def _worker(rank, world_size, config, shards, folder, rendezvous, spoilt_rank):
         calls = iter(range(1, 1000))
         original = updates.encoder_generator_loss
         updates.encoder_generator_loss = poisoned(original, when=lambda: next(calls) == 2)
-    train(config, shards=shards, run_folder=folder, device=CPU, rank=rank, world_size=world_size)
+    run_folder = folder if rank == 0 else folder / "elsewhere"  # only rank 0 reads and writes it
+    train(
+        config, shards=shards, run_folder=run_folder, device=CPU, rank=rank, world_size=world_size
+    )
     states[0].save(folder / f"rank-{rank}" / "checkpoints")
     dist.destroy_process_group()
 
@@ -306,31 +341,33 @@ def _worker(rank, world_size, config, shards, folder, rendezvous, spoilt_rank):
 def train_on(
     world_size: int, config: TrainConfig, shards: Path, folder: Path, *, spoilt_rank: int = -1
 ) -> None:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     arguments = (world_size, config, shards, folder, folder / "rendezvous", spoilt_rank)
     mp.spawn(_worker, arguments, nprocs=world_size)
 
 
 @pytest.mark.parametrize(
-    ("loss", "training"),
+    ("workers", "loss", "training"),
     [
-        ({}, {}),
-        ({"gamma": 0.5}, {}),
-        ({}, {"update_rule": "reference"}),
-        ({}, {"arm": "aae"}),
+        (2, {}, {}),
+        (2, {"gamma": 0.5}, {}),
+        (2, {}, {"update_rule": "reference"}),
+        (2, {}, {"arm": "aae"}),
+        (3, {"gamma": 0.5}, {}),
     ],
-    ids=["plain", "penalties", "reference", "one discriminator frozen"],
+    ids=["plain", "penalties", "reference", "one discriminator frozen", "unequal shares"],
 )
-def test_one_worker_and_two_give_the_same_weights_up_to_the_order_of_summation(
-    shards, tmp_path, loss, training
+def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(
+    shards, tmp_path, workers, loss, training
 ):
     config = tiny_config(loss=loss, num_steps=3, horizontal_flip=True, **training)
-    for world_size in (1, 2):
+    for world_size in (1, workers):
         train_on(world_size, config, shards, tmp_path / str(world_size))
-    assert_same(tensors_at(tmp_path / "2" / "rank-0", 3), tensors_at(tmp_path / "2" / "rank-1", 3))
-    one, two = (tensors_at(tmp_path / str(size), 3) for size in (1, 2))
+    ranks = [tensors_at(tmp_path / str(workers) / f"rank-{rank}", 3) for rank in range(workers)]
+    assert_same(ranks[0], ranks[-1])
+    one = tensors_at(tmp_path / "1", 3)
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(ranks[0][name], one[name], rtol=1e-3, atol=2e-5, msg=name)
     assert any(not torch.equal(tensors_at(tmp_path / "1", 0)[name], one[name]) for name in one)
 
 
@@ -344,9 +381,22 @@ def test_workers_with_unequal_shares_of_a_batch_give_the_weights_of_one_worker(s
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_sends_all_of_them_back(shards, tmp_path):
-    config = tiny_config(num_steps=4)
-    train_on(2, config, shards, tmp_path / "run", spoilt_rank=1)
-    ranks = [tensors_at(tmp_path / "run" / f"rank-{rank}", 4) for rank in range(2)]
+    folder = tmp_path / "run"
+    train_on(2, tiny_config(num_steps=4), shards, folder, spoilt_rank=1)
+    ranks = [tensors_at(folder / f"rank-{rank}", 4) for rank in range(2)]
     assert_same(*ranks)
-    _, state = checkpoint.load(checkpoint.path_of(tmp_path / "run" / "checkpoints", 4))
+    _, state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", 4))
     assert state["attempt"] == 1
+    assert not (folder / "elsewhere").exists()
+
+
+def test_ranks_without_the_run_folder_resume_from_the_checkpoint_of_rank_0(shards, tmp_path):
+    config = tiny_config(num_steps=8)
+    train_on(2, config, shards, tmp_path / "whole")
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(4))
+    train_on(2, config, shards, tmp_path / "cut")
+    ranks = [tensors_at(tmp_path / "cut" / f"rank-{rank}", 8) for rank in range(2)]
+    assert_same(*ranks)
+    whole = tensors_at(tmp_path / "whole", 8)
+    for name, tensor in ranks[0].items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-2, atol=5e-4, msg=name)

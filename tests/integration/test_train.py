@@ -4,10 +4,8 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from aegan import checkpoint
-from tests.tiny import PARAMS, SMALL, tiny_shards
+from tests.project import finish, make_project, run_folder, start, train_workers
+from tests.tiny import tiny_shards
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 NUM_STEPS = 400
-ROOT = PARAMS.parent
 
 
 @pytest.fixture(scope="module")
@@ -32,51 +29,11 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(tmp_path, shards) -> Path:
-    return make_project(tmp_path / "project", shards)
+    return make(tmp_path / "project", shards)
 
 
-def make_project(folder: Path, shards: Path, **overrides: object) -> Path:
-    """A folder with the project's parameters, shrunk, and shards: where a stage can run."""
-    folder.mkdir()
-    parameters = YAML(typ="safe").load(PARAMS.read_text())
-    parameters["model"] |= {"latent_dim": 4, "base_channels": 4}
-    parameters["training"] |= SMALL | {
-        "num_steps": NUM_STEPS,
-        "checkpoint_interval_steps": 50,
-        "sample_interval_steps": 200,
-    }
-    parameters["compute"] |= {"threads_per_worker": 1}
-    for key, value in overrides.items():
-        section, name = key.split("__")
-        parameters[section][name] = value
-    with (folder / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(parameters, file)
-    (folder / "data").mkdir()
-    shutil.copytree(shards, folder / "data" / "shards")
-    return folder
-
-
-def start(project: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.train"],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], *, expected: int = 0) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == expected, output
-    return output
-
-
-def run_folder(project: Path) -> Path:
-    (folder,) = (project / "runs").iterdir()
-    return folder
+def make(folder: Path, shards: Path, **overrides: object) -> Path:
+    return make_project(folder, shards, **({"training__num_steps": NUM_STEPS} | overrides))
 
 
 def wait_for_step(project: Path, step: int) -> None:
@@ -91,8 +48,7 @@ def wait_for_step(project: Path, step: int) -> None:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    return train_workers(psutil.Process(process.pid).children(recursive=True))
 
 
 def left_behind(tree: list[psutil.Process], *, within_seconds: float) -> list[psutil.Process]:
@@ -108,7 +64,7 @@ def weights(project: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, shards) -> Iterator[dict[str, torch.Tensor]]:
-    project = make_project(tmp_path_factory.mktemp("undisturbed") / "project", shards)
+    project = make(tmp_path_factory.mktemp("undisturbed") / "project", shards)
     output = finish(start(project))
     assert "ray" not in output.lower(), output  # its chatter stays out of sight
     assert (project / "artifacts/train/model/ema.safetensors").exists()
@@ -204,7 +160,7 @@ def test_a_finished_run_is_not_run_again(project):
 def test_two_workers_end_with_the_weights_of_one(tmp_path, shards):
     found = {}
     for workers in (1, 2):
-        project = make_project(
+        project = make(
             tmp_path / str(workers), shards, training__num_steps=4, compute__num_workers=workers
         )
         finish(start(project))
@@ -228,6 +184,6 @@ def test_two_workers_end_with_the_weights_of_one(tmp_path, shards):
 def test_what_a_user_can_cure_is_one_line(tmp_path, shards, override, message):
     if "compute__device" in override and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    output = finish(start(make_project(tmp_path / "project", shards, **override)), expected=1)
+    output = finish(start(make(tmp_path / "project", shards, **override)), expected=1)
     assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
     assert "Traceback" not in output

@@ -1,11 +1,13 @@
-"""A process group that never leaves this machine, for training without a cluster.
+"""How the workers of Ray Train form a process group, and hear that they are to end.
 
-PyTorch's TCP store listens on every interface; here the workers meet in a file instead and talk
-over the loopback interface.
+Without a cluster the group never leaves this machine: PyTorch's TCP store listens on every
+interface; here the workers meet in a file instead and talk over the loopback interface.
 """
 
 import os
+import signal
 import sys
+import threading
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,13 +17,43 @@ import ray.train
 import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # the others wait while rank 0 judges a checkpoint
+
+_told_to_end = threading.Event()
+
+
+def told_to_end() -> bool:
+    """Whether this worker was sent SIGTERM: it saves a checkpoint, then its run goes on without."""
+    return _told_to_end.is_set()
+
+
+def _listen_for_end() -> None:
+    """In a worker's main thread, where alone Python handles signals; training is in another."""
+    signal.signal(signal.SIGTERM, lambda *_: _told_to_end.set())
+
+
+@dataclass
+class ClusterTorchConfig(TorchConfig):  # type: ignore[misc]
+    """For TorchTrainer(torch_config=...) with workers on any node."""
+
+    timeout_s: int = int(COLLECTIVE_TIMEOUT.total_seconds())
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ClusterBackend
+
+
+class _ClusterBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: ClusterTorchConfig) -> None:
+        worker_group.execute(_listen_for_end)
+        super().on_start(worker_group, backend_config)
 
 
 @dataclass
 class LoopbackTorchConfig(TorchConfig):  # type: ignore[misc]
-    """For TorchTrainer(torch_config=...)."""
+    """For TorchTrainer(torch_config=...) with all workers on this machine."""
 
     folder: str = ""  # where the workers meet
 
@@ -34,6 +66,7 @@ class _LoopbackBackend(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True  # NCCL talks between GPUs that each worker must see
 
     def on_start(self, worker_group: Any, backend_config: LoopbackTorchConfig) -> None:
+        worker_group.execute(_listen_for_end)
         uses_gpu = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         rendezvous = f"file://{backend_config.folder}/rendezvous-{uuid.uuid4().hex}"
         worker_group.execute(

@@ -1,0 +1,318 @@
+"""A run in a bucket: what a worker leaves behind there, another one goes on from.
+
+<storage>/runs/<run name>/
+    driver.json               which driver the run belongs to, and whether it asks to stop
+    progress.json             the newest row of metrics.jsonl, for the driver to show
+    outcome.json              how the run ended
+    metrics.jsonl  samples/   as in the run folder
+    checkpoints/scores.json
+    checkpoints/step-00000500/<sha256 of the tensors>.safetensors
+                              state.json, written last: it names the tensors by their hash
+
+So a checkpoint is whole or not there at every moment, whoever writes. The run folder stays what
+the training loop works in: rank 0's `Uploader` carries it into the store, the driver's
+`shown_progress` carries progress and outcome out of it, and `exchange` resumes from it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aegan import checkpoint
+from pipelines.errors import UserError
+from pipelines.storage import (
+    StorageError,
+    delete_object,
+    download_object,
+    list_objects,
+    patiently,
+    read_object_if_any,
+    upload_object,
+    write_object,
+)
+
+POLL_SECONDS = 2.0
+CHECKPOINTS, LOG, SAMPLES = "checkpoints", "metrics.jsonl", "samples"
+SCORES = f"{CHECKPOINTS}/{checkpoint.SCORES}"
+DRIVER, PROGRESS, OUTCOME, STOP = "driver.json", "progress.json", "outcome.json", "stop"
+OUTBOX = "outbox"  # in the run folder: what is on its way into the store
+
+log = logging.getLogger(__name__)
+
+
+class RunStore:
+    """One run's objects below an address. Moving checkpoints waits for a bucket that is silent."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._names: set[str] = set()  # of its objects, as far as known
+
+    def look(self) -> None:
+        """Ask the bucket what is there."""
+        listed = patiently(lambda: list(list_objects(self.url)))
+        self._names = {url.removeprefix(f"{self.url}/") for url, _ in listed}
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint, ascending."""
+        return [step for step in self._all_steps() if _state_of(step) in self._names]
+
+    def read(self, name: str) -> Any:
+        """The value of a JSON object; None if there is none."""
+        content = read_object_if_any(f"{self.url}/{name}")
+        return None if content is None else json.loads(content)
+
+    def write(self, name: str, value: Any) -> None:
+        write_object(f"{self.url}/{name}", json.dumps(value).encode())
+
+    def exchange(self, folder: Path) -> None:
+        """Bring store and run folder to the same state: that of the newer checkpoint."""
+        shutil.rmtree(folder / OUTBOX, ignore_errors=True)
+        self.look()
+        local, stored = checkpoint.steps(folder / CHECKPOINTS), self.steps()
+        if local and local[-1] > max(stored, default=-1):
+            self.send(self.pack(folder), local)
+        elif stored:
+            self.fetch(folder)
+
+    def fetch(self, folder: Path) -> None:
+        """Make the run folder what is stored: its whole checkpoints, scores, log and pictures."""
+        checkpoints = folder / CHECKPOINTS
+        shutil.rmtree(checkpoints / ".fetched", ignore_errors=True)
+        for step in {*checkpoint.steps(checkpoints), *self.steps()}:
+            final = checkpoint.path_of(checkpoints, step)
+            if not final.exists() or not self._is_stored(final):
+                shutil.rmtree(final, ignore_errors=True)
+                if step in self.steps():
+                    self._fetch_checkpoint(step, checkpoints / ".fetched", final)
+        for name in sorted(self._names):
+            file = folder / name
+            picture = name.startswith(f"{SAMPLES}/")
+            if name in (LOG, SCORES) or (picture and not file.exists()):
+                self._download(name, file)
+
+    def pack(self, folder: Path) -> Path:
+        """Set aside what the store lacks, as it is now: files stay there when they are pruned."""
+        outbox = folder / OUTBOX
+        shutil.rmtree(outbox, ignore_errors=True)
+        (outbox / CHECKPOINTS).mkdir(parents=True)
+        for step in checkpoint.steps(folder / CHECKPOINTS):
+            path = checkpoint.path_of(folder / CHECKPOINTS, step)
+            if not self._is_stored(path):
+                shutil.copytree(path, outbox / CHECKPOINTS / path.name, copy_function=os.link)
+        pictures = (folder / SAMPLES).glob("*.png")
+        names = [LOG, SCORES, *(f"{SAMPLES}/{picture.name}" for picture in pictures)]
+        for name in names:
+            if (folder / name).exists() and (name in (LOG, SCORES) or name not in self._names):
+                (outbox / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, outbox / name)
+        return outbox
+
+    def send(self, outbox: Path, kept: list[int]) -> None:
+        """Upload what was packed, a checkpoint's state last; then delete those not in `kept`."""
+        for name in (LOG, SCORES, *(f"{SAMPLES}/{path.name}" for path in _files(outbox / SAMPLES))):
+            if (outbox / name).exists():
+                self._upload(outbox / name, name)
+        for step in checkpoint.steps(outbox / CHECKPOINTS):
+            path = checkpoint.path_of(outbox / CHECKPOINTS, step)
+            self._upload(path / checkpoint.TENSORS, _tensors_of(path))
+            self._upload(path / checkpoint.STATE, _state_of(step))
+            self._delete(self._names_at(step) - {_tensors_of(path), _state_of(step)})
+        for step in set(self._all_steps()) - set(kept):
+            self._delete({_state_of(step)})  # first: a checkpoint without it does not count
+            self._delete(self._names_at(step))
+        shutil.rmtree(outbox)
+
+    def _is_stored(self, path: Path) -> bool:
+        """Whether this very checkpoint, and no other of its step, is in the store."""
+        step = int(path.name[5:])
+        return self._names_at(step) == {_tensors_of(path), _state_of(step)}
+
+    def _fetch_checkpoint(self, step: int, aside: Path, final: Path) -> None:
+        aside.mkdir(parents=True)
+        self._download(_state_of(step), aside / checkpoint.STATE)
+        try:
+            self._download(_tensors_of(aside), aside / checkpoint.TENSORS)
+            checkpoint.load(aside)
+        except (StorageError, checkpoint.CheckpointError) as error:
+            if isinstance(error, StorageError) and error.code not in ("NoSuchKey", "404"):
+                raise
+            log.warning("checkpoint %d in %s is left out: %s", step, self.url, error)
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+
+    def _download(self, name: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.tmp")
+        patiently(partial(download_object, f"{self.url}/{name}", aside))
+        aside.replace(file)
+
+    def _upload(self, file: Path, name: str) -> None:
+        patiently(partial(upload_object, file, f"{self.url}/{name}"))
+        self._names.add(name)
+
+    def _delete(self, names: set[str]) -> None:
+        for name in sorted(names & self._names):
+            patiently(partial(delete_object, f"{self.url}/{name}"))
+            self._names.discard(name)
+
+    def _all_steps(self) -> list[int]:
+        """The steps of which anything is stored, ascending."""
+        folders = {name.split("/")[1] for name in self._names if name.startswith(f"{CHECKPOINTS}/")}
+        return sorted(int(folder[5:]) for folder in folders if folder.startswith("step-"))
+
+    def _names_at(self, step: int) -> set[str]:
+        return {name for name in self._names if name.startswith(f"{_folder_of(step)}/")}
+
+
+class Uploader:
+    """Carries rank 0's run folder into the store while training goes on.
+
+    One upload at a time, in a thread; another one looks for a request to stop and shows progress.
+    An upload that fails for good makes `should_stop` true: training ends with a checkpoint on
+    this machine's disk, and that one is the last to try.
+    """
+
+    def __init__(self, store: RunStore, folder: Path, driver: str) -> None:
+        self._store, self._folder, self._driver = store, folder, driver
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._upload: Future[None] | None = None
+        self._stop, self._closed = threading.Event(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._watcher.start()
+
+    def should_stop(self) -> bool:
+        return self._stop.is_set()
+
+    def checkpoint_saved(self) -> None:
+        """Upload the folder as it is now; waits for the upload before: one is pending at most."""
+        if self._upload is not None:
+            self._upload.exception()
+        kept = checkpoint.steps(self._folder / CHECKPOINTS)
+        outbox = self._store.pack(self._folder)
+        self._upload = self._uploads.submit(self._send, outbox, kept)
+
+    def close(self) -> None:
+        """Wait for the last upload; raises UserError if it failed for good."""
+        self._closed.set()
+        self._watcher.join()
+        self._uploads.shutdown()
+        error = self._upload.exception() if self._upload is not None else None
+        if isinstance(error, StorageError):
+            raise UserError(
+                f"{error} (the newest checkpoint is in {self._folder} on {socket.gethostname()}; "
+                "the same command goes on from there or from the newest one in the bucket)"
+            )
+        if error is not None:
+            raise error
+
+    def _send(self, outbox: Path, kept: list[int]) -> None:
+        try:
+            patiently(partial(check_driver, self._store, self._driver))
+            self._store.send(outbox, kept)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _watch(self) -> None:
+        """Progress out, a request to stop in; what fails here is tried again, and harms nothing."""
+        shown = None
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                if check_driver(self._store, self._driver)["stop"]:
+                    self._stop.set()
+                row = _last_row(self._folder / LOG)
+                if row != shown:
+                    self._store.write(PROGRESS, row)
+                    shown = row
+            except StorageError as error:
+                log.warning("progress is not shown: %s", error)
+            except UserError:  # another driver took over: what the next upload will say
+                self._stop.set()
+
+
+def claim(store: RunStore) -> str:
+    """Make this process the run's driver and forget how the run ended before; returns its token."""
+    driver = uuid.uuid4().hex
+    words = {"driver": driver, "host": socket.gethostname(), "stop": False}
+    patiently(partial(store.write, DRIVER, words))
+    for name in (OUTCOME, PROGRESS):
+        patiently(partial(delete_object, f"{store.url}/{name}"))
+    return driver
+
+
+def check_driver(store: RunStore, driver: str) -> dict[str, Any]:
+    """What the run's driver says; raises UserError if it is another one by now."""
+    found: dict[str, Any] = store.read(DRIVER) or {"driver": "", "host": "another machine"}
+    if found["driver"] != driver:
+        raise UserError(
+            f"another training of {store.url} was started on {found['host']}: this one has ended"
+        )
+    return found
+
+
+@contextmanager
+def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]:
+    """The driver's side: progress and outcome appear in its run folder; a stop file goes out."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        step, asked = -1, False
+        while not ended.wait(POLL_SECONDS):
+            try:
+                if not asked and (folder / STOP).exists():
+                    request = {"driver": driver, "host": socket.gethostname(), "stop": True}
+                    store.write(DRIVER, request)
+                    asked = True
+                row = store.read(PROGRESS)
+                if row is not None and row["step"] > step:
+                    step = row["step"]
+                    with (folder / LOG).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                outcome = store.read(OUTCOME)
+                if outcome is not None and outcome["driver"] == driver:
+                    checkpoint.write_json(folder / OUTCOME, outcome)
+            except StorageError as error:
+                log.warning("progress is not shown: %s", error)
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=POLL_SECONDS)
+
+
+def _folder_of(step: int) -> str:
+    return f"{CHECKPOINTS}/{checkpoint.path_of(Path(), step)}"
+
+
+def _state_of(step: int) -> str:
+    return f"{_folder_of(step)}/{checkpoint.STATE}"
+
+
+def _tensors_of(path: Path) -> str:
+    """The stored name of a local checkpoint's tensors."""
+    state = json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
+    return f"{_folder_of(int(state['step']))}/{state['sha256']}.safetensors"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a JSON-lines file."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return dict(json.loads(lines[-1])) if lines else None

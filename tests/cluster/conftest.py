@@ -1,0 +1,48 @@
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines import storage
+from tests.cluster.faults import FaultyProxy
+from tests.tiny import tiny_shards
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """What this process, and what it starts, reaches the S3 server through."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    proxy = FaultyProxy(s3)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage._client.cache_clear()
+    yield proxy
+    storage._client.cache_clear()
+    proxy.close()
+
+
+@pytest.fixture
+def bucket(proxy: FaultyProxy, s3: str, request: pytest.FixtureRequest) -> str:
+    """s3://bucket of this test alone."""
+    name = f"test-{abs(hash(request.node.nodeid)):x}"
+    boto3.client("s3", region_name="us-east-1", endpoint_url=s3).create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))

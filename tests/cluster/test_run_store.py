@@ -1,0 +1,307 @@
+"""A run in a bucket that fails in every way, without Ray: the training loop and its uploader."""
+
+import itertools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import torch
+
+from aegan import checkpoint, training_loop
+from aegan.training_loop import Outcome, train
+from pipelines import run_store, shard_store, storage
+from pipelines.errors import UserError
+from pipelines.run_store import RunStore, Uploader, claim
+from tests.tiny import tiny_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+
+CONFIG = tiny_config(checkpoint_interval_steps=2, sample_interval_steps=4)
+WRITES = ("PUT", "POST", "DELETE")
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "STOP_INTERVAL_STEPS", 1)
+    monkeypatch.setattr(run_store, "POLL_SECONDS", 0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(CONFIG, shards=shards, run_folder=folder, device=torch.device("cpu"))
+    torch.set_num_threads(before)
+    return folder
+
+
+def work(url: str, folder: Path, shards: Path, **keywords: Any) -> Outcome:
+    """What a worker does on a machine whose disk is `folder`: resume, train, upload.
+
+    `also` is called after each checkpoint with its number, from 1.
+    """
+    store = RunStore(url)
+    driver = keywords.pop("driver", None) or claim(store)
+    folder.mkdir(exist_ok=True)
+    store.exchange(folder)
+    uploader = Uploader(store, folder, driver)
+    also, numbers = keywords.pop("also", lambda number: None), itertools.count(1)
+    config = keywords.pop("config", CONFIG)
+
+    def report(metrics: dict[str, float]) -> None:
+        uploader.checkpoint_saved()
+        also(next(numbers))
+
+    stop_at = keywords.pop("stop_at", None)
+
+    def should_stop() -> bool:
+        reached = stop_at is not None and checkpoint.steps(folder / "checkpoints")[-1] >= stop_at
+        return reached or uploader.should_stop()
+
+    try:
+        return train(
+            config,
+            shards=shards,
+            run_folder=folder,
+            device=torch.device("cpu"),
+            report=report,
+            should_stop=should_stop,
+        )
+    finally:
+        uploader.close()
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The log's checkpoints, without what depends on the time of day or on where a run stopped."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    judged = [row for row in read if row["step"] % 2 == 0]
+    return [
+        {key: row[key] for key in row if key == "step" or key.startswith("validation_")}
+        for row in judged
+    ]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    folders = first / "checkpoints", second / "checkpoints"
+    for step in checkpoint.steps(folders[1]):
+        tensors = [checkpoint.load(checkpoint.path_of(folder, step))[0] for folder in folders]
+        assert [
+            key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])
+        ] == []
+    assert checkpoint.best(folders[0]) == checkpoint.best(folders[1])
+    assert rows(first) == rows(second)
+    pictures = [
+        {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+        for folder in (first, second)
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def fetched(url: str, folder: Path) -> Path:
+    store = RunStore(url)
+    store.look()
+    folder.mkdir()
+    store.fetch(folder)
+    return folder
+
+
+def test_a_run_that_moves_to_another_machine_ends_as_one_that_stayed(
+    bucket, shards, tmp_path, undisturbed
+):
+    url = f"{bucket}/runs/x"
+    assert not work(url, tmp_path / "a", shards, stop_at=4).finished
+    assert work(url, tmp_path / "b", shards).finished
+    assert_same_run(tmp_path / "b", undisturbed)
+    assert_same_run(fetched(url, tmp_path / "c"), undisturbed)
+
+
+def test_whenever_a_worker_dies_no_half_checkpoint_is_taken_and_the_run_ends_the_same(
+    monkeypatch, proxy, bucket, shards, tmp_path
+):
+    """After each single write of a run, the machine falls silent; another one goes on."""
+    monkeypatch.setattr(run_store, "POLL_SECONDS", 60.0)  # else progress is written now and then
+    config = tiny_config(num_steps=4, checkpoint_interval_steps=2)
+    work(f"{bucket}/whole", tmp_path / "whole", shards, config=config)
+    writes = sum(method in WRITES for method, _ in proxy.requests)
+    resumed_at = set()
+    for last in range(4, writes):
+        url, left = f"{bucket}/{last}", iter(range(last))
+
+        def die(method: str, path: str, left: Any = left) -> int | None:
+            return 403 if method in WRITES and next(left, None) is None else None
+
+        proxy.fault = die
+        with pytest.raises(UserError):
+            work(url, tmp_path / f"{last}-a", shards, config=config)
+        proxy.fault = lambda method, path: None
+        store = RunStore(url)
+        store.look()
+        found = fetched(url, tmp_path / f"{last}-seen")
+        assert checkpoint.steps(found / "checkpoints") == store.steps()  # each verified
+        resumed_at.add(max(store.steps(), default=None))
+        work(url, tmp_path / f"{last}-b", shards, config=config)
+        assert_same_run(tmp_path / f"{last}-b", tmp_path / "whole")
+    assert resumed_at == {None, 0, 2, 4}
+
+
+@pytest.mark.parametrize("answer", [500, 503, 1.5], ids=["500", "503", "slow"])
+def test_a_server_that_fails_for_a_while_changes_nothing(
+    proxy, bucket, shards, tmp_path, undisturbed, answer
+):
+    def fail_from_now_on(checkpoint_number: int) -> None:
+        if checkpoint_number == 1:
+            proxy.during(3.0, answer)
+
+    url = f"{bucket}/runs/x"
+    assert work(url, tmp_path / "a", shards, also=fail_from_now_on).finished
+    assert proxy.refused + proxy.delayed > 0
+    assert_same_run(fetched(url, tmp_path / "c"), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (503, r"s3://.*/runs/x/.* cannot be written \(SlowDown\): .*run the same command again"),
+        (403, r"s3://.*/runs/x/.* cannot be written \(AccessDenied\): check the credentials"),
+    ],
+)
+def test_giving_up_is_one_clear_error_and_the_same_machine_loses_nothing(
+    monkeypatch, proxy, bucket, shards, tmp_path, undisturbed, answer, message
+):
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 1.0)
+    url = f"{bucket}/runs/x"
+
+    def refuse_writes(checkpoint_number: int) -> None:
+        if checkpoint_number == 2:  # the first one is in the bucket by now
+            proxy.fault = lambda method, path: answer if method in WRITES else None
+
+    with pytest.raises(UserError, match=message) as error:
+        work(url, tmp_path / "a", shards, also=refuse_writes)
+    assert str(tmp_path / "a") in str(error.value)
+    proxy.fault = lambda method, path: None
+    saved = checkpoint.steps(tmp_path / "a" / "checkpoints")[-1]
+    store = RunStore(url)
+    store.look()
+    assert max(store.steps()) < saved < 8
+    store.exchange(tmp_path / "a")
+    assert max(store.steps()) == saved
+    assert work(url, tmp_path / "b", shards).finished
+    assert_same_run(tmp_path / "b", undisturbed)
+
+
+def test_a_refusal_is_not_asked_for_twice(proxy, bucket, tmp_path):
+    proxy.fault = lambda method, path: 403
+    with pytest.raises(UserError, match=r"AccessDenied.*check the credentials"):
+        RunStore(f"{bucket}/runs/x").exchange(tmp_path)
+    assert proxy.refused == 1
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_is_used(
+    s3, bucket, shards, tmp_path, undisturbed
+):
+    url = f"{bucket}/runs/x"
+    work(url, tmp_path / "a", shards, stop_at=6)
+    store = RunStore(url)
+    store.look()
+    *_, before, newest = store.steps()
+    (tensors,) = [
+        name
+        for name in store._names
+        if name.startswith(f"checkpoints/step-{newest:08d}/") and name.endswith(".safetensors")
+    ]
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+    client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"runs/x/{tensors}", Body=b"x")
+    assert checkpoint.steps(fetched(url, tmp_path / "c") / "checkpoints")[-1] == before
+    work(url, tmp_path / "b", shards)
+    assert_same_run(tmp_path / "b", undisturbed)
+    assert_same_run(fetched(url, tmp_path / "d"), undisturbed)
+
+
+def test_another_driver_takes_the_run_over_and_the_first_one_ends(
+    bucket, shards, tmp_path, undisturbed
+):
+    url = f"{bucket}/runs/x"
+
+    def take_over(checkpoint_number: int) -> None:
+        if checkpoint_number == 1:
+            taken.append(claim(RunStore(url)))
+
+    taken: list[str] = []
+    with pytest.raises(UserError, match=r"another training of s3://.*/runs/x was started on"):
+        work(url, tmp_path / "a", shards, also=take_over)
+    assert work(url, tmp_path / "b", shards, driver=taken[0]).finished
+    assert_same_run(tmp_path / "b", undisturbed)
+
+
+def test_a_request_to_stop_reaches_the_training_and_progress_the_driver(bucket, shards, tmp_path):
+    store = RunStore(f"{bucket}/runs/x")
+    driver = claim(store)
+    (tmp_path / "driver").mkdir()
+    with run_store.shown_progress(store, tmp_path / "driver", driver):
+        slow = threading.Event()
+
+        def stop_after_progress(checkpoint_number: int) -> None:
+            if (tmp_path / "driver" / "metrics.jsonl").exists():
+                (tmp_path / "driver" / "stop").touch()
+            slow.wait(0.3)
+
+        outcome = work(store.url, tmp_path / "a", shards, driver=driver, also=stop_after_progress)
+    assert not outcome.finished
+    assert rows(tmp_path / "driver")[-1]["step"] >= 2
+
+
+def test_shards_are_uploaded_once_and_fetched_once_per_node(
+    monkeypatch, proxy, bucket, shards, tmp_path
+):
+    monkeypatch.setattr(shard_store, "node_folder", lambda: tmp_path)
+    for _ in range(2):
+        shard_store.send_shards(shards, bucket)
+    puts = [path for method, path in proxy.requests if method == "PUT"]
+    assert len(puts) == 4  # three shards, then the manifest
+    assert "manifest.json" in puts[-1]
+    sha256 = json.loads((shards / "manifest.json").read_text())["dataset_sha256"]
+    proxy.requests.clear()
+    with ThreadPoolExecutor(3) as workers:
+        folders = set(workers.map(lambda _: shard_store.fetch_shards(bucket, sha256), range(3)))
+    (folder,) = folders
+    assert sum(method == "GET" for method, _ in proxy.requests) == 4
+    assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == {
+        path.name: path.read_bytes() for path in shards.glob("*.parquet")
+    }
+
+
+def test_an_upload_of_shards_that_was_cut_off_is_completed(
+    monkeypatch, proxy, bucket, shards, tmp_path
+):
+    monkeypatch.setattr(shard_store, "node_folder", lambda: tmp_path)
+    left = iter(range(1))
+    proxy.fault = lambda method, path: 403 if method == "PUT" and next(left, None) is None else None
+    with pytest.raises(UserError, match="cannot be written"):
+        shard_store.send_shards(shards, bucket)
+    sha256 = json.loads((shards / "manifest.json").read_text())["dataset_sha256"]
+    proxy.fault = lambda method, path: None
+    with pytest.raises(UserError, match="NoSuchKey"):
+        shard_store.fetch_shards(bucket, sha256)
+    proxy.requests.clear()
+    shard_store.send_shards(shards, bucket)
+    assert sum(method == "PUT" for method, _ in proxy.requests) == 3  # one was there already
+    assert shard_store.fetch_shards(bucket, sha256).exists()
+
+
+def test_a_shard_with_other_bytes_than_the_manifest_says_is_refused(
+    monkeypatch, s3, bucket, shards, tmp_path
+):
+    monkeypatch.setattr(shard_store, "node_folder", lambda: tmp_path)
+    shard_store.send_shards(shards, bucket)
+    sha256 = json.loads((shards / "manifest.json").read_text())["dataset_sha256"]
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+    key = f"data/{sha256}/train-00000.parquet"
+    client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=b"x")
+    with pytest.raises(UserError, match=r"train-00000.parquet is damaged: delete everything below"):
+        shard_store.fetch_shards(bucket, sha256)
+    assert not (tmp_path / "shards" / sha256).exists()
