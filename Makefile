@@ -17,7 +17,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run test test-quick check mlflow serve refresh lock clean
+.PHONY: run test test-quick check mlflow serve refresh tune lock clean
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -45,6 +45,12 @@ serve: .venv/installed ## answer requests with the registered model (docs/servin
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download
 	@$(MAKE) --no-print-directory run
+
+tune: .venv/installed ## search better settings, off by default (docs/tuning.md)
+	@$(BIN)/dvc repro tune/dvc.yaml
+	@echo
+	@echo "results:     artifacts/tune"
+	@echo "use them:    $(BIN)/python -m pipelines.params artifacts/tune/tuned.yaml && make run"
 
 lock: .venv/installed ## resolve the newest permitted versions into requirements.lock
 	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev \
