@@ -95,8 +95,9 @@ def shortened(start: TrainConfig, *, num_steps: int, interval: int) -> TrainConf
 def run_trial(task: Task, config: TrainConfig, report: Callable[[dict[str, Any]], None]) -> None:
     """Train, and report the scores on validation images at every checkpoint.
 
-    Objectives that the loop does not measure are reported at the end only. Training that diverges
-    is reported with infinite scores and without a step.
+    What was trained before the search was killed is reported first, and may be enough. Objectives
+    that the loop does not measure are reported at the end only. Training that diverges is reported
+    with infinite scores and without a step.
     """
     reported = False
 
@@ -111,12 +112,14 @@ def run_trial(task: Task, config: TrainConfig, report: Callable[[dict[str, Any]]
             reported = True
             report({"step": int(row["step"]), **scores})
 
+    for row in curves(task, config):
+        on_checkpoint(row)
     try:
         train(task, config, on_checkpoint)
     except training_loop.DivergedError:
         report({"diverged": True, **dict.fromkeys(task.objectives, math.inf)})
         return
-    if not reported:  # also a trial that had trained to the end when its search was killed
+    if not reported:
         report({"step": config.training.num_steps, **judge(task, config, "validation")})
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -35,7 +36,7 @@ from pipelines import params, tracking
 from pipelines.cluster import ray_session
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, write_json
-from pipelines.train import run_name
+from pipelines.train import WORKER_ENVIRONMENT, run_name
 from pipelines.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
 
 SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/tune")
@@ -71,6 +72,8 @@ def tune(
     name = search_name(start, config, dataset_sha256)
     folder = (RUNS / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    for variable, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)  # for the processes of a private Ray
     try:
         with FileLock(folder / "driver.lock", timeout=0), ray_session(dashboard=True):
             _tune(start, config, compute, folder=folder, experiment=experiment)
