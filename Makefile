@@ -59,7 +59,7 @@ lock: .venv/installed ## resolve the newest permitted versions into requirements
 	sed -i.bak 's/+cpu$$//' requirements.lock && rm requirements.lock.bak # whichever build was found
 
 clean: ## forget all results; the source images and .venv stay
-	rm -rf artifacts data report runs dvc.lock
+	rm -rf artifacts data report runs dvc.lock tune/dvc.lock
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'

@@ -103,14 +103,15 @@ def register(record: Record, *, experiment: str, model_name: str, alias: str) ->
 
 
 def log_search(
-    search: str, *, experiment: str, params: Mapping[str, Any], files: Sequence[Path]
+    search: str, *, experiment: str, tags: Mapping[str, Any], files: Sequence[Path]
 ) -> str:
     """The run that the trials of a search are nested in, with its results; returns the run's id."""
     with _readable_errors():
         mlflow = _import_mlflow()
         client = mlflow.MlflowClient()
         run_id = _search_run(mlflow, client, search, experiment)
-        _log_numbers(client, run_id, params, [])
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
         for file in files:
             client.log_artifact(run_id, str(file))
         client.set_terminated(run_id)
@@ -128,7 +129,7 @@ def log_trial(
 ) -> None:
     """Store one trial as a run nested in its search's, unless it is there whole; raises UserError.
 
-    A run that was cut off when it was written is written anew.
+    A run of that name that was cut off when it was written, or has other tags, is replaced.
     """
     with _readable_errors():
         mlflow = _import_mlflow()
@@ -137,7 +138,7 @@ def log_trial(
         experiment_id = client.get_run(parent).info.experiment_id
         query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = '{name}'"
         for run in client.search_runs([experiment_id], query):
-            if run.info.status == "FINISHED":
+            if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
                 return
             client.delete_run(run.info.run_id)
         tags = {**tags, "mlflow.parentRunId": parent}

@@ -160,7 +160,7 @@ def _tune(
     tracking.log_search(
         folder.name,
         experiment=experiment,
-        params={"objective": config.objective, **winner.settings},
+        tags={"objective": config.objective, **winner.settings},
         files=sorted(OUTPUT.iterdir()),
     )
     for line in verdict(comparison):

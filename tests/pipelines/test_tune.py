@@ -3,7 +3,11 @@
 import csv
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ruamel.yaml import YAML
 
 from aegan import training_loop
 from aegan.config import (
@@ -26,6 +31,7 @@ from pipelines.trial import OBJECTIVES, Task, Trial, judge, rounded, run_trial, 
 from tests.tiny import PARAMS, tiny_config, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = PARAMS.parent
 START = tiny_config(loss={"gamma": 1.0})
 CONFIG = params.load(TuneConfig, PARAMS)
 
@@ -164,6 +170,46 @@ def test_the_searchs_name_changes_with_data_parameters_and_space_only():
         tune.search_name(replace(short, loss=replace(short.loss, gamma=2.0)), CONFIG, "data"),
     ]
     assert len({name, *others}) == 5
+
+
+def test_dvc_repro_leaves_the_search_out_and_make_tune_asks_for_it(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    shutil.copy(PARAMS, tmp_path)
+    for name in ("aegan", "pipelines"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for file in ("dvc.yaml", "tune/dvc.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+        for stage in YAML(typ="safe").load((ROOT / file).read_text())["stages"].values():
+            made = [stage.get(kind, []) for kind in ("outs", "metrics", "plots")]
+            for out in (out for outs in made for out in outs):
+                make_empty(tmp_path / "".join(out))  # a name, or {name: options}
+    make_empty(tmp_path / "data/shards/manifest.json")
+
+    def stages_run(*targets: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "repro", "--dry", *targets],
+            cwd=tmp_path,
+            env={**os.environ, "DVC_SITE_CACHE_DIR": str(tmp_path / ".dvc/tmp")},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return re.findall("Running stage '(.*)'", done.stdout)
+
+    assert stages_run()[:3] == ["download", "preprocess", "train"]
+    assert not any("tune" in stage for stage in stages_run())
+    [command] = re.findall(r"dvc repro (tune\S*)", (ROOT / "Makefile").read_text())
+    assert stages_run(command) == ["download", "preprocess", "tune/dvc.yaml:tune"]
+
+
+def make_empty(path: Path) -> None:
+    """A file where the name has a suffix, else a folder."""
+    (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        path.touch()
 
 
 # -- one trial ------------------------------------------------------------------------------------
@@ -329,13 +375,15 @@ def test_a_trial_is_nested_in_its_search_once_however_often_it_is_recorded(tmp_p
         next(r for r in every_run(client) if r.info.run_name == "trial 001").info.run_id, "FAILED"
     )
     tracking.log_trial("trial 001", **trial)  # which was cut off, as it seems
-    parent = tracking.log_search("tune-0", experiment="aegan", params={"objective": "x"}, files=[])
+    tracking.log_trial("trial 000", **{**trial, "tags": {"ended": "stopped"}})
+    parent = tracking.log_search("tune-0", experiment="aegan", tags={"objective": "x"}, files=[])
     runs = {run.info.run_name: run for run in every_run(client)}
     assert sorted(run.info.run_name for run in every_run(client)) == [
         "trial 000",
         "trial 001",
         "tune-0",
     ]
+    assert runs["trial 000"].data.tags["ended"] == "stopped"
     for name in ("trial 000", "trial 001"):
         assert runs[name].data.tags["mlflow.parentRunId"] == parent
         assert runs[name].info.status == "FINISHED"
