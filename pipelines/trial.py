@@ -48,6 +48,7 @@ class Task:
     runs: Path  # every trial has its own folder there
     device: str
     threads: int
+    execution: Mapping[str, Any]  # keywords of the loop that say how it computes
 
     def config(self, settings: Mapping[str, float], *, seed: int) -> TrainConfig:
         """What a trial trains: the start with some settings changed."""
@@ -138,6 +139,7 @@ def train(
             run_folder=folder,
             device=torch.device(task.device),
             report=report,
+            **task.execution,
         )
 
 

@@ -94,6 +94,11 @@ def _tune(
         runs=folder / "trials",
         device=share.device,
         threads=compute.threads_per_worker or share.cpus,
+        execution={
+            "micro_batch_size": compute.micro_batch_size,
+            "compile_networks": compute.compile,
+            "cuda_graphs": compute.cuda_graphs,
+        },
     )
     record = search.Record(search=folder.name, experiment=experiment)
     log.info(
