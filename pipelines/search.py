@@ -28,6 +28,8 @@ from pipelines import tracking
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.trial import (
+    SCORES,
+    Ended,
     Scores,
     Settings,
     Task,
@@ -119,24 +121,7 @@ def search(
             tune_config=tune.TuneConfig(
                 num_samples=config.num_trials,
                 max_concurrent_trials=config.concurrent_trials,
-                search_alg=OptunaSearch(
-                    {
-                        name: FloatDistribution(
-                            between.low, between.high, log=between.scale == "log"
-                        )
-                        for name, between in config.search.items()
-                    },
-                    metric=list(task.objectives)
-                    if len(task.objectives) > 1
-                    else task.objectives[0],
-                    mode=["min"] * len(task.objectives) if len(task.objectives) > 1 else "min",
-                    points_to_evaluate=[start],
-                    sampler=optuna.samplers.TPESampler(
-                        n_startup_trials=max(config.num_trials // 4, 2),
-                        constant_liar=True,  # trials that run at once should differ
-                        seed=config.seed,
-                    ),
-                ),
+                search_alg=_sampler(task, config, start),
                 scheduler=scheduler,
                 reuse_actors=True,  # a process takes seconds to start
             ),
@@ -201,30 +186,28 @@ def read_trial(
 ) -> Trial:
     """A trial from what Ray Tune knows of it: its settings and its last report."""
     result, settings = result or {}, rounded(settings)
-    step, num_steps = int(result.get("step", 0)), task.start.training.num_steps
+    step = int(result.get("step", 0))
+    ended: Ended = "finished" if step == task.start.training.num_steps else "stopped"
+    if error:
+        ended = "failed"
+    elif result.get("diverged"):
+        ended = "diverged"
     tag = str(result.get("experiment_tag", "0")).partition("_")[0]  # counts trials from 1
     return Trial(
         number=int(tag) - 1,
         settings=settings,
         run_name=task.run_folder(task.config(settings, seed=task.start.training.seed)).name,
-        ended="failed"
-        if error
-        else "diverged"
-        if result.get("diverged")
-        else "finished"
-        if step == num_steps
-        else "stopped",
+        ended=ended,
         step=step,
-        scores={
-            name: float(result[name])
-            for name in ("frechet_distance", "image_reconstruction", "uncovered")
-            if name in result
-        },
+        scores={name: float(result[name]) for name in SCORES if name in result},
     )
 
 
 class Follower(tune.Callback):  # type: ignore[misc]
-    """Shows and records each trial that ends; keeps the scheduler's state, which Tune forgets."""
+    """Shows and records each trial that ends; keeps the scheduler's state, which Tune forgets.
+
+    Without it, the first trials after a restart would meet no others to be compared with.
+    """
 
     def __init__(self, scheduler: Any, task: Task, record: Record, num_trials: int) -> None:
         self._scheduler, self._task, self._record = scheduler, task, record
@@ -274,6 +257,26 @@ def record_trial(trial: Trial, task: Task, record: Record) -> None:
             for name, value in row.items()
             if name not in ("step", "time") and math.isfinite(value)
         ],
+    )
+
+
+def _sampler(task: Task, config: TuneConfig, start: Settings) -> OptunaSearch:
+    """Proposes settings: the start, some random ones, then what earlier trials make promising."""
+    objectives = list(task.objectives)
+    several = len(objectives) > 1
+    return OptunaSearch(
+        {
+            name: FloatDistribution(between.low, between.high, log=between.scale == "log")
+            for name, between in config.search.items()
+        },
+        metric=objectives if several else objectives[0],
+        mode=["min"] * len(objectives) if several else "min",
+        points_to_evaluate=[start],
+        sampler=optuna.samplers.TPESampler(
+            n_startup_trials=max(config.num_trials // 4, 2),
+            constant_liar=True,  # trials that run at once should differ
+            seed=config.seed,
+        ),
     )
 
 

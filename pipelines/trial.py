@@ -24,10 +24,11 @@ from aegan.state import export_model
 from aegan.validation import validate
 from pipelines.train import ORPHAN_WAIT_SECONDS, run_name
 
+SCORES = ("frechet_distance", "image_reconstruction", "uncovered")
 OBJECTIVES: dict[str, tuple[str, ...]] = {  # scores that the search lowers, by `tune.objective`
     "frechet_distance": ("frechet_distance",),
     "image_reconstruction": ("image_reconstruction",),
-    "pareto": ("frechet_distance", "image_reconstruction", "uncovered"),
+    "pareto": SCORES,
 }
 IMAGES = {"validation": training_loop.VALIDATION_IMAGES, "test": 2000}  # that judge, at most
 NEIGHBOURS = 5
@@ -36,6 +37,7 @@ PREFIX = "validation_"
 
 Settings = dict[str, float]  # by dotted name, loss.gamma
 Scores = dict[str, float]  # lower is better for each
+Ended = Literal["finished", "stopped", "diverged", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Trial:
     number: int  # 0: the settings of params.yaml
     settings: Settings
     run_name: str
-    ended: Literal["finished", "stopped", "diverged", "failed"]
+    ended: Ended
     step: int
     scores: Scores  # at that step
 
@@ -148,7 +150,7 @@ def train_and_judge(task: Task, config: TrainConfig, split: Split) -> Scores:
     try:
         train(task, config)
     except training_loop.DivergedError:
-        return dict.fromkeys(OBJECTIVES["pareto"], math.inf)
+        return dict.fromkeys(SCORES, math.inf)
     return judge(task, config, split)
 
 
