@@ -37,6 +37,7 @@ from pipelines.trial import (
     curves,
     rounded,
     run_trial,
+    scores_in,
     train_and_judge,
 )
 
@@ -193,13 +194,17 @@ def read_trial(
     elif result.get("diverged"):
         ended = "diverged"
     tag = str(result.get("experiment_tag", "0")).partition("_")[0]  # counts trials from 1
+    config = task.config(settings, seed=task.start.training.seed)
+    scores = {name: float(result[name]) for name in SCORES if name in result}
+    logged = {int(row["step"]): scores_in(row) for row in curves(task, config)}
     return Trial(
         number=int(tag) - 1,
         settings=settings,
-        run_name=task.run_folder(task.config(settings, seed=task.start.training.seed)).name,
+        run_name=task.run_folder(config).name,
         ended=ended,
         step=step,
-        scores={name: float(result[name]) for name in SCORES if name in result},
+        scores=scores,
+        history={at: row for at, row in logged.items() if row and at < step} | {step: scores},
     )
 
 

@@ -118,7 +118,10 @@ def _parallel_coordinates(
 def _importance(
     trials: list[Trial], search: dict[str, SearchRange], objectives: tuple[str, ...]
 ) -> Figure:
-    """Share of each score's variance that each setting explains alone or with others (fANOVA)."""
+    """Share of each score's variance that each setting explains alone or with others (fANOVA).
+
+    Of the scores at the last step that all trials reached: later ones say more of who was stopped.
+    """
     figure = Figure(figsize=(6.5, 0.32 * len(search) * len(objectives) + 1.4), layout="constrained")
     ax = figure.add_subplot()
     spaces: dict[str, BaseDistribution] = {
@@ -130,17 +133,21 @@ def _importance(
         for trial in trials
         if all(spaces[name]._contains(value) for name, value in trial.settings.items())
     ]
-    if len(inside) < MIN_TRIALS_FOR_IMPORTANCE:
+    common = set.intersection(*(set(trial.history) for trial in inside)) if inside else set()
+    if len(inside) < MIN_TRIALS_FOR_IMPORTANCE or not common:
         ax.set_axis_off()
         ax.text(0.5, 0.5, f"{len(inside)} trials are too few to weigh settings", ha="center")
         return figure
+    step = max(common)
     height = 0.8 / len(objectives)
     for i, objective in enumerate(objectives):
         study = optuna.create_study()
         for trial in inside:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=trial.settings, distributions=spaces, value=trial.scores[objective]
+                    params=trial.settings,
+                    distributions=spaces,
+                    value=trial.history[step][objective],
                 )
             )
         weights = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
@@ -149,7 +156,7 @@ def _importance(
     ax.set_yticks(np.arange(len(search)) + 0.4 - height / 2, list(search), fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("importance (shares of the variance, fANOVA)", fontsize=8)
-    ax.set_title(f"{len(inside)} trials, stopped ones with their last score", fontsize=9)
+    ax.set_title(f"{len(inside)} trials at step {step}, the last that all reached", fontsize=9)
     if len(objectives) > 1:
         ax.legend(fontsize=8)
     return figure

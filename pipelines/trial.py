@@ -76,6 +76,7 @@ class Trial:
     ended: Ended
     step: int
     scores: Scores  # at that step
+    history: dict[int, Scores]  # at every step that was judged
 
 
 def rounded(settings: Mapping[str, float]) -> Settings:
@@ -106,11 +107,7 @@ def run_trial(task: Task, config: TrainConfig, report: Callable[[dict[str, Any]]
 
     def on_checkpoint(row: Mapping[str, float]) -> None:
         nonlocal reported
-        scores = {
-            name.removeprefix(PREFIX): value
-            for name, value in row.items()
-            if name.startswith(PREFIX)
-        }
+        scores = scores_in(row)
         if set(task.objectives) <= scores.keys():
             reported = True
             report({"step": int(row["step"]), **scores})
@@ -174,9 +171,13 @@ def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
         extract(extractor, aegan.sample(model, len(images), seed=seed)),
         neighbours=NEIGHBOURS,
     )
+    return {**scores_in(scores), "uncovered": 1 - neighbourhood["coverage"]}
+
+
+def scores_in(row: Mapping[str, float]) -> Scores:
+    """The validation scores among what the loop reports or logs."""
     return {
-        **{name.removeprefix(PREFIX): score for name, score in scores.items()},
-        "uncovered": 1 - neighbourhood["coverage"],
+        name.removeprefix(PREFIX): value for name, value in row.items() if name.startswith(PREFIX)
     }
 
 

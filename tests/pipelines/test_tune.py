@@ -55,13 +55,15 @@ def make_task(shards: Path, runs: Path, *, objective: str = "frechet_distance") 
 
 def make_trial(number: int, score: float, **changes: Any) -> Trial:
     finite = math.isfinite(score)
+    scores = {"frechet_distance": score, "image_reconstruction": 2 - score, "uncovered": 0.5}
     trial = Trial(
         number=number,
         settings=dict.fromkeys(CONFIG.search, 0.3 + number / 100),
         run_name=f"aegan-{number}",
         ended="finished" if finite else "diverged",
         step=6 if finite else 0,
-        scores={"frechet_distance": score, "image_reconstruction": 2 - score, "uncovered": 0.5},
+        scores=scores,
+        history={2: scores, 6: scores},
     )
     return replace(trial, **changes)
 
@@ -329,6 +331,7 @@ def test_the_winner_is_an_overlay_that_sets_exactly_its_values(tmp_path):
 def test_results_are_a_table_an_overlay_a_comparison_and_three_pictures(tmp_path, objective, count):
     trials = [make_trial(i, 1 / (i + 1)) for i in range(count)]
     trials += [make_trial(count, math.inf), make_trial(count + 1, 0.7, ended="stopped", step=2)]
+    trials[-1].history.pop(6)
     trials += [make_trial(count + 2, 1.0, ended="failed", step=0, scores={})]
     config = replace(CONFIG, objective=objective)
     tune.write(trials, make_comparison(trials[1].settings), config, tmp_path / "tune")
