@@ -25,7 +25,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run submit test test-cluster test-quick check mlflow serve refresh lock clean
+.PHONY: run submit test test-cluster test-quick check mlflow serve refresh tune lock clean
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -60,6 +60,12 @@ refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download
 	@$(MAKE) --no-print-directory run
 
+tune: .venv/installed ## search better settings, off by default (docs/tuning.md)
+	@$(BIN)/dvc repro tune/dvc.yaml
+	@echo
+	@echo "results:     artifacts/tune"
+	@echo "use them:    $(BIN)/python -m pipelines.params artifacts/tune/tuned.yaml && make run"
+
 lock: .venv/installed ## resolve the newest permitted versions into requirements.lock
 	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev --extra server \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
@@ -70,7 +76,7 @@ infra/.env: ## random passwords for infra/compose.yaml
 	infra/make_env.sh
 
 clean: ## forget all results; the source images and .venv stay
-	rm -rf artifacts data report runs dvc.lock
+	rm -rf artifacts data report runs dvc.lock tune/dvc.lock
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'

@@ -119,6 +119,33 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchRange:
+    """The values among which the search looks for one setting."""
+
+    low: float
+    high: float
+    scale: Literal["log", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """The search for better settings of loss and optimisers (stage `tune`, docs/tuning.md)."""
+
+    search: dict[str, SearchRange]  # by the setting's name: loss.gamma, training.learning_rate, ...
+    objective: Literal["frechet_distance", "image_reconstruction", "pareto"]
+    num_trials: int  # the settings of params.yaml are the first of them
+    num_steps: int  # of a trial that is not stopped early
+    grace_steps: int  # before a trial may be stopped; also the steps between two checkpoints
+    reduction_factor: int  # one trial of so many goes on, until so many times as many steps
+    concurrent_trials: int
+    gpus_per_trial: float  # share of one GPU, where there are any
+    num_finalists: int  # best trials that are trained again with other seeds
+    seeds_per_finalist: int
+    seeds_of_comparison: int  # of the winner with the settings of params.yaml, on test images
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How the trained model is judged on held-out images (stage `evaluate`)."""
 

@@ -32,8 +32,11 @@ def show_ray_logs() -> bool:
 
 
 @contextmanager
-def ray_session() -> Iterator[bool]:
-    """Connected to Ray inside; yields whether it is a private one on this machine."""
+def ray_session(*, dashboard: bool = False) -> Iterator[bool]:
+    """Connected to Ray inside; yields whether it is a private one on this machine.
+
+    A private one has a dashboard on request: Ray Tune waits for it forever when it stops a trial.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
     address = os.environ.get("RAY_ADDRESS", "")
@@ -55,7 +58,8 @@ def ray_session() -> Iterator[bool]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     private: dict[str, Any] = {
         "address": "local",
-        "include_dashboard": False,
+        "include_dashboard": dashboard,
+        "dashboard_host": "127.0.0.1",
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
     # Nodes of a cluster need this code; a job's working directory may not be ours.

@@ -23,6 +23,7 @@ SECTIONS: dict[str, type] = {
     "loss": config.LossConfig,
     "training": config.TrainingConfig,
     "compute": config.ComputeConfig,
+    "tune": config.TuneConfig,
     "evaluate": config.EvaluateConfig,
     "interpolate": config.InterpolateConfig,
     "register": config.RegisterConfig,
@@ -53,12 +54,15 @@ def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
 
 def parse_section(name: str, values: Any) -> Any:
     """One section's values as its dataclass; names the key, what is wrong and what is allowed."""
-    section = SECTIONS[name]
-    hints = get_type_hints(section)
+    return _parse(name, values, SECTIONS[name])
+
+
+def _parse(name: str, values: Any, kind: type) -> Any:
+    hints = get_type_hints(kind)
     if not isinstance(values, dict):
         raise UserError(f"params.yaml: {name} must hold the keys {', '.join(hints)}")
     _check_keys(f"params.yaml: keys of {name}", values, list(hints))
-    return section(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
+    return kind(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
 
 
 def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:
@@ -73,6 +77,13 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         if value not in get_args(kind):
             raise UserError(f"params.yaml: {key} is {value!r}; allowed: {list(get_args(kind))}")
         return value
+    if dataclasses.is_dataclass(kind):
+        return _parse(key, value, cast(type, kind))
+    if get_origin(kind) is dict:  # any names, values of one kind
+        if not isinstance(value, dict):
+            raise UserError(f"params.yaml: {key} is {value!r}; expected names with their values")
+        item = get_args(kind)[1]
+        return {name: _convert(f"{key}.{name}", entry, item) for name, entry in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -109,6 +120,18 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
     aside.write_text(text.getvalue(), encoding="utf-8")
     aside.replace(path)
     return changed
+
+
+def write_overlay(values: dict[str, Any], file: Path, *, comment: str) -> None:
+    """Write settings by their dotted names, `loss.gamma`, as an overlay of params.yaml."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    text = StringIO()
+    YAML().dump(sections, text)
+    lines = "".join(f"# {line}\n" for line in comment.splitlines())
+    file.write_text(lines + text.getvalue(), encoding="utf-8")
 
 
 def main() -> None:

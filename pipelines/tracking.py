@@ -71,6 +71,12 @@ class Version:
     reused: bool
 
 
+def set_environment() -> None:
+    """Switch MLflow's telemetry and chatter off; has to come before anything imports it."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def tracking_uri() -> str:
     """Where runs and models are kept."""
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
@@ -94,6 +100,64 @@ def register(record: Record, *, experiment: str, model_name: str, alias: str) ->
         registered = found or _create_version(mlflow, client, record, experiment, model_name)
         client.set_registered_model_alias(model_name, alias, registered.number)
         return registered
+
+
+def log_search(
+    search: str, *, experiment: str, tags: Mapping[str, Any], files: Sequence[Path]
+) -> str:
+    """The run that the trials of a search are nested in, with its results; returns the run's id."""
+    with _readable_errors():
+        mlflow = _import_mlflow()
+        client = mlflow.MlflowClient()
+        run_id = _search_run(mlflow, client, search, experiment)
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        client.set_terminated(run_id)
+        return run_id
+
+
+def log_trial(
+    name: str,
+    *,
+    search: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    points: Sequence[Point],
+    tags: Mapping[str, str],
+) -> None:
+    """Store one trial as a run nested in its search's, unless it is there whole; raises UserError.
+
+    A run of that name that was cut off when it was written, or has other tags, is replaced.
+    """
+    with _readable_errors():
+        mlflow = _import_mlflow()
+        client = mlflow.MlflowClient()
+        parent = _search_run(mlflow, client, search, experiment)
+        experiment_id = client.get_run(parent).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = '{name}'"
+        for run in client.search_runs([experiment_id], query):
+            if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
+                return
+            client.delete_run(run.info.run_id)
+        tags = {**tags, "mlflow.parentRunId": parent}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+        _log_numbers(client, run_id, params, points)
+        client.set_terminated(run_id)
+
+
+def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
+    """The id of the run of that name, which is made where there is none."""
+    experiment_id = mlflow.set_experiment(experiment).experiment_id
+    found = client.search_runs([experiment_id], f"tags.search = '{search}'")
+    if found:
+        run_id: str = found[0].info.run_id
+        return run_id
+    made: str = client.create_run(
+        experiment_id, tags={"search": search}, run_name=search
+    ).info.run_id
+    return made
 
 
 def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
@@ -143,18 +207,25 @@ def _create_version(
         return Version(number=str(made.version), run_id=run_id, reused=False)
 
 
-def _log_record(client: Any, run_id: str, record: Record) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+def _log_numbers(
+    client: Any, run_id: str, params: Mapping[str, Any], points: Sequence[Point]
+) -> None:
+    from mlflow.entities import Metric, Param
 
-    params = [Param(name, str(value)) for name, value in record.params.items()]
-    for batch in _batches(params, MAX_PARAMS):
+    all_params = [Param(name, str(value)) for name, value in params.items()]
+    for batch in _batches(all_params, MAX_PARAMS):
         client.log_batch(run_id, params=batch)
     metrics = [
-        Metric(point.name, point.value, round(point.time * 1000), point.step)
-        for point in record.points
+        Metric(point.name, point.value, round(point.time * 1000), point.step) for point in points
     ]
     for batch in _batches(metrics, MAX_POINTS):
         client.log_batch(run_id, metrics=batch)
+
+
+def _log_record(client: Any, run_id: str, record: Record) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    _log_numbers(client, run_id, record.params, record.points)
     dataset = Dataset(
         name=record.dataset["name"],
         digest=record.dataset["sha256"][:MAX_DIGEST],
@@ -197,8 +268,7 @@ def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 def _import_mlflow(*, writing: bool = True) -> Any:
     """MLflow with its telemetry and chatter off, pointed at a store that is known to answer."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     given, uri = os.environ.get("MLFLOW_TRACKING_URI"), tracking_uri()
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))

@@ -1,0 +1,177 @@
+"""The stage tune on a real Ray: killed in the middle, restored by the same command, and used."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from aegan import checkpoint, manifold
+from aegan.config import SPLITS
+from pipelines import params
+from tests.shards import write_shards
+from tests.tiny import PARAMS, SMALL
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+ROOT = PARAMS.parent
+NUM_TRIALS, NUM_STEPS, GRACE_STEPS = 12, 36, 12
+SMALL_PARAMETERS: dict[str, dict[str, Any]] = {
+    "model": {"latent_dim": 4, "base_channels": 4},
+    "training": SMALL | {"num_steps": 10},
+    "compute": {"threads_per_worker": 1},
+    "tune": {
+        "num_trials": NUM_TRIALS,
+        "num_steps": NUM_STEPS,
+        "grace_steps": GRACE_STEPS,
+        "concurrent_trials": 2,
+        "num_finalists": 1,
+        "seeds_per_finalist": 1,
+        "seeds_of_comparison": 2,
+    },
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with small parameters and 16x16 images of the designed set."""
+    rows = dict(zip(SPLITS, (64, 24, 24), strict=True))
+    factors = manifold.sample_factors(np.arange(sum(rows.values())), seed=0)
+    images = manifold.render(factors, image_size=16)
+    pieces = np.split(images, np.cumsum(list(rows.values()))[:-1])
+    write_shards(tmp_path / "data/shards", dict(zip(SPLITS, pieces, strict=True)))
+    shutil.copy(PARAMS, tmp_path)
+    change(tmp_path, SMALL_PARAMETERS)
+    return tmp_path
+
+
+def change(project: Path, parameters: dict[str, dict[str, Any]]) -> None:
+    with (project / "overlay.yaml").open("w") as file:
+        YAML().dump(parameters, file)
+    params.apply_overlay(project / "overlay.yaml", project / "params.yaml")
+
+
+def start(project: Path, stage: str = "tune") -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"pipelines.{stage}"],
+        cwd=project,
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, expected: int = 0) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == expected, output
+    return output
+
+
+def kill_in_the_middle(process: subprocess.Popen[str]) -> str:
+    """SIGKILL after a few trials have ended; returns what was printed."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if sum(line.startswith("trial ") for line in lines) == NUM_TRIALS // 3:
+            break
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(tree, timeout=90)
+    assert [child for child in alive if child.is_running()] == []
+    return "".join(lines)
+
+
+def ended(output: str, how: str) -> set[int]:
+    """Numbers of the trials that a log says ended that way."""
+    words = [line.split() for line in output.splitlines() if line.startswith("trial ")]
+    return {int(line[1]) for line in words if line[4] == how}
+
+
+def trained_at(project: Path) -> dict[str, int]:
+    """When each trial that was trained to the end wrote its last checkpoint."""
+    found = {}
+    for folder in project.glob("runs/tune-*/trials/*"):
+        if checkpoint.steps(folder / "checkpoints")[-1:] == [NUM_STEPS]:
+            last = checkpoint.path_of(folder / "checkpoints", NUM_STEPS)
+            found[folder.name] = last.stat().st_mtime_ns
+    return found
+
+
+def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(project: Path) -> None:
+    first = kill_in_the_middle(start(project))
+    before = trained_at(project)
+    assert before
+    assert 0 < len(ended(first, "finished")) < NUM_TRIALS, first
+    time.sleep(0.01)
+
+    second = finish(start(project))
+    assert "going on with search" in second
+    after = trained_at(project)
+    assert {name: after[name] for name in before} == before  # not trained again
+    with (project / "artifacts/tune/trials.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    assert [int(trial["trial"]) for trial in trials] == list(range(NUM_TRIALS))
+    assert {trial["ended"] for trial in trials} <= {"finished", "stopped", "diverged"}
+    assert float(trials[0]["loss.gamma"]) == YAML().load(PARAMS)["loss"]["gamma"]
+    for how in ("finished", "stopped"):  # the verdicts before the kill still stand
+        assert ended(first, how) <= {int(row["trial"]) for row in trials if row["ended"] == how}
+    assert "Traceback" not in first + second
+
+    comparison = json.loads((project / "artifacts/tune/comparison.json").read_text())
+    winner = comparison["winner"]
+    finalists = {finalist["trial"]: finalist for finalist in comparison["finalists"]}
+    assert {0, winner["trial"]} <= finalists.keys()
+    means = {
+        number: finalist["validation"]["frechet_distance"]["mean"]
+        for number, finalist in finalists.items()
+    }
+    assert means[winner["trial"]] == min(means.values())
+
+    overlay = project / "artifacts/tune/tuned.yaml"
+    params.apply_overlay(overlay, project / "params.yaml")
+    finish(start(project, "train"))
+    run = json.loads((project / "artifacts/train/run.json").read_text())
+    for name, value in winner["settings"].items():
+        section, key = name.split(".")
+        assert run["params"][section][key] == value
+
+
+def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: Path) -> None:
+    process = start(project)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("trial "))
+    tree = psutil.Process(process.pid).children(recursive=True)
+    listening = {
+        connection.laddr.ip
+        for child in tree
+        for connection in child.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    os.kill(process.pid, signal.SIGINT)
+    output = finish(process, expected=130)
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(tree, timeout=30)
+    assert [child for child in alive if child.is_running()] == []
+
+
+def test_more_trials_at_once_than_cpus_is_one_clear_line(project: Path) -> None:
+    change(project, {"tune": {"concurrent_trials": 10_000}, "compute": {"device": "cpu"}})
+    output = finish(start(project), expected=1)
+    assert "error: tune.concurrent_trials is 10000, but there are" in output
+    assert "Traceback" not in output
