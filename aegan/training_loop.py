@@ -207,7 +207,7 @@ def train(
                     interval=options.checkpoint_interval_steps,
                 )
         if save_due:
-            report({"step": state.step, **row})
+            report({"step": state.step, "images_per_second": speed, **row})
         if stop and not last:
             return Outcome(finished=False, step=state.step)
     return Outcome(finished=True, step=state.step)

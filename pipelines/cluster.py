@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 
+ORPHAN_WAIT_SECONDS = 60  # until the worker of a driver that was killed has ended
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # training sends nothing through Ray's object store
 CONNECT_SECONDS = 10.0
 CODE = Path(__file__).parent.parent

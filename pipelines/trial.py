@@ -22,7 +22,8 @@ from aegan.metrics.features import extract, random_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.state import export_model
 from aegan.validation import validate
-from pipelines.train import ORPHAN_WAIT_SECONDS, run_name
+from pipelines.cluster import ORPHAN_WAIT_SECONDS
+from pipelines.train import run_name
 
 SCORES = ("frechet_distance", "image_reconstruction", "uncovered")
 OBJECTIVES: dict[str, tuple[str, ...]] = {  # scores that the search lowers, by `tune.objective`

@@ -18,13 +18,12 @@ from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, ConfigError, TrainConfig
 from aegan.training_loop import DivergedError
 from aegan.training_loop import train as training_loop
-from pipelines.cluster import cpus_of_this_node
+from pipelines import metrics_export
+from pipelines.cluster import ORPHAN_WAIT_SECONDS, cpus_of_this_node
 from pipelines.errors import UserError
 from pipelines.process_group import told_to_end
 from pipelines.run_store import OUTCOME, STOP, RunStore, Uploader
 from pipelines.shard_store import fetch_shards, node_folder
-
-ORPHAN_WAIT_SECONDS = 60
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +115,8 @@ class _Place:
         """Called by every rank when a checkpoint was saved."""
         if self._uploader is not None:
             self._uploader.checkpoint_saved()
+        if self._rank == 0:
+            metrics_export.export(metrics, run=self.run_folder.name)
         ray.train.report(metrics)
 
     def should_stop(self) -> bool:
