@@ -25,6 +25,7 @@ from ray.tune.search.optuna import OptunaSearch
 from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneConfig
 from pipelines import tracking
+from pipelines.cluster import show_ray_logs
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.trial import (
@@ -107,6 +108,8 @@ def search(
         os.environ.setdefault(name, value)
     tracking.set_environment()  # Ray Tune imports MLflow to count who uses it
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not show_ray_logs():
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors come with the results
     trainable = tune.with_resources(
         tune.with_parameters(trial_process, task=task), {"cpu": share.cpus, "gpu": share.gpus}
     )
@@ -125,6 +128,7 @@ def search(
                 search_alg=_sampler(task, config, start),
                 scheduler=scheduler,
                 reuse_actors=True,  # a process takes seconds to start
+                trial_dirname_creator=folder_of,
             ),
             run_config=tune.RunConfig(
                 name=experiment.name,
@@ -136,13 +140,16 @@ def search(
         )
     results = tuner.fit()
     trials = [
-        read_trial(task, result.config, result.metrics, error=result.error) for result in results
+        read_trial(task, number_of(result.path), result.config, result.metrics, error=result.error)
+        for result in results
     ]
     if not any(trial.ended == "finished" for trial in trials):
-        reason = results.errors[0] if results.errors else "each of them diverged"
-        if isinstance(reason, RayTaskError):
-            reason = reason.cause
-        raise UserError(f"no trial was trained to the end: {reason}")
+        reasons = [result.metrics["error"] for result in results if "error" in result.metrics]
+        reasons += [str(error).splitlines()[-1] for error in results.errors]
+        raise UserError(
+            f"no trial was trained to the end: {(reasons or ['each of them diverged'])[0]} "
+            "(AEGAN_RAY_LOGS=1 shows all that Ray says)"
+        )
     return sorted(trials, key=lambda trial: trial.number)
 
 
@@ -182,23 +189,32 @@ def train_all(
         ) from None
 
 
+def folder_of(ray_trial: Any) -> str:
+    """Ray Tune's folder for a trial: its number, from 0."""
+    return str(int(ray_trial.experiment_tag.partition("_")[0]) - 1)
+
+
+def number_of(folder: str) -> int:
+    """The number in such a folder's name; Tune appends letters where there was one already."""
+    return int(Path(folder).name.partition("_")[0])
+
+
 def read_trial(
-    task: Task, settings: Settings, result: Mapping[str, Any] | None, *, error: object
+    task: Task, number: int, settings: Settings, result: Mapping[str, Any] | None, *, error: object
 ) -> Trial:
     """A trial from what Ray Tune knows of it: its settings and its last report."""
     result, settings = result or {}, rounded(settings)
     step = int(result.get("step", 0))
     ended: Ended = "finished" if step == task.start.training.num_steps else "stopped"
-    if error:
+    if error or "error" in result:
         ended = "failed"
     elif result.get("diverged"):
         ended = "diverged"
-    tag = str(result.get("experiment_tag", "0")).partition("_")[0]  # counts trials from 1
     config = task.config(settings, seed=task.start.training.seed)
     scores = {name: float(result[name]) for name in SCORES if name in result}
     logged = {int(row["step"]): scores_in(row) for row in curves(task, config)}
     return Trial(
-        number=int(tag) - 1,
+        number=number,
         settings=settings,
         run_name=task.run_folder(config).name,
         ended=ended,
@@ -231,7 +247,8 @@ class Follower(tune.Callback):  # type: ignore[misc]
         vars(self._scheduler).update(state["scheduler"])
 
     def _show(self, ray_trial: Any, *, error: object) -> None:
-        trial = read_trial(self._task, ray_trial.config, ray_trial.last_result, error=error)
+        number = int(folder_of(ray_trial))
+        trial = read_trial(self._task, number, ray_trial.config, ray_trial.last_result, error=error)
         log.info(
             "trial %d (of %d) %s at step %d  %s  %s",
             trial.number,

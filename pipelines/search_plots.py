@@ -150,7 +150,9 @@ def _importance(
                     value=trial.history[step][objective],
                 )
             )
-        weights = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+        weights = dict.fromkeys(search, 0.0)
+        if len({trial.history[step][objective] for trial in inside}) > 1:
+            weights = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
         positions = np.arange(len(search)) + i * height
         ax.barh(positions, [weights[name] for name in search], height=height, label=objective)
     ax.set_yticks(np.arange(len(search)) + 0.4 - height / 2, list(search), fontsize=8)

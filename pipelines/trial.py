@@ -16,7 +16,8 @@ from filelock import FileLock
 
 import aegan
 from aegan import checkpoint, training_loop
-from aegan.config import Split, TrainConfig
+from aegan.checkpoint import CheckpointError
+from aegan.config import ConfigError, Split, TrainConfig
 from aegan.dataset import load_images, read_manifest
 from aegan.metrics.features import extract, random_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
@@ -101,8 +102,8 @@ def run_trial(task: Task, config: TrainConfig, report: Callable[[dict[str, Any]]
     """Train, and report the scores on validation images at every checkpoint.
 
     What was trained before the search was killed is reported first, and may be enough. Objectives
-    that the loop does not measure are reported at the end only. Training that diverges is reported
-    with infinite scores and without a step.
+    that the loop does not measure are reported at the end only. Training that diverges, or that
+    no second try would help, is reported with infinite scores and without a step.
     """
     reported = False
 
@@ -119,6 +120,9 @@ def run_trial(task: Task, config: TrainConfig, report: Callable[[dict[str, Any]]
         train(task, config, on_checkpoint)
     except training_loop.DivergedError:
         report({"diverged": True, **dict.fromkeys(task.objectives, math.inf)})
+        return
+    except (CheckpointError, ConfigError) as error:
+        report({"error": str(error), **dict.fromkeys(task.objectives, math.inf)})
         return
     if not reported:
         report({"step": config.training.num_steps, **judge(task, config, "validation")})

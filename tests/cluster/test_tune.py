@@ -79,8 +79,8 @@ def finish(process: subprocess.Popen[str], *, expected: int = 0) -> str:
     return output
 
 
-def kill_in_the_middle(process: subprocess.Popen[str]) -> str:
-    """SIGKILL after a few trials have ended; returns what was printed."""
+def kill_in_the_middle(process: subprocess.Popen[str]) -> tuple[str, list[psutil.Process]]:
+    """SIGKILL after a few trials have ended; returns what was printed, and the orphans."""
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:
@@ -90,9 +90,7 @@ def kill_in_the_middle(process: subprocess.Popen[str]) -> str:
     tree = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(tree, timeout=90)
-    assert [child for child in alive if child.is_running()] == []
-    return "".join(lines)
+    return "".join(lines), tree
 
 
 def ended(output: str, how: str) -> set[int]:
@@ -112,7 +110,7 @@ def trained_at(project: Path) -> dict[str, int]:
 
 
 def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(project: Path) -> None:
-    first = kill_in_the_middle(start(project))
+    first, orphans = kill_in_the_middle(start(project))
     before = trained_at(project)
     assert before
     assert 0 < len(ended(first, "finished")) < NUM_TRIALS, first
@@ -148,6 +146,8 @@ def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(proje
     for name, value in winner["settings"].items():
         section, key = name.split(".")
         assert run["params"][section][key] == value
+    _, alive = psutil.wait_procs(orphans, timeout=90)  # idle agents of Ray wait for a minute
+    assert [child for child in alive if child.is_running()] == []
 
 
 def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: Path) -> None:
@@ -168,6 +168,13 @@ def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: 
     assert "Traceback" not in output
     _, alive = psutil.wait_procs(tree, timeout=30)
     assert [child for child in alive if child.is_running()] == []
+
+
+def test_settings_that_cannot_train_end_in_one_clear_line(project: Path) -> None:
+    change(project, {"training": {"batch_size": 0}, "tune": {"num_trials": 2}})
+    output = finish(start(project), expected=1)
+    assert "error: no trial was trained to the end: training.batch_size is 0" in output
+    assert "Traceback" not in output
 
 
 def test_more_trials_at_once_than_cpus_is_one_clear_line(project: Path) -> None:

@@ -58,7 +58,10 @@ def make_trial(number: int, score: float, **changes: Any) -> Trial:
     scores = {"frechet_distance": score, "image_reconstruction": 2 - score, "uncovered": 0.5}
     trial = Trial(
         number=number,
-        settings=dict.fromkeys(CONFIG.search, 0.3 + number / 100),
+        settings={
+            name: between.low + (between.high - between.low) * (number + 1) / 100
+            for name, between in CONFIG.search.items()
+        },
         run_name=f"aegan-{number}",
         ended="finished" if finite else "diverged",
         step=6 if finite else 0,
@@ -253,6 +256,16 @@ def test_a_trial_that_diverges_reports_the_worst_scores(shards, tmp_path):
     config, reports = task.config({"training.learning_rate": 1e30}, seed=0), []
     run_trial(task, config, reports.append)
     assert reports[-1] == {"diverged": True, "frechet_distance": math.inf}
+
+
+def test_settings_that_cannot_train_are_reported_instead_of_tried_again(shards, tmp_path):
+    task = make_task(shards, tmp_path)
+    task = replace(task, start=replace(task.start, training=replace(START.training, batch_size=0)))
+    reports: list[dict[str, Any]] = []
+    run_trial(task, task.config({}, seed=0), reports.append)
+    [report] = reports
+    assert "training.batch_size is 0" in report["error"]
+    assert report["frechet_distance"] == math.inf
 
 
 def test_scores_on_test_images_are_of_those_images(shards, tmp_path):
