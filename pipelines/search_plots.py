@@ -50,6 +50,7 @@ def _slices(
     figure = Figure(figsize=(2.4 * len(search), 2.6 * len(objectives) + 0.5), layout="constrained")
     axes = figure.subplots(len(objectives), len(search), sharey="row", sharex="col", squeeze=False)
     for row, objective in zip(axes, objectives, strict=True):
+        scale = "log" if all(trial.scores[objective] > 0 for trial in trials) else "linear"
         for ax, (name, between) in zip(row, search.items(), strict=True):
             for trial in trials:
                 ended = trial.ended == "finished"
@@ -62,7 +63,7 @@ def _slices(
                     fillstyle="full" if ended else "none",
                     clip_on=False,
                 )
-            ax.set(xscale=between.scale, yscale="log", xlim=(between.low, between.high))
+            ax.set(xscale=between.scale, yscale=scale, xlim=(between.low, between.high))
             ax.grid(alpha=0.3)
         row[0].set_ylabel(f"{objective} (lower is better)", fontsize=8)
     for ax, name in zip(axes[-1], search, strict=True):
@@ -84,9 +85,8 @@ def _parallel_coordinates(
     scores = {name: np.array([trial.scores[name] for trial in trials]) for name in objectives}
     ranges = dict(search)
     for name, values in scores.items():
-        ranges[name] = SearchRange(
-            low=float(values.min()) * 0.97, high=float(values.max()) * 1.03, scale="log"
-        )
+        low, high = float(values.min()) * 0.97, float(values.max()) * 1.03 + 1e-6
+        ranges[name] = SearchRange(low=low, high=high, scale="log" if low > 0 else "linear")
     figure = Figure(figsize=(1.75 * len(columns) + 1, 4.2), layout="constrained")
     ax = figure.add_subplot()
     norm = LogNorm(ranges[objectives[0]].low, ranges[objectives[0]].high)
