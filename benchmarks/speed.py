@@ -191,7 +191,7 @@ def measure_steps(
             results[form.name]["peak_memory_mib"] = memory[form] // 2**20
         if form.plain or form.compiled or form.graphs:
             continue
-        rate = statistics.median(rates[form.precision])
+        rate = max(rates[form.precision])  # what the machine can do
         with Counter() as count:
             rounds[form]()
         flops, traffic = count.flops / INTERVAL, count.bytes / INTERVAL
@@ -204,7 +204,7 @@ def measure_steps(
         }
     return {
         "matrix_product_gflop_per_second": {
-            precision: round(statistics.median(found) / 1e9) for precision, found in rates.items()
+            precision: round(max(found) / 1e9) for precision, found in rates.items()
         },
         "copy_gbyte_per_second": round(bandwidth / 1e9, 1),
         "forms": results,
