@@ -1,7 +1,8 @@
 """infra/kubernetes: schemas, references and what must hold of every pod.
 
 `kubectl kustomize` (or `kustomize build`) renders the overlays; where there is neither, the tests
-of what is rendered are skipped. The fields of KubeRay's own kinds are those of its API reference.
+of what is rendered are skipped. The fields of KubeRay's own kinds are typed from its sources
+and parts of its API reference, names only.
 """
 
 import shutil
