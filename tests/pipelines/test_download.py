@@ -17,8 +17,14 @@ from pipelines.errors import UserError
 from tests.pictures import blocks, write_folder
 
 
-def config(source: str | Path, images: int = 10) -> DataConfig:
-    return DataConfig(source=str(source), manifold_images=images, manifold_size=16, manifold_seed=3)
+def config(source: str | Path, images: int = 10, *, in_place: bool = False) -> DataConfig:
+    return DataConfig(
+        source=str(source),
+        in_place=in_place,
+        manifold_images=images,
+        manifold_size=16,
+        manifold_seed=3,
+    )
 
 
 def rows(folder: Path) -> list[dict]:

@@ -41,7 +41,9 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def config(source: str) -> DataConfig:
-    return DataConfig(source=source, manifold_images=1, manifold_size=16, manifold_seed=0)
+    return DataConfig(
+        source=source, in_place=False, manifold_images=1, manifold_size=16, manifold_seed=0
+    )
 
 
 def test_objects_are_those_at_or_below_the_address_and_no_neighbours(bucket):
