@@ -18,7 +18,6 @@ from pipelines.cluster import ray_session, shipped_environment, show_ray_logs
 from pipelines.decode import Piece, decode_rows
 from pipelines.errors import UserError
 from pipelines.shards import write_parquet
-from pipelines.sources import PARALLEL_READS
 
 
 def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[None]:
@@ -72,14 +71,14 @@ def _decode_piece(listing: pa.Table, config: PreprocessConfig, pillow: str) -> p
             stream.write_table(decoded)
     except UserError as problem:
         error = str(problem)
-    content = pa.array([part.getvalue()], pa.large_binary())
+    content = pa.array([part.getvalue().to_pybytes()], pa.large_binary())
     return pa.table({"piece": [number], "part": content, "error": [error]})
 
 
 def _fetch(listing: pa.Table) -> pa.Table:
     """The same files as rows of a snapshot that holds them: `source`, `content`."""
     urls, etags, sizes = (listing.column(name).to_pylist() for name in ("url", "etag", "bytes"))
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+    with ThreadPoolExecutor(storage.PARALLEL_READS) as pool:
         contents = pa.array(pool.map(_read, urls, etags, sizes), pa.large_binary())
     return pa.table({"source": listing.column("source"), "content": contents})
 

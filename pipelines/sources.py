@@ -48,7 +48,6 @@ DAMAGE = (
     NotImplementedError,
     RecursionError,
 )
-PARALLEL_READS = 8  # from a bucket; each holds at most one file in memory
 
 
 @dataclass(frozen=True)
@@ -285,11 +284,11 @@ def read_bucket(url: str) -> Entries:
         return RawFile(name, storage.read_object(address))
 
     objects = (item for item in storage.list_objects(prefix) if not item[0].endswith("/"))
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+    with ThreadPoolExecutor(storage.PARALLEL_READS) as pool:
         waiting: deque[Future[RawFile | Skipped]] = deque()
         for address, size in objects:
             waiting.append(pool.submit(read, address, size))
-            if len(waiting) == PARALLEL_READS:
+            if len(waiting) == storage.PARALLEL_READS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -29,6 +29,7 @@ from botocore.exceptions import (
 from pipelines.errors import UserError
 from pipelines.files import clear_disk_errors
 
+PARALLEL_READS = 8  # of small objects; each holds at most one in memory
 READ_ATTEMPTS = 4  # of a body that breaks off; whole requests are retried by botocore
 PATIENCE_SECONDS = 120.0  # how long a bucket that does not answer is asked again
 BUSY = ("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "InternalError")

@@ -17,10 +17,10 @@ from pipelines.errors import UserError
 from tests.pictures import blocks, write_folder
 
 
-def config(source: str | Path, images: int = 10, *, in_place: bool = False) -> DataConfig:
+def config(source: str | Path, images: int = 10) -> DataConfig:
     return DataConfig(
         source=str(source),
-        in_place=in_place,
+        in_place=False,
         manifold_images=images,
         manifold_size=16,
         manifold_seed=3,
