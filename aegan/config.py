@@ -25,6 +25,7 @@ class DataConfig:
     source: (
         str  # manifold | a folder | .zip/.tar archive | kaggle:owner/name | s3://... | https://...
     )
+    in_place: bool  # s3://bucket/prefix only: store no files, preprocess fetches them through Ray
     manifold_images: int  # size of the designed set, when source is `manifold`
     manifold_size: int  # its side in pixels
     manifold_seed: int

@@ -71,7 +71,9 @@ def write_image_files(folder: Path, count: int) -> None:
 def ways(folder: Path) -> dict[str, Callable[[], int]]:
     """Each way handles some images and returns how many."""
     files, raw, shards = folder / "files", folder / "raw", folder / "shards"
-    source = DataConfig(source=str(files), manifold_images=1, manifold_size=8, manifold_seed=0)
+    source = DataConfig(
+        source=str(files), in_place=False, manifold_images=1, manifold_size=8, manifold_seed=0
+    )
     share = slice(0, BATCH_SIZE)
     loader = DataLoader(ImageFiles(files), BATCH_SIZE, shuffle=True, num_workers=WORKERS)
 

@@ -54,7 +54,11 @@ def make_project(project: Path, files: list[Path]) -> Path:
     text = text.replace(image_size, f"  image_size: {OUTPUT_SIZE}")
     (project / "params.yaml").write_text(text, encoding="utf-8")
     source = DataConfig(
-        source=str(files[0].parent), manifold_images=1, manifold_size=8, manifold_seed=0
+        source=str(files[0].parent),
+        in_place=False,
+        manifold_images=1,
+        manifold_size=8,
+        manifold_seed=0,
     )
     download(source, project / "data/raw")
     return project

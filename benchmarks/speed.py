@@ -227,7 +227,11 @@ def configuration(preset: str, folder: Path) -> tuple[TrainConfig, PreprocessCon
 
 def make_shards(config: PreprocessConfig, folder: Path, count: int) -> Path:
     source = DataConfig(
-        source="manifold", manifold_images=count, manifold_size=config.image_size, manifold_seed=0
+        source="manifold",
+        in_place=False,
+        manifold_images=count,
+        manifold_size=config.image_size,
+        manifold_seed=0,
     )
     download(source, folder / "raw")
     preprocess(

@@ -1,6 +1,7 @@
 """First pass of `preprocess`: row groups of the snapshot -> part files, on all cores.
 
-A worker reads its own row group and writes its own part: no pixel travels between processes.
+A worker reads its own row group and writes its own part: no pixel travels between processes. A
+snapshot that is only a listing is decoded by `decode_on_ray.py` instead, with the same function.
 """
 
 import hashlib
@@ -57,7 +58,11 @@ def decode_snapshot(
     missing = [piece for piece in pieces if not _is_complete(piece)]
     processes = min(processes or available_cores(), max(1, len(missing)))
     decode = partial(_decode_row_group, config)
-    if processes == 1:
+    if missing and "url" in pq.read_schema(missing[0].shard).names:  # a listing, not the files
+        from pipelines.decode_on_ray import decode_pieces  # slow to import, for listings alone
+
+        _run(decode_pieces(config, missing), total=len(missing))
+    elif processes == 1:
         _run(map(decode, missing), total=len(missing))
     else:
         _run_in_pool(decode, missing, processes=processes)
@@ -130,11 +135,16 @@ def _set_up_worker() -> None:
 def _decode_row_group(config: PreprocessConfig, piece: Piece) -> None:
     """Rows of the snapshot => the same rows decoded, or with the reason why not."""
     found = pq.ParquetFile(piece.shard).read_row_group(piece.row_group)
+    write_parquet(decode_rows(found, config), piece.part)
+
+
+def decode_rows(found: pa.Table, config: PreprocessConfig) -> pa.Table:
+    """`decode_files` of the column `content`, beside the other columns."""
     decoded = decode_files(found.column("content"), config)
     for name in found.column_names:
         if name != "content":
             decoded = decoded.append_column(name, found.column(name))
-    write_parquet(decoded, piece.part)
+    return decoded
 
 
 def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Table:

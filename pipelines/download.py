@@ -1,4 +1,7 @@
-"""Stage `download`: any source -> data/raw/, the files as found in a few Parquet shards."""
+"""Stage `download`: any source -> data/raw/, the files as found in a few Parquet shards.
+
+With `data.in_place` only the listing of a bucket's prefix is stored, and the files stay there.
+"""
 
 import hashlib
 import io
@@ -22,9 +25,11 @@ from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
     Entries,
+    ListedFile,
     RawFile,
     Skipped,
     is_archive_name,
+    list_bucket,
     read_archive,
     read_bucket,
     read_folder,
@@ -36,6 +41,7 @@ SCHEMA_VERSION = 1
 SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
 ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes
 ROW_GROUP_ROWS = 1024
+LISTED_ROWS = 256  # of a listing: every file is a request, so a piece takes long enough
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class Source:
     entries: Entries
     archive: Path | None = None  # hashed as it is; otherwise the files are
     factors: tuple[str, ...] = ()
+    in_place: bool = False  # the entries are a listing
 
 
 def download(config: DataConfig, folder: Path) -> dict[str, Any]:
@@ -64,6 +71,11 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
     address = config.source
     scheme = address.partition(":")[0].lower()
     fetched = workspace / "fetched"
+    if config.in_place and (scheme != "s3" or is_archive_name(address)):
+        raise UserError(
+            f"params.yaml: data.in_place is true, but data.source {address!r} is no "
+            "s3://bucket/prefix with images below it: set data.in_place to false"
+        )
     try:
         if address == "manifold":
             yield _manifold(config)
@@ -72,6 +84,8 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
         elif scheme == "s3" and is_archive_name(address):
             storage.download_object(address, fetched)
             yield Source(address, read_archive(fetched, address), fetched)
+        elif config.in_place:
+            yield Source(address, list_bucket(address), in_place=True)
         elif scheme == "s3":
             yield Source(address, read_bucket(address))
         elif scheme in ("http", "https"):
@@ -128,16 +142,21 @@ def _fetch_kaggle(handle: str) -> Path:
 
 
 def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
-    columns = [("source", pa.string()), ("content", pa.large_binary())]
+    columns = [("source", pa.string())]
+    if source.in_place:
+        columns += [("url", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())]
+    else:
+        columns += [("content", pa.large_binary())]
     columns += [(f"factor_{name}", pa.float32()) for name in source.factors]
     writer = ShardWriter(folder, "files", schema=pa.schema(columns))
     hashes = hashlib.sha256()
     skipped: list[Skipped] = []
-    group: list[RawFile] = []
+    group: list[RawFile | ListedFile] = []
+    most_rows = LISTED_ROWS if source.in_place else ROW_GROUP_ROWS
     group_bytes = files = total_bytes = 0
 
     def write_group() -> None:
-        rows = zip(*((file.source, file.content, *file.factors) for file in group), strict=True)
+        rows = zip(*map(_row, group), strict=True)
         arrays = [pa.array(values, kind) for values, (_, kind) in zip(rows, columns, strict=True)]
         if writer.bytes + group_bytes > SHARD_BYTES:
             writer.finish_shard()
@@ -148,15 +167,14 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         if isinstance(entry, Skipped):
             skipped.append(entry)
             continue
-        size = len(entry.content)
-        if group and (group_bytes + size > ROW_GROUP_BYTES or len(group) == ROW_GROUP_ROWS):
+        if group and (group_bytes + entry.size > ROW_GROUP_BYTES or len(group) == most_rows):
             write_group()
             group, group_bytes = [], 0
         group.append(entry)
-        group_bytes += size
+        group_bytes += entry.size
         files += 1
-        total_bytes += size
-        hashes.update(hashlib.sha256(entry.content).digest() + entry.source.encode() + b"\0")
+        total_bytes += entry.size
+        hashes.update(entry.digest + entry.source.encode() + b"\0")
     if not group:
         reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
         raise UserError(f"no files in {source.name}{reason}")
@@ -179,6 +197,13 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         "skipped": [{"source": item.source, "reason": item.reason} for item in skipped],
         "factors": list(source.factors),
     }
+
+
+def _row(file: RawFile | ListedFile) -> tuple[Any, ...]:
+    """The values of the snapshot's columns for one file."""
+    if isinstance(file, ListedFile):
+        return file.source, file.url, file.etag, file.size
+    return file.source, file.content, *file.factors
 
 
 def main() -> None:

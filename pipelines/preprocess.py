@@ -1,7 +1,8 @@
 """Stage `preprocess`: data/raw/ -> data/shards/, checked, resized, deduplicated, split images.
 
 Three passes; memory is bounded by a few row groups a core plus some 300 bytes an image:
-1. decode.py: all cores turn the row groups of the snapshot into part files in a work folder;
+1. decode.py: all cores turn the row groups of the snapshot into part files in a work folder
+   (decode_on_ray.py: all nodes of a cluster, when the images are still in their bucket);
 2. deduplicate.py: ids and thumbnails alone say what becomes of each image;
 3. here: all cores stream the parts into the shards of the three splits.
 The bytes do not depend on the number of processes. Killed, the next run uses the finished parts.

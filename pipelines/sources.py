@@ -48,7 +48,6 @@ DAMAGE = (
     NotImplementedError,
     RecursionError,
 )
-PARALLEL_READS = 8  # from a bucket; each holds at most one file in memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,28 @@ class RawFile:
     content: bytes
     factors: tuple[float, ...] = ()
 
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.content).digest()
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """One object of a bucket that stays there."""
+
+    source: str
+    url: str
+    etag: str
+    size: int
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(f"{self.url}\0{self.etag}\0{self.size}".encode()).digest()
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -68,7 +89,8 @@ class Skipped:
     reason: str
 
 
-Entries = Iterator[RawFile | Skipped]
+Entry = RawFile | ListedFile | Skipped
+Entries = Iterator[Entry]
 
 
 def read_folder(folder: Path) -> Entries:
@@ -262,23 +284,39 @@ def read_bucket(url: str) -> Entries:
         return RawFile(name, storage.read_object(address))
 
     objects = (item for item in storage.list_objects(prefix) if not item[0].endswith("/"))
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+    with ThreadPoolExecutor(storage.PARALLEL_READS) as pool:
         waiting: deque[Future[RawFile | Skipped]] = deque()
         for address, size in objects:
             waiting.append(pool.submit(read, address, size))
-            if len(waiting) == PARALLEL_READS:
+            if len(waiting) == storage.PARALLEL_READS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def without_repetitions(entries: Iterable[RawFile | Skipped]) -> Entries:
-    """Skip files whose bytes, or whose name, came before (nested copies of a whole set, say)."""
+def list_bucket(url: str) -> Entries:
+    """The same objects as `read_bucket` in the same order, not read."""
+    prefix = f"{url.rstrip('/')}/"
+    for address, size, etag in storage.list_versions(prefix):
+        name = address.removeprefix(prefix)
+        if address.endswith("/"):
+            continue
+        if reason := _refusal(name, size, ""):
+            yield Skipped(name, reason)
+        else:
+            yield ListedFile(name, address, etag, size)
+
+
+def without_repetitions(entries: Iterable[Entry]) -> Entries:
+    """Skip files whose bytes, or whose name, came before (nested copies of a whole set, say).
+
+    Of a listing, whose names are unique, nothing is skipped: the bytes are not known yet.
+    """
     names: set[str] = set()
     first_with: dict[bytes, str] = {}
     for entry in entries:
         if isinstance(entry, RawFile):
-            digest = hashlib.sha256(entry.content).digest()
+            digest = entry.digest
             if entry.source in names:
                 entry = Skipped(entry.source, "name occurs twice")
             elif first := first_with.get(digest):

@@ -29,9 +29,11 @@ from botocore.exceptions import (
 from pipelines.errors import UserError
 from pipelines.files import clear_disk_errors
 
+PARALLEL_READS = 8  # of small objects; each holds at most one in memory
 READ_ATTEMPTS = 4  # of a body that breaks off; whole requests are retried by botocore
 PATIENCE_SECONDS = 120.0  # how long a bucket that does not answer is asked again
 BUSY = ("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "InternalError")
+CHANGED = "Changed"  # StorageError.code of an object with another etag
 PASSING = (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError)
 
 Result = TypeVar("Result")
@@ -52,6 +54,12 @@ def is_s3(address: str) -> bool:
 
 def list_objects(url: str) -> Iterator[tuple[str, int]]:
     """(url, bytes) of the object at `s3://bucket/key`, or of all objects below it."""
+    for address, size, _ in list_versions(url):
+        yield address, size
+
+
+def list_versions(url: str) -> Iterator[tuple[str, int, str]]:
+    """(url, bytes, etag) of the same objects; an object that is written anew has another etag."""
     bucket, key = _split(url)
     below = f"{key.rstrip('/')}/" if key else ""
     with _clear_errors(url, "read"):
@@ -59,16 +67,19 @@ def list_objects(url: str) -> Iterator[tuple[str, int]]:
         for page in pages:
             for item in page.get("Contents", []):
                 if item["Key"] == key or item["Key"].startswith(below):
-                    yield f"s3://{bucket}/{item['Key']}", item["Size"]
+                    yield f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"]
 
 
-def read_object(url: str) -> bytes:
-    """The whole content of one object."""
+def read_object(url: str, *, etag: str = "") -> bytes:
+    """The whole content of one object; StorageError if it has not the etag that is asked for."""
     bucket, key = _split(url)
     with _clear_errors(url, "read"):
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
-                content: bytes = _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+                answer = _client().get_object(Bucket=bucket, Key=key)
+                if etag and answer["ETag"] != etag:
+                    raise StorageError(f"{url} has changed: its etag was {etag}", code=CHANGED)
+                content: bytes = answer["Body"].read()
                 return content
             except BotoCoreError:
                 if attempt == READ_ATTEMPTS:

@@ -18,7 +18,13 @@ from tests.pictures import blocks, write_folder
 
 
 def config(source: str | Path, images: int = 10) -> DataConfig:
-    return DataConfig(source=str(source), manifold_images=images, manifold_size=16, manifold_seed=3)
+    return DataConfig(
+        source=str(source),
+        in_place=False,
+        manifold_images=images,
+        manifold_size=16,
+        manifold_seed=3,
+    )
 
 
 def rows(folder: Path) -> list[dict]:

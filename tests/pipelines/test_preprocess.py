@@ -47,7 +47,11 @@ REAL_FACES = Path("../shared/data/anime_faces/anime_faces.zip")
 
 def snapshot(source: str | Path, folder: Path, *, images: int = 200) -> Path:
     config = DataConfig(
-        source=str(source), manifold_images=images, manifold_size=16, manifold_seed=0
+        source=str(source),
+        in_place=False,
+        manifold_images=images,
+        manifold_size=16,
+        manifold_seed=0,
     )
     download(config, folder / "raw")
     return folder / "raw"

@@ -12,7 +12,7 @@ from aegan.config import DataConfig
 from pipelines import storage
 from pipelines.download import download
 from pipelines.errors import UserError
-from tests.pictures import blocks, write_folder
+from tests.pictures import blocks, encode, write_folder
 
 pytestmark = pytest.mark.integration
 
@@ -40,8 +40,10 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     storage._client.cache_clear()
 
 
-def config(source: str) -> DataConfig:
-    return DataConfig(source=source, manifold_images=1, manifold_size=16, manifold_seed=0)
+def config(source: str, *, in_place: bool = False) -> DataConfig:
+    return DataConfig(
+        source=source, in_place=in_place, manifold_images=1, manifold_size=16, manifold_seed=0
+    )
 
 
 def test_objects_are_those_at_or_below_the_address_and_no_neighbours(bucket):
@@ -73,6 +75,40 @@ def test_a_prefix_and_an_archive_in_a_bucket_give_the_files_of_the_folder(bucket
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
     assert prefix["source_sha256"] == folder["source_sha256"] != packed["source_sha256"]
+
+
+def test_a_listing_tells_what_is_where_in_place_of_the_files_and_changes_with_them(
+    bucket, tmp_path
+):
+    files = {f"{row:04d}.png": encode(image) for row, image in enumerate(blocks(20, seed=2))}
+    for name, content in (files | {".hidden.png": b"x"}).items():
+        bucket(f"listed/{name}", content)
+    source = "s3://images/listed"
+    stored = download(config(source), tmp_path / "stored")
+    listing = download(config(source, in_place=True), tmp_path / "listing")
+    rows = pq.read_table(tmp_path / "listing/files-00000.parquet").to_pylist()
+    assert [row["source"] for row in rows] == sorted(files)
+    for row in rows:
+        assert row.keys() == {"source", "url", "etag", "bytes"}
+        assert row["url"] == f"{source}/{row['source']}"
+        assert row["bytes"] == len(files[row["source"]])
+        assert storage.read_object(row["url"], etag=row["etag"]) == files[row["source"]]
+    changing = {"source_sha256", "shards"}
+    assert listing.keys() == stored.keys()
+    assert all(listing[name] == stored[name] for name in stored.keys() - changing)
+
+    assert download(config(source, in_place=True), tmp_path / "again") == listing
+    bucket("listed/0007.png", encode(blocks(1, seed=3)[0]))
+    changed = download(config(source, in_place=True), tmp_path / "changed")
+    assert changed["source_sha256"] != listing["source_sha256"]
+    with pytest.raises(UserError, match=r"0007.png has changed: its etag was"):
+        storage.read_object(rows[7]["url"], etag=rows[7]["etag"])
+
+
+@pytest.mark.parametrize("source", ["manifold", "s3://images/packed/faces.zip", "/some/folder"])
+def test_only_a_prefix_of_a_bucket_can_be_left_in_place(tmp_path, source):
+    with pytest.raises(UserError, match=r"data.in_place is true, but .* is no s3://bucket/prefix"):
+        download(config(source, in_place=True), tmp_path / "raw")
 
 
 @pytest.mark.parametrize(

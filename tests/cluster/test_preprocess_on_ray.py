@@ -1,0 +1,202 @@
+"""Images that stay in their bucket: decoded through Ray Data, with the bytes of the local path."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from ruamel.yaml import YAML
+
+from aegan.config import DataConfig
+from pipelines import download as download_stage
+from pipelines.download import download
+from tests.cluster.nodes import RayCluster
+from tests.pictures import blocks, encode
+from tests.project import ROOT, finish
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+PREPROCESS = {
+    "image_size": 16,
+    "max_pixels": 10_000,
+    "validation_fraction": 0.2,
+    "test_fraction": 0.2,
+    "rows_per_shard": 16,
+    "rows_per_row_group": 8,
+}
+
+
+@pytest.fixture
+def images(bucket: str, s3: str) -> str:
+    """s3://bucket/faces with 60 sound images of several sizes and formats, and some others."""
+    files = {f"{row:04d}.png": encode(image) for row, image in enumerate(blocks(40))}
+    files |= {
+        f"large/{row:04d}.jpg": encode(image[:48, :36], "JPEG")
+        for row, image in enumerate(blocks(20, seed=1, size=64))
+    }
+    files |= {
+        "copy-of-0005.png": files["0005.png"],
+        "0007-other-format.bmp": encode(blocks(40)[7], "BMP"),
+        "broken.jpg": files["large/0000.jpg"][:300],
+        "copy-of-broken.jpg": files["large/0000.jpg"][:300],
+        "text.png": b"no image",
+        ".hidden.png": files["0000.png"],
+    }
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+    for name, content in files.items():
+        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"faces/{name}", Body=content)
+    return f"{bucket}/faces"
+
+
+def snapshot(project: Path, source: str, *, in_place: bool) -> Path:
+    """A project folder whose download stage has ended: pieces of eight files."""
+    parameters = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    parameters["preprocess"] |= PREPROCESS
+    project.mkdir()
+    with (project / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(parameters, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_stage, "LISTED_ROWS", 8)
+        config = parameters["data"] | {"source": source, "in_place": in_place}
+        download(DataConfig(**config), project / "data/raw")
+    return project
+
+
+def start(project: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.preprocess"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def without_progress(output: str) -> str:
+    """What a slow machine prints now and then is left out."""
+    return re.sub(r"^(decoding|writing): .*\n", "", output, flags=re.MULTILINE)
+
+
+def shards(project: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (project / "data/shards").glob("*.parquet")}
+
+
+def quarantine(project: Path) -> dict[str, str]:
+    with (project / "artifacts/preprocess/quarantine.csv").open(encoding="utf-8") as file:
+        return {row["source"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def statistics(project: Path) -> dict:
+    return json.loads((project / "artifacts/preprocess/statistics.json").read_text())
+
+
+@pytest.fixture
+def stored(images: str, tmp_path: Path) -> Path:
+    """The project whose snapshot holds the files, preprocessed on this machine."""
+    project = snapshot(tmp_path / "stored", images, in_place=False)
+    finish(start(project))
+    return project
+
+
+@pytest.fixture
+def cluster() -> Iterator[RayCluster]:
+    cluster = RayCluster(
+        AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", OMP_NUM_THREADS="1"
+    )
+    for _ in range(2):
+        cluster.add_node()
+    yield cluster
+    cluster.close()
+
+
+def assert_same_dataset(in_place: Path, stored: Path) -> None:
+    """All is equal but what is said of byte-identical files, which a listing does not know."""
+    assert len(shards(stored)) > 3
+    assert shards(in_place) == shards(stored)
+    contact_sheet = "artifacts/preprocess/contact_sheet.png"
+    assert (in_place / contact_sheet).read_bytes() == (stored / contact_sheet).read_bytes()
+
+    reasons, expected_reasons = quarantine(in_place), quarantine(stored)
+    assert expected_reasons["copy-of-0005.png"] == "identical file: 0005.png"
+    assert expected_reasons["copy-of-broken.jpg"] == "identical file: broken.jpg"
+    assert reasons == expected_reasons | {
+        "copy-of-0005.png": "duplicate: 0005.png",
+        "copy-of-broken.jpg": expected_reasons["broken.jpg"],
+    }
+    counts, expected_counts = statistics(in_place), statistics(stored)
+    assert counts.pop("quarantined_by_reason") != expected_counts.pop("quarantined_by_reason")
+    assert counts.pop("bytes") > expected_counts.pop("bytes")
+    assert counts == expected_counts
+    manifest, expected_manifest = (
+        json.loads((project / "data/shards/manifest.json").read_text())
+        for project in (in_place, stored)
+    )
+    assert manifest.pop("source_sha256") != expected_manifest.pop("source_sha256")
+    assert manifest == expected_manifest
+
+
+def test_images_left_in_place_give_the_bytes_of_the_local_path(images, stored, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    output = finish(start(project))
+    assert_same_dataset(project, stored)
+    decoded, kept = without_progress(output).splitlines()  # and nothing of Ray's own
+    assert decoded.startswith("decoded 65 files")
+    assert kept == "kept 60 of 66 files"
+
+
+def test_nodes_that_know_nothing_of_our_code_give_them_too(cluster, images, stored, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    finish(start(project, **cluster.environment))
+    assert_same_dataset(project, stored)
+
+
+@pytest.mark.parametrize("change", ["written anew", "deleted"])
+def test_an_object_changed_since_the_listing_is_one_clear_error(images, s3, tmp_path, change):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+    bucket, _, prefix = images.removeprefix("s3://").partition("/")
+    key = f"{prefix}/0033.png"
+    if change == "deleted":
+        client.delete_object(Bucket=bucket, Key=key)
+    else:
+        client.put_object(Bucket=bucket, Key=key, Body=encode(blocks(1, seed=5)[0]))
+    assert without_progress(finish(start(project), expected=1)) == (
+        f"error: {images}/0033.png is not the object that was listed: run `make refresh`\n"
+    )
+    assert not (project / "data/shards").exists()
+
+
+def test_killed_in_the_middle_it_goes_on_with_the_parts_it_has(images, stored, proxy, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    proxy.fault = lambda method, path: 5.0 if path.endswith("large/0019.jpg") else None
+    driver = start(project)
+    while not (parts := list(project.glob("runs/preprocess-*/part-*.parquet"))):
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    finished = {part.name for part in project.glob("runs/preprocess-*/part-*.parquet")}
+    assert 0 < len(parts) <= len(finished) < 9
+    proxy.fault = lambda method, path: None
+    output = without_progress(finish(start(project)))
+    assert_same_dataset(project, stored)
+    missing = 9 - len(finished)
+    assert 8 * (missing - 1) < int(output.split()[1]) <= 8 * missing
+
+
+def test_a_bucket_that_answers_with_errors_for_a_while_is_asked_again(
+    images, stored, proxy, tmp_path
+):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    proxy.fault = lambda method, path: 503 if proxy.refused < 30 and "/large/" in path else None
+    finish(start(project))
+    assert proxy.refused == 30
+    assert_same_dataset(project, stored)
