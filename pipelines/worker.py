@@ -1,6 +1,7 @@
 """What runs on each worker of Ray Train; `pipelines/train.py` starts it."""
 
-import logging
+import hashlib
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from pipelines.errors import UserError
 from pipelines.process_group import told_to_end
 from pipelines.run_store import OUTCOME, STOP, RunStore, Uploader
 from pipelines.shard_store import fetch_shards, node_folder
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +87,15 @@ class _Place:
 
     def __init__(self, assignment: Assignment, rank: int) -> None:
         self._rank, self._driver = rank, assignment.driver
+        self._name = assignment.run_folder.name
         self.shards, self.run_folder = assignment.shards, assignment.run_folder
         self._store = RunStore(assignment.run_store) if assignment.run_store else None
         self._uploader: Uploader | None = None
         if self._store is not None:
             self.shards = fetch_shards(assignment.storage, assignment.dataset_sha256)
             node = ray.get_runtime_context().get_node_id()
-            self.run_folder = node_folder() / "runs" / node[:12] / assignment.run_folder.name
+            place = hashlib.sha256(f"{node} {assignment.run_store}".encode()).hexdigest()[:12]
+            self.run_folder = node_folder() / "runs" / f"{assignment.run_folder.name}-{place}"
         for folder in (self.run_folder, self.shards):
             if self._store is None and not folder.exists():
                 raise UserError(
@@ -116,7 +117,7 @@ class _Place:
         if self._uploader is not None:
             self._uploader.checkpoint_saved()
         if self._rank == 0:
-            metrics_export.export(metrics, run=self.run_folder.name)
+            metrics_export.export(metrics, run=self._name)
         ray.train.report(metrics)
 
     def should_stop(self) -> bool:
@@ -135,6 +136,7 @@ class _Place:
             try:
                 self._uploader.close()
                 self._store.write(OUTCOME, {**outcome, "driver": self._driver})
+                shutil.rmtree(self.run_folder)  # all of it is in the bucket
             except UserError as error:
                 outcome = {"error": str(error)}
         else:
