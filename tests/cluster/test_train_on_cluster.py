@@ -123,8 +123,8 @@ def workers_on(cluster: RayCluster) -> list[psutil.Process]:
     return train_workers([process for node in cluster.nodes for process in node.processes()])
 
 
-def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weights(
-    cluster, make, drive, wait_for_checkpoint, undisturbed
+def test_a_run_that_loses_worker_node_driver_and_bucket_ends_with_the_same_weights(
+    cluster, make, drive, proxy, wait_for_checkpoint, undisturbed
 ):
     project = make("disturbed")
     driver = drive(project)
@@ -138,22 +138,15 @@ def test_a_run_that_loses_a_worker_a_node_and_its_driver_ends_with_the_same_weig
     step = wait_for_checkpoint(step + 40)
     workers_on(cluster)[0].terminate()  # told to end: saves, and the run goes on
     step = wait_for_checkpoint(step + 21)
-    driver.kill()
-    output = finish(drive(project))
-    assert re.search(r"resuming at step \d+", output)
     assert step < NUM_STEPS
-    assert_same(weights(project), undisturbed)
-
-
-def test_a_bucket_that_fails_for_half_a_minute_changes_nothing(
-    make, drive, proxy, wait_for_checkpoint, undisturbed
-):
-    project = make("flaky")
+    driver.kill()
     driver = drive(project)
-    wait_for_checkpoint(20)
+    step = wait_for_checkpoint(step + 21)
     proxy.during(30.0, 503)
-    finish(driver)
+    output = finish(driver)
+    assert re.search(r"resuming at step \d+", output)
     assert proxy.refused > 0
+    assert step < NUM_STEPS
     assert_same(weights(project), undisturbed)
 
 
@@ -161,7 +154,7 @@ def test_a_run_that_loses_a_node_for_good_goes_on_with_the_others(
     cluster, make, drive, wait_for_checkpoint, undisturbed
 ):
     project = make("elastic", compute__min_workers=1)
-    driver = drive(project)
+    driver = drive(project, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15")  # a minute otherwise
     wait_for_checkpoint(20)
     assert len(workers_on(cluster)) == 2
     cluster.nodes.pop(0).lose()
