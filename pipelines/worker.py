@@ -87,6 +87,7 @@ class _Place:
 
     def __init__(self, assignment: Assignment, rank: int) -> None:
         self._rank, self._driver = rank, assignment.driver
+        self._name = assignment.run_folder.name
         self.shards, self.run_folder = assignment.shards, assignment.run_folder
         self._store = RunStore(assignment.run_store) if assignment.run_store else None
         self._uploader: Uploader | None = None
@@ -116,7 +117,7 @@ class _Place:
         if self._uploader is not None:
             self._uploader.checkpoint_saved()
         if self._rank == 0:
-            metrics_export.export(metrics, run=self.run_folder.name)
+            metrics_export.export(metrics, run=self._name)
         ray.train.report(metrics)
 
     def should_stop(self) -> bool:
