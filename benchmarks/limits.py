@@ -1,5 +1,6 @@
 """What this machine reaches at best, and how much of it a piece of work needs."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -10,8 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PRODUCT_SIDE = 4096
 COPY_BYTES = 2**28
+
+
+def keep_memory(keep: bool) -> None:
+    """Whether the C library keeps freed memory of large tensors, as the train stage has it.
+
+    By default glibc maps more than 32 MiB anew each time. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

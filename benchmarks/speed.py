@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +35,13 @@ from aegan.graphs import Graphed
 from aegan.state import TrainingState
 from aegan.training_loop import train
 from aegan.updates import ROUND, Updates
-from benchmarks.limits import Counter, copy_rate, matrix_product_rate, seconds
+from benchmarks.limits import (
+    Counter,
+    copy_rate,
+    keep_memory,
+    matrix_product_rate,
+    seconds,
+)
 from benchmarks.machine import describe
 from pipelines import params
 from pipelines.download import download
@@ -56,17 +62,20 @@ class Form:
     rule: str
     precision: Precision = "float32"
     plain: bool = False
+    allocator: Literal["ours", "default"] = "ours"  # `limits.keep_memory`
     compiled: bool = False
     graphs: bool = False
 
     @property
     def name(self) -> str:
-        extras = [word for word in ("compiled", "graphs") if getattr(self, word)]
+        extras = ["default allocator"] if self.allocator == "default" else []
+        extras += [word for word in ("compiled", "graphs") if getattr(self, word)]
         return ", ".join(["plain" if self.plain else "fast", self.rule, self.precision, *extras])
 
 
 def forms(rule_of_preset: str, device: torch.device, *, compiled: bool) -> list[Form]:
-    found = [Form(rule=rule_of_preset, plain=True)]
+    plain = Form(rule=rule_of_preset, plain=True)
+    found = [plain, replace(plain, allocator="default")]
     for precision in get_args(Precision):
         if precision == "tf32" and device.type != "cuda":
             continue
@@ -104,6 +113,7 @@ def round_of(
     def take_round(steps: int = INTERVAL) -> None:
         torch.backends.cuda.matmul.allow_tf32 = form.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = form.precision == "tf32"
+        keep_memory(form.allocator == "ours")
         for step in range(steps):
             take_step(updates, step, form.rule, lambda number: (x, z))
             update_ema(state.ema, state.model, 0.999)
@@ -184,9 +194,10 @@ def measure_steps(
             "images_per_second": round(config.training.batch_size / median, 1),
         }
         if form.rule == config.training.update_rule:
-            results[form.name]["times_faster_than_plain"] = round(
-                statistics.median(times[chosen[0]]) / median, 2
-            )
+            results[form.name]["times_faster_than"] = {
+                plain.name: round(statistics.median(times[plain]) / median, 2)
+                for plain in chosen[:2]
+            }
         if form in memory:
             results[form.name]["peak_memory_mib"] = memory[form] // 2**20
         if form.plain or form.compiled or form.graphs:
@@ -292,6 +303,7 @@ def main() -> None:
         steps = measure_steps(
             config, sizes, device, repeats=options.repeats, compiled=options.compile
         )
+        keep_memory(True)
         loop = measure_loop(config, preprocessing, device, Path(name))
     result = {
         "preset": options.preset,
