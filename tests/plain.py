@@ -101,12 +101,13 @@ class PlainUpdates:
         ):
             loss = bce(network(real), weights.real_target)
             loss = loss + sum(bce(network(fake), weights.fake_target) for fake in fakes) / 2
+            values[f"{name}_discriminator"] = loss.detach()
             if weights.gamma > 0:  # R1 and R2
                 on_fakes = sum(squared_gradient_norm(network, fake) for fake in fakes) / 2
-                penalty = squared_gradient_norm(network, real) + on_fakes
-                loss = loss + weights.gamma / 2 * penalty
+                penalty = (squared_gradient_norm(network, real) + on_fakes) / 2
+                values[f"{name}_gradient_penalty"] = penalty.detach()
+                loss = loss + weights.gamma * penalty
             self._step(optimizer, loss)
-            values[f"{name}_discriminator"] = loss.detach()
         return values | self.of_encoder_generator(x, z)
 
     def of_discriminators(self, kind: str, x: Tensor, z: Tensor) -> Terms:
