@@ -200,3 +200,26 @@ def test_a_bucket_that_answers_with_errors_for_a_while_is_asked_again(
     finish(start(project))
     assert proxy.refused == 30
     assert_same_dataset(project, stored)
+
+
+def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, proxy, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    proxy.fault = lambda method, path: 1.0 if "/large/" in path else None
+    driver = start(project, **cluster.environment)
+    while not proxy.delayed:
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.02)
+    cluster.nodes[0].lose()
+    finish(driver)
+    assert_same_dataset(project, stored)
+
+
+def test_interrupted_by_the_user_it_ends_quietly(images, proxy, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    proxy.fault = lambda method, path: 2.0 if "/large/" in path else None
+    driver = start(project)
+    while not list(project.glob("runs/preprocess-*/part-*.parquet")):
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGINT)
+    assert without_progress(finish(driver, expected=130)) == ""
