@@ -107,7 +107,7 @@ def test_without_a_change_no_stage_runs_again(project):
 def test_a_changed_weight_of_the_loss_concerns_training_but_not_the_data(project):
     parameters = project / "params.yaml"
     before = parameters.read_text()
-    text, count = re.subn(r"(lambda_image_reconstruction:) \S+", r"\1 7.0", before)
+    text, count = re.subn(r"(?m)^(  lambda_image_reconstruction:) \S+", r"\1 7.0", before)
     parameters.write_text(text)
     changed = json.loads(dvc(project, "status", "--json"))
     parameters.write_text(before)
