@@ -267,7 +267,7 @@ def _run(
             compute=compute,
         )
         environment = WORKER_ENVIRONMENT | shipped_environment()
-        if not store:  # a folder that workers see: compiled code is kept for later runs
+        if compute.compile and not store:  # workers see this folder: kept for later runs
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(run_folder.parent / "compiled")
         trainer = TorchTrainer(
             train_worker,
