@@ -182,10 +182,22 @@ def _check_total(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
         )
 
 
+def _check_count(file: Path, found: int) -> None:
+    """A damaged length in a zip's directory can hide the entries behind it: its end counts them."""
+    with file.open("rb") as content:
+        content.seek(max(file.stat().st_size - 2**16 - 22, 0))
+        end = content.read()
+    place = end.rfind(b"PK\x05\x06")
+    count = int.from_bytes(end[place + 10 : place + 12], "little")
+    if place >= 0 and count not in (found, 2**16 - 1):  # the latter: zip64 counts elsewhere
+        raise zipfile.BadZipFile(f"{found} of {count} entries found")
+
+
 def _read_zip(file: Path, name: str) -> Entries:
     packed_bytes = file.stat().st_size
     unpacked_bytes = 0
     with zipfile.ZipFile(file) as archive:
+        _check_count(file, len(archive.infolist()))
         entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
         for entry in sorted(entries, key=lambda entry: (entry.filename.count("/"), entry.filename)):
             path = _text(entry.filename)

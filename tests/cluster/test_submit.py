@@ -376,7 +376,7 @@ def detached(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     output = read_until(client, "starting run")
     job = job_of(output)
     client.send_signal(signal.SIGINT)
-    farewell, _ = client.communicate(timeout=60)
+    farewell, _ = client.communicate(timeout=180)
     assert client.returncode == 130, farewell
     return Detached(project, job, output, farewell, jobs(cluster)[job]["status"])
 
