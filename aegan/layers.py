@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aegan import winograd
+
 
 class ChannelNorm(nn.Module):
     """Layer normalisation over the channels at each pixel, then a (leaky) ReLU if a slope is given.
@@ -112,19 +114,33 @@ class UpsampleConv2d(nn.Module):
         return out
 
     def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if winograd.pays(h, weight, self.scale):
+            return winograd.upsample_convolution(
+                h, weight, bias, scale=self.scale, columns=self.shifts
+            )
         if self.scale > 1:
             with torch.autocast(h.device.type, enabled=False):  # sums of weights: not to be rounded
-                kernel = weight.flatten(2) @ self.shifts
+                kernel = weight.flatten(2) @ torch.kron(self.shifts, self.shifts)
             side = self.kernel_size + self.scale - 1
             kernel = kernel.view(*weight.shape[:2], side, side).transpose(0, 1)
             extra = self.after - self.before
             return F.conv_transpose2d(h, kernel, bias, self.scale, self.after, extra)
+        if 4 * len(weight) <= h.shape[1] and h.shape[2] % 2 == h.shape[3] % 2 == 0:
+            return self._four_pixels_at_once(h, weight, bias)
         if self.before == self.after:
             return F.conv2d(h, weight, bias, padding=self.before)
-        if len(weight) < h.shape[1]:  # cheaper than a padded copy of the larger input
-            out = F.conv2d(h, weight, bias, padding=self.after)[:, :, 1:, 1:]
-            return out.contiguous(memory_format=torch.channels_last)
         return F.conv2d(F.pad(h, (0, 1, 0, 1)), weight, bias, padding=self.before)
+
+    def _four_pixels_at_once(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Few output channels would leave vector units idle: each kernel stands at four places."""
+        more = self.after - self.before
+        kernels = [
+            F.pad(weight, (more + column, 1 - column, more + row, 1 - row))
+            for row, column in itertools.product(range(2), repeat=2)
+        ]
+        bias = bias if bias is None else bias.repeat_interleave(4)
+        pixels = F.conv2d(h, torch.stack(kernels, 1).flatten(0, 1), bias, 2, self.after)
+        return F.pixel_shuffle(pixels, 2)
 
     def _border(self, size: tuple[int, int], y: Tensor, weight: Tensor) -> Tensor:
         """What y and bias add to a pixel of each kind: [N, out, kinds of rows, kinds of columns].
@@ -145,12 +161,11 @@ class UpsampleConv2d(nn.Module):
 
 
 def _sum_of_shifts(kernel_size: int, scale: int) -> Tensor:
-    """0/1 matrix [k * k, (k + scale - 1)**2]: which taps of the kernel add up to which of the
-    transposed convolution's."""
+    """0/1 matrix [k, k + scale - 1]: which taps of a row or column of the kernel add up to which
+    of the transposed convolution's."""
     taps = torch.arange(kernel_size)[:, None]
     spread = torch.arange(kernel_size + scale - 1) + taps - (kernel_size - 1)
-    axis = ((spread >= 0) & (spread < scale)).to(torch.get_default_dtype())
-    return torch.kron(axis, axis)
+    return ((spread >= 0) & (spread < scale)).to(torch.get_default_dtype())
 
 
 def _regions(before: int, out: Tensor, border: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,8 +221,10 @@ class _SumKinds(torch.autograd.Function):
         (inner, inner_total), *edges = _regions(before, gradient, border)
         for region, total in edges:
             total += region.to(wide).sum_to_size(total.shape)
-        if inner_total.shape[2:] == (1, 1):  # several times faster than the sum of a slice
-            inner_total += gradient.sum((2, 3), True, dtype=wide) - border.sum((2, 3), True)
+        if inner_total.shape[2:] == (1, 1):
+            # Of all pixels, without a type: many times faster than the sum of a slice or of a copy,
+            # and narrow types add up in float32 as well.
+            inner_total += gradient.sum((2, 3), True) - border.sum((2, 3), True)
         else:
             inner_total += inner.to(wide).sum_to_size(inner_total.shape)
         return border

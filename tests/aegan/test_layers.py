@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from aegan import winograd
 from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+from benchmarks.limits import Counter
 from tests.plain import channel_norm, same_convolution, upsample_convolution
 
 CHANNELS_LAST = torch.channels_last
@@ -39,11 +41,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 memory_formats = st.sampled_from([torch.contiguous_format, CHANNELS_LAST])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     kernel_size=st.integers(1, 5),
     scale=st.sampled_from([1, 2]),
+    channels=st.sampled_from([(3, 4), (8, 2)]),
     latent_channels=st.integers(0, 3),
+    few_products=st.booleans(),
     height=st.integers(1, 12),
     width=st.integers(1, 12),
     batch=st.integers(1, 3),
@@ -52,29 +56,53 @@ memory_formats = st.sampled_from([torch.contiguous_format, CHANNELS_LAST])
 def test_upsample_convolution_equals_upsample_tile_concatenate_convolve(
     kernel_size: int,
     scale: int,
+    channels: tuple[int, int],
     latent_channels: int,
+    few_products: bool,
     height: int,
     width: int,
     batch: int,
     memory_format: torch.memory_format,
 ) -> None:
-    layer = UpsampleConv2d(3, 4, kernel_size, scale=scale, latent_channels=latent_channels).double()
-    h = random(batch, 3, height, width)
+    layer = UpsampleConv2d(*channels, kernel_size, scale=scale, latent_channels=latent_channels)
+    layer.double()
+    h = random(batch, channels[0], height, width)
     y = random(batch, latent_channels) if latent_channels else None
     inputs = [h, layer.weight, layer.bias] + ([] if y is None else [y])
-    assert_equal_to_second_order(
-        lambda: layer(h.contiguous(memory_format=memory_format), y),
-        lambda: upsample_convolution(h, y, layer.weight, layer.bias, scale),
-        inputs,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "MIN_CHANNELS", 1 if few_products else 64)
+        assert_equal_to_second_order(
+            lambda: layer(h.contiguous(memory_format=memory_format), y),
+            lambda: upsample_convolution(h, y, layer.weight, layer.bias, scale),
+            inputs,
+        )
+
+
+@pytest.mark.parametrize(("scale", "share"), [(1, 3 / 4), (2, 4 / 5)])
+def test_pairs_of_rows_take_fewer_products(
+    scale: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, h = UpsampleConv2d(64, 64, 4, scale=scale), torch.zeros(1, 64, 128, 128)
+    flops = []
+    for min_channels in (65, 64):
+        monkeypatch.setattr(winograd, "MIN_CHANNELS", min_channels)
+        with Counter() as count:
+            layer(h)
+        flops.append(count.flops)
+    assert flops[1] / flops[0] == pytest.approx(share, rel=0.01)  # one more row is padding
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("kernel_size", [3, 4])
+@pytest.mark.parametrize(("kernel_size", "min_channels"), [(3, 64), (4, 64), (4, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upsample_convolution_rounds_no_worse_than_the_plain_form(
-    scale: int, kernel_size: int, dtype: torch.dtype
+    scale: int,
+    kernel_size: int,
+    min_channels: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", min_channels)
     torch.manual_seed(0)
     layer = UpsampleConv2d(32, 16, kernel_size, scale=scale, latent_channels=8)
     h = random(2, 32, 64 // scale, 64 // scale, dtype=torch.float32)

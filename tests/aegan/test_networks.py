@@ -1,5 +1,6 @@
 import pytest
 import torch
+from scipy.stats import kstest, norm
 
 from aegan.config import ModelConfig
 from aegan.networks import AEGAN, GaussianNoise
@@ -74,3 +75,15 @@ def test_noise_has_the_standard_deviation_it_is_given(multiplicative):
     expected = 0.3 if multiplicative else 0.1
     assert difference.std().item() == pytest.approx(expected, rel=0.02)
     assert difference.mean().item() == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_is_normal_and_independent(dtype):
+    torch.manual_seed(0)
+    noise = GaussianNoise(1.0)(torch.zeros(10, 4, 101, 99, dtype=dtype)).flatten().float()
+    assert kstest(noise, norm.cdf).statistic < (0.004 if dtype == torch.float32 else 0.008)
+    for lag in (1, 2, 3, 4, 8):
+        assert abs(float((noise[lag:] * noise[:-lag]).mean())) < 0.01
+    torch.manual_seed(0)
+    again = GaussianNoise(1.0)(torch.zeros(10, 4, 101, 99, dtype=dtype)).flatten().float()
+    assert torch.equal(noise, again)
