@@ -56,15 +56,13 @@ class SameConv2d(nn.Module):
         super().__init__()
         self.stride = stride
         total = max(kernel_size - stride, 0)
-        self.before, self.after = total // 2, total - total // 2
+        self.padding = total // 2, total - total // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels))
         _reset_parameters(self.weight, self.bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.before != self.after:
-            h = F.pad(h, (0, self.after - self.before) * 2)
-        return F.conv2d(h, self.weight, self.bias, self.stride, self.before)
+        return _padded_convolution(h, self.weight, self.bias, self.stride, self.padding)
 
 
 class UpsampleConv2d(nn.Module):
@@ -127,9 +125,7 @@ class UpsampleConv2d(nn.Module):
             return F.conv_transpose2d(h, kernel, bias, self.scale, self.after, extra)
         if 4 * len(weight) <= h.shape[1] and h.shape[2] % 2 == h.shape[3] % 2 == 0:
             return self._four_pixels_at_once(h, weight, bias)
-        if self.before == self.after:
-            return F.conv2d(h, weight, bias, padding=self.before)
-        return F.conv2d(F.pad(h, (0, 1, 0, 1)), weight, bias, padding=self.before)
+        return _padded_convolution(h, weight, bias, 1, (self.before, self.after))
 
     def _four_pixels_at_once(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Few output channels would leave vector units idle: each kernel stands at four places."""
@@ -158,6 +154,16 @@ class UpsampleConv2d(nn.Module):
         taps = torch.arange(self.kernel_size, device=like.device) - self.before
         pixels = torch.arange(kinds, device=like.device)[:, None] + taps
         return ((pixels >= 0) & (pixels < kinds)).to(like.dtype)
+
+
+def _padded_convolution(
+    h: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int]
+) -> Tensor:
+    """Convolution with other padding after than before; a copy of h where they differ."""
+    before, after = padding
+    if before != after:
+        h = F.pad(h, (0, after - before) * 2)
+    return F.conv2d(h, weight, bias, stride, before)
 
 
 def _sum_of_shifts(kernel_size: int, scale: int) -> Tensor:

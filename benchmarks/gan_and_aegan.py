@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import aegan
 from aegan import checkpoint
-from aegan.config import Arm, ComputeConfig, LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from aegan.config import Arm, ComputeConfig
 from aegan.dataset import load_images
 from aegan.state import export_model
 from aegan.validation import validate
@@ -31,11 +31,7 @@ COLUMNS, SCALE, HEADING = 8, 2, 28
 
 
 def main() -> None:
-    config = TrainConfig(
-        model=params.load(ModelConfig),
-        loss=params.load(LossConfig),
-        training=params.load(TrainingConfig),
-    )
+    config = params.load_train_config()
     validation = torch.from_numpy(load_images(SHARDS, "validation"))
     pictures, scores = [], {}
     for arm, heading in ARMS.items():

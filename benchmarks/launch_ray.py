@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aegan.config import ComputeConfig, LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from aegan.config import ComputeConfig
+from benchmarks.launch_torch import train_config
 from pipelines import params
 from pipelines.train import train
 
@@ -26,13 +27,8 @@ def main() -> None:
         max_failures=0,
     )
     for run in settings["runs"]:
-        config = run["config"]
         train(
-            TrainConfig(
-                model=ModelConfig(**config["model"]),
-                loss=LossConfig(**config["loss"]),
-                training=TrainingConfig(**config["training"]),
-            ),
+            train_config(run["config"]),
             compute,
             shards=Path(run["shards"]),
             runs=Path(run["run_folder"]),

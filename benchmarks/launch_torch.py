@@ -28,13 +28,8 @@ def main() -> None:
     if settings["rendezvous"] is not None:
         join(settings["rendezvous"], rank=rank, world_size=world_size)
     for run in settings["runs"]:
-        config = run["config"]
         train(
-            TrainConfig(
-                model=ModelConfig(**config["model"]),
-                loss=LossConfig(**config["loss"]),
-                training=TrainingConfig(**config["training"]),
-            ),
+            train_config(run["config"]),
             shards=Path(run["shards"]),
             run_folder=Path(run["run_folder"]),
             device=torch.device(settings["device"]),
@@ -43,6 +38,14 @@ def main() -> None:
         )
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def train_config(sections: dict[str, dict[str, Any]]) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(**sections["model"]),
+        loss=LossConfig(**sections["loss"]),
+        training=TrainingConfig(**sections["training"]),
+    )
 
 
 def join(rendezvous: str, *, rank: int, world_size: int) -> None:

@@ -16,15 +16,15 @@ PRODUCT_SIDE = 4096
 COPY_BYTES = 2**28
 
 
-def keep_memory(keep: bool) -> None:
-    """Whether the C library keeps freed memory of large tensors, as the train stage has it.
+def keep_memory() -> None:
+    """From now on the C library keeps freed memory of large tensors, as the train stage has it.
 
     By default glibc maps more than 32 MiB anew each time. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,12 @@ def describe(*packages: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "versions": names | {package: version(package) for package in packages},
     }
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """What is reported of repeated measurements."""
+    found = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
 
 
 def _cpu_model() -> str:

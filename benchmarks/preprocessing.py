@@ -22,15 +22,16 @@ from typing import Any
 
 from aegan.config import DataConfig
 from aegan.image_files import decode_image
-from benchmarks.machine import describe
+from benchmarks.machine import describe, spread
 from benchmarks.photographs import FORMATS, encode, photograph
 from pipelines import params
+from pipelines.decode import available_cores
 from pipelines.download import download
 
 OUTPUT_SIZE = 64
 FILES = {64: 12_000, 1024: 200}  # size of the images => how many
 FEW = 200  # small files: the stage takes as long as its start and its end
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 
 
 def write_files(folder: Path, *, size: int, count: int) -> dict[str, list[Path]]:
@@ -132,23 +133,14 @@ def main() -> None:
                 "decoder_alone": [count / seconds for seconds in decoder],
             }
             results[kind] = {"files": count} | {
-                name: _summary(values) for name, values in rates.items()
+                name: spread(values, 2) for name, values in rates.items()
             }
-    results["start_up_seconds"] = _summary(start_up)
+    results["start_up_seconds"] = spread(start_up, 2)
     print(json.dumps(results, indent=1))
     if options.json:
         settings = {"output_size": OUTPUT_SIZE, "cores": CORES, "repeats": options.repeats}
         report = {"machine": machine, "settings": settings, "results": results}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _summary(rates: list[float]) -> dict[str, float]:
-    """Images per second, or seconds."""
-    return {
-        "median": round(statistics.median(rates), 2),
-        "lowest": round(min(rates), 2),
-        "highest": round(max(rates), 2),
-    }
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,12 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from aegan.config import (
     DataConfig,
-    LossConfig,
     ModelConfig,
     Precision,
     PreprocessConfig,
     TrainConfig,
-    TrainingConfig,
 )
 from aegan.ema import update_ema
 from aegan.graphs import Graphed
@@ -62,7 +62,7 @@ class Form:
     rule: str
     precision: Precision = "float32"
     plain: bool = False
-    allocator: Literal["ours", "default"] = "ours"  # `limits.keep_memory`
+    allocator: Literal["ours", "default"] = "ours"  # ours: `limits.keep_memory`
     compiled: bool = False
     graphs: bool = False
 
@@ -75,7 +75,9 @@ class Form:
 
 def forms(rule_of_preset: str, device: torch.device, *, compiled: bool) -> list[Form]:
     plain = Form(rule=rule_of_preset, plain=True)
-    found = [plain, replace(plain, allocator="default")]
+    found = [plain]
+    if device.type == "cpu":
+        found.append(replace(plain, allocator="default"))
     for precision in get_args(Precision):
         if precision == "tf32" and device.type != "cuda":
             continue
@@ -92,7 +94,33 @@ def forms(rule_of_preset: str, device: torch.device, *, compiled: bool) -> list[
 def round_of(
     form: Form, config: TrainConfig, sizes: dict[str, Any], device: torch.device
 ) -> Callable[..., None]:
-    """A function that takes one round's steps, `INTERVAL` of them unless told otherwise."""
+    """A function that takes one round's steps, `INTERVAL` of them unless told otherwise.
+
+    What the allocator does cannot be undone, so another one means another process.
+    """
+    if form.allocator == "default":
+        process = ProcessPoolExecutor(
+            1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
+        )
+        arguments = form, config, sizes, device
+        return lambda steps=INTERVAL: process.submit(_take_steps, steps, *arguments).result()
+    keep_memory()
+    return _round_of(form, config, sizes, device)
+
+
+_rounds: dict[Form, Callable[..., None]] = {}
+
+
+def _take_steps(steps: int, form: Form, *arguments: Any) -> None:
+    """In a process that has this form alone."""
+    if form not in _rounds:
+        _rounds[form] = _round_of(form, *arguments)
+    _rounds[form](steps)
+
+
+def _round_of(
+    form: Form, config: TrainConfig, sizes: dict[str, Any], device: torch.device
+) -> Callable[..., None]:
     training = replace(config.training, update_rule=form.rule, precision=form.precision)
     # The author's rule knows neither gradient penalties nor relativistic losses.
     author = replace(config.loss, adversarial="bce", gamma=0.0)
@@ -113,7 +141,6 @@ def round_of(
     def take_round(steps: int = INTERVAL) -> None:
         torch.backends.cuda.matmul.allow_tf32 = form.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = form.precision == "tf32"
-        keep_memory(form.allocator == "ours")
         for step in range(steps):
             take_step(updates, step, form.rule, lambda number: (x, z))
             update_ema(state.ema, state.model, 0.999)
@@ -179,7 +206,6 @@ def measure_steps(
     rates: dict[str, list[float]] = {form.precision: [] for form in rounds}
     for _ in range(repeats):
         for form, take_round in rounds.items():
-            take_round(1)  # the form before may have left memory as its allocator settings do
             times[form].append(seconds(take_round, device) / INTERVAL)
         for precision, found in rates.items():
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -198,7 +224,8 @@ def measure_steps(
         if form.rule == config.training.update_rule:
             results[form.name]["times_faster_than"] = {
                 plain.name: round(statistics.median(times[plain]) / median, 2)
-                for plain in chosen[:2]
+                for plain in chosen
+                if plain.plain
             }
         if form in memory:
             results[form.name]["peak_memory_mib"] = memory[form] // 2**20
@@ -230,12 +257,7 @@ def configuration(preset: str, folder: Path) -> tuple[TrainConfig, PreprocessCon
     file.write_text(params.PARAMS_FILE.read_text(encoding="utf-8"), encoding="utf-8")
     if preset != "demo":
         params.apply_overlay(PRESETS / f"{preset}.yaml", file)
-    config = TrainConfig(
-        model=params.load(ModelConfig, file),
-        loss=params.load(LossConfig, file),
-        training=params.load(TrainingConfig, file),
-    )
-    return config, params.load(PreprocessConfig, file)
+    return params.load_train_config(file), params.load(PreprocessConfig, file)
 
 
 def make_shards(config: PreprocessConfig, folder: Path, count: int) -> Path:
@@ -305,7 +327,6 @@ def main() -> None:
         steps = measure_steps(
             config, sizes, device, repeats=options.repeats, compiled=options.compile
         )
-        keep_memory(True)
         loop = measure_loop(config, preprocessing, device, Path(name))
     result = {
         "preset": options.preset,

@@ -9,7 +9,6 @@ A function's seconds leave out those of the other functions listed, so that all 
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from aegan.config import EvaluateConfig, InterpolateConfig
 from aegan.dataset import read_manifest
 from aegan.state import export_model
 from aegan.training_loop import train
-from benchmarks.machine import describe
+from benchmarks.machine import describe, spread
 from benchmarks.speed import configuration, make_shards
 from pipelines import evaluate, interpolate, params
 
@@ -134,7 +133,7 @@ def main() -> None:
         results[stage] = {
             "first_run_seconds": round(runs[0]["all"], 3),
             "seconds": {
-                part: _summary([run.get(part, 0.0) for run in runs[1:]])
+                part: spread([run.get(part, 0.0) for run in runs[1:]])
                 for part, seconds in runs[-1].items()
                 if seconds > WORTH_A_LINE
             },
@@ -151,14 +150,6 @@ def main() -> None:
         }
         report = {"machine": machine, "settings": settings, "results": results}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(seconds), 3),
-        "lowest": round(min(seconds), 3),
-        "highest": round(max(seconds), 3),
-    }
 
 
 if __name__ == "__main__":

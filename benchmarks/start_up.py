@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aegan.config import PreprocessConfig, TrainConfig
-from benchmarks.machine import describe
+from benchmarks.machine import describe, spread
 from benchmarks.speed import configuration, make_shards
 
 IMAGES = 2000
@@ -140,7 +139,7 @@ def main() -> None:
                         run.rename(folder / f"old-{repeat}-{run.name}")
                     found.setdefault(f"stage train, {preset}", []).append(start_stage(project))
     results = {
-        way: {part: _summary([run[part] for run in runs]) for part in runs[0]}
+        way: {part: spread([run[part] for run in runs]) for part in runs[0]}
         for way, runs in found.items()
     }
     print(json.dumps(results, indent=1))
@@ -148,14 +147,6 @@ def main() -> None:
         settings = {"repeats": options.repeats, "images": IMAGES}
         report = {"machine": machine, "settings": settings, "seconds": results}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(seconds), 3),
-        "lowest": round(min(seconds), 3),
-        "highest": round(max(seconds), 3),
-    }
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aegan.config import ComputeConfig
 from pipelines.errors import UserError
 
 ORPHAN_WAIT_SECONDS = 60  # until the worker of a driver that was killed has ended
@@ -30,6 +31,20 @@ SHIPPED_ENVIRONMENT = (  # where the bucket is; never who may use it: nodes have
 def show_ray_logs() -> bool:
     """Ray's own output is hidden unless AEGAN_RAY_LOGS=1 asks for it."""
     return os.environ.get("AEGAN_RAY_LOGS") == "1"
+
+
+def uses_gpu(compute: ComputeConfig, present: Mapping[str, float]) -> bool:
+    """Whether to compute on a GPU, given the cluster's resources."""
+    return compute.device == "cuda" or (compute.device == "auto" and present.get("GPU", 0) > 0)
+
+
+def execution(compute: ComputeConfig) -> dict[str, Any]:
+    """The training loop's keywords that say how it computes."""
+    return {
+        "micro_batch_size": compute.micro_batch_size,
+        "compile_networks": compute.compile,
+        "cuda_graphs": compute.cuda_graphs,
+    }
 
 
 @contextmanager

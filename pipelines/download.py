@@ -20,7 +20,7 @@ from aegan import manifold
 from aegan.config import DataConfig
 from pipelines import params, storage, web
 from pipelines.errors import UserError, run_stage
-from pipelines.files import new_folder, write_json
+from pipelines.files import new_folder, sha256_of, write_json
 from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
@@ -181,11 +181,7 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
     write_group()
     writer.finish_shard()
 
-    if source.archive is None:
-        sha256 = hashes.hexdigest()
-    else:
-        with source.archive.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(source.archive) if source.archive else hashes.hexdigest()
     log.info("%s: %d files, %d bytes, %d skipped", source.name, files, total_bytes, len(skipped))
     return {
         "schema_version": SCHEMA_VERSION,

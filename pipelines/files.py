@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written aside, then renamed."""
 
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ def write_json(value: Any, file: Path) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with new_file(file) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager

@@ -38,6 +38,15 @@ def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
     return cast(Section, parse_section(name, raw[name]))
 
 
+def load_train_config(path: Path = PARAMS_FILE) -> config.TrainConfig:
+    """What a training needs: networks, objective, optimisation."""
+    return config.TrainConfig(
+        model=load(config.ModelConfig, path),
+        loss=load(config.LossConfig, path),
+        training=load(config.TrainingConfig, path),
+    )
+
+
 def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
     """All sections as plain values; an unknown or missing section is a UserError."""
     if not path.exists():

@@ -25,7 +25,7 @@ from ray.tune.search.optuna import OptunaSearch
 from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneConfig
 from pipelines import tracking
-from pipelines.cluster import show_ray_logs
+from pipelines.cluster import show_ray_logs, uses_gpu
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.trial import (
@@ -73,7 +73,7 @@ def share_of(config: TuneConfig, compute: ComputeConfig) -> Share:
     """What each of the concurrent trials gets; raises UserError where that is too little."""
     total = ray.cluster_resources()
     gpus, concurrent = total.get("GPU", 0), config.concurrent_trials
-    use_gpu = compute.device == "cuda" or (compute.device == "auto" and gpus > 0)
+    use_gpu = uses_gpu(compute, total)
     if use_gpu and math.floor(1 / config.gpus_per_trial) * gpus < concurrent:
         raise UserError(
             f"tune.concurrent_trials is {concurrent} with tune.gpus_per_trial "

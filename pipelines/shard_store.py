@@ -4,7 +4,6 @@
 them on its own disk, from which training reads them, resident or row group by row group.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -15,8 +14,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from aegan.dataset import read_manifest
 from pipelines.errors import UserError
-from pipelines.files import new_folder
+from pipelines.files import new_folder, sha256_of
 from pipelines.storage import (
     download_object,
     list_objects,
@@ -42,7 +42,7 @@ def node_folder() -> Path:
 
 def send_shards(folder: Path, storage: str) -> None:
     """Upload the shards unless they are there already."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     url = _address(storage, manifest["dataset_sha256"])
     if patiently(partial(read_object_if_any, f"{url}/{MANIFEST}")) is not None:
         return
@@ -68,7 +68,7 @@ def fetch_shards(storage: str, dataset_sha256: str) -> Path:
                 for shard in _shards(manifest):
                     file = aside / shard["file"]
                     patiently(partial(download_object, f"{url}/{shard['file']}", file))
-                    if _sha256(file) != shard["sha256"]:
+                    if sha256_of(file) != shard["sha256"]:
                         raise UserError(
                             f"{url}/{shard['file']} is damaged: delete everything below {url}, "
                             "then the same command uploads the shards again"
@@ -83,8 +83,3 @@ def _address(storage: str, dataset_sha256: str) -> str:
 
 def _shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard for split in manifest["splits"].values() for shard in split["shards"]]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

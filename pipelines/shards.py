@@ -1,13 +1,12 @@
 """Writing Parquet shards and their hashes."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.files import new_file
+from pipelines.files import new_file, sha256_of
 
 
 def write_parquet(table: pa.Table, file: Path) -> None:
@@ -51,11 +50,8 @@ class ShardWriter:
             return
         self._writer.close()
         self._writer = None
-        with self._file.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size = self._file.stat().st_size
-        name = self._file.name
-        self.shards.append({"file": name, "rows": self.rows, "bytes": size, "sha256": sha256})
+        written = {"bytes": self._file.stat().st_size, "sha256": sha256_of(self._file)}
+        self.shards.append({"file": self._file.name, "rows": self.rows, **written})
         self.rows = self.bytes = 0
 
     @property

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     address = params.load(ComputeConfig).storage
-    if not address.startswith("s3://"):
+    if not storage.is_s3(address):
         raise UserError(
             f"compute.storage is {address!r}: a job needs a bucket that this machine and the "
             "cluster both reach; set `storage: s3://bucket/prefix` under compute in params.yaml"
@@ -141,10 +141,8 @@ def push_data(address: str) -> None:
 
 def read_result(address: str, content: str) -> dict[str, Any] | None:
     """What a job left that succeeded; None while there is none."""
-    url = result_url(address, content)
-    if url not in dict(storage.list_objects(url)):
-        return None
-    result: dict[str, Any] = json.loads(storage.read_object(url))
+    written = storage.read_object_if_any(result_url(address, content))
+    result: dict[str, Any] | None = None if written is None else json.loads(written)
     return result
 
 

@@ -26,10 +26,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aegan import checkpoint
-from aegan.config import ComputeConfig, LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from aegan.config import ComputeConfig, TrainConfig
 from aegan.dataset import read_manifest
 from pipelines import params
-from pipelines.cluster import ray_session, shipped_environment
+from pipelines.cluster import ray_session, shipped_environment, uses_gpu
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder
 from pipelines.follow import follow
@@ -68,11 +68,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = TrainConfig(
-        model=params.load(ModelConfig),
-        loss=params.load(LossConfig),
-        training=params.load(TrainingConfig),
-    )
+    config = params.load_train_config()
     run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
     publish(run_folder, OUTPUT)
     if (run_folder / STOP).exists():  # asked to stop, but it was the end anyway
@@ -320,7 +316,7 @@ def _scaling(compute: ComputeConfig, *, local: bool) -> Any:
     from ray.train import ScalingConfig
 
     present = ray.cluster_resources()
-    use_gpu = compute.device == "cuda" or (compute.device == "auto" and present.get("GPU", 0) > 0)
+    use_gpu = uses_gpu(compute, present)
     kind, share = ("GPU", compute.gpus_per_worker) if use_gpu else ("CPU", 1)
     least = compute.min_workers or compute.num_workers
     if present.get(kind, 0) < least * share:

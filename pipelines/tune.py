@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from aegan.config import (
     ComputeConfig,
     LossConfig,
-    ModelConfig,
     RegisterConfig,
     TrainConfig,
     TrainingConfig,
@@ -33,7 +32,7 @@ from aegan.config import (
 )
 from aegan.dataset import read_manifest
 from pipelines import params, tracking
-from pipelines.cluster import ray_session
+from pipelines.cluster import execution, ray_session
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, write_json
 from pipelines.train import WORKER_ENVIRONMENT, run_name
@@ -47,13 +46,8 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    start = TrainConfig(
-        model=params.load(ModelConfig),
-        loss=params.load(LossConfig),
-        training=params.load(TrainingConfig),
-    )
     tune(
-        start,
+        params.load_train_config(),
         params.load(TuneConfig),
         params.load(ComputeConfig),
         experiment=params.load(RegisterConfig).experiment,
@@ -94,11 +88,7 @@ def _tune(
         runs=folder / "trials",
         device=share.device,
         threads=compute.threads_per_worker or share.cpus,
-        execution={
-            "micro_batch_size": compute.micro_batch_size,
-            "compile_networks": compute.compile,
-            "cuda_graphs": compute.cuda_graphs,
-        },
+        execution=execution(compute),
     )
     record = search.Record(search=folder.name, experiment=experiment)
     log.info(

@@ -20,7 +20,7 @@ from aegan.config import ComputeConfig, ConfigError, TrainConfig
 from aegan.training_loop import DivergedError
 from aegan.training_loop import train as training_loop
 from pipelines import metrics_export
-from pipelines.cluster import ORPHAN_WAIT_SECONDS, cpus_of_this_node
+from pipelines.cluster import ORPHAN_WAIT_SECONDS, cpus_of_this_node, execution
 from pipelines.errors import UserError
 from pipelines.process_group import told_to_end
 from pipelines.run_store import OUTCOME, STOP, RunStore, Uploader
@@ -70,9 +70,7 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
                 device=ray.train.torch.get_device(),
                 rank=rank,
                 world_size=context.get_world_size(),
-                micro_batch_size=compute.micro_batch_size,
-                compile_networks=compute.compile,
-                cuda_graphs=compute.cuda_graphs,
+                **execution(compute),
                 report=place.report,
                 should_stop=place.should_stop,
             )

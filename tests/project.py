@@ -34,9 +34,10 @@ def make_project(folder: Path, shards: Path, **overrides: object) -> Path:
     return folder
 
 
-def start(project: Path, **environment: str) -> subprocess.Popen[str]:
+def start(project: Path, stage: str = "train", **environment: str) -> subprocess.Popen[str]:
+    """A stage in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.train"],
+        [sys.executable, "-m", f"pipelines.{stage}"],
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         text=True,

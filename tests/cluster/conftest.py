@@ -1,25 +1,20 @@
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines import storage
 from tests.cluster.faults import FaultyProxy
+from tests.s3 import s3_server
 from tests.tiny import tiny_shards
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """The address of an S3 server."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -112,3 +114,17 @@ class RayCluster:
             node.process.wait()
         psutil.wait_procs(tree, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def two_nodes() -> Iterator[RayCluster]:
+    """A cluster of two nodes that may use the tests' bucket; it ends with the block."""
+    cluster = RayCluster(
+        AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", OMP_NUM_THREADS="1"
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node()
+        yield cluster
+    finally:
+        cluster.close()

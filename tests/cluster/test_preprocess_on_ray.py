@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +15,9 @@ from ruamel.yaml import YAML
 from aegan.config import DataConfig
 from pipelines import download as download_stage
 from pipelines.download import download
-from tests.cluster.nodes import RayCluster
+from tests.cluster.nodes import RayCluster, two_nodes
 from tests.pictures import blocks, encode
-from tests.project import ROOT, finish
+from tests.project import ROOT, finish, start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PREPROCESS = {
@@ -69,17 +66,6 @@ def snapshot(project: Path, source: str, *, in_place: bool) -> Path:
     return project
 
 
-def start(project: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.preprocess"],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
 def without_progress(output: str) -> str:
     """What a slow machine prints now and then is left out."""
     return re.sub(r"^(decoding|writing): .*\n", "", output, flags=re.MULTILINE)
@@ -102,19 +88,19 @@ def statistics(project: Path) -> dict:
 def stored(images: str, tmp_path: Path) -> Path:
     """The project whose snapshot holds the files, preprocessed on this machine."""
     project = snapshot(tmp_path / "stored", images, in_place=False)
-    finish(start(project))
+    finish(start(project, "preprocess"))
     return project
+
+
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def cluster() -> Iterator[RayCluster]:
-    cluster = RayCluster(
-        AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", OMP_NUM_THREADS="1"
-    )
-    for _ in range(2):
-        cluster.add_node()
-    yield cluster
-    cluster.close()
+    with two_nodes() as cluster:
+        yield cluster
 
 
 def assert_same_dataset(in_place: Path, stored: Path) -> None:
@@ -145,7 +131,7 @@ def assert_same_dataset(in_place: Path, stored: Path) -> None:
 
 def test_images_left_in_place_give_the_bytes_of_the_local_path(images, stored, tmp_path):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
-    output = finish(start(project))
+    output = finish(start(project, "preprocess"))
     assert_same_dataset(project, stored)
     decoded, kept = without_progress(output).splitlines()  # and nothing of Ray's own
     assert decoded.startswith("decoded 65 files")
@@ -154,7 +140,7 @@ def test_images_left_in_place_give_the_bytes_of_the_local_path(images, stored, t
 
 def test_nodes_that_know_nothing_of_our_code_give_them_too(cluster, images, stored, tmp_path):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
-    finish(start(project, **cluster.environment))
+    finish(start(project, "preprocess", **cluster.environment))
     assert_same_dataset(project, stored)
 
 
@@ -168,7 +154,7 @@ def test_an_object_changed_since_the_listing_is_one_clear_error(images, s3, tmp_
         client.delete_object(Bucket=bucket, Key=key)
     else:
         client.put_object(Bucket=bucket, Key=key, Body=encode(blocks(1, seed=5)[0]))
-    assert without_progress(finish(start(project), expected=1)) == (
+    assert without_progress(finish(start(project, "preprocess"), expected=1)) == (
         f"error: {images}/0033.png is not the object that was listed: run `make refresh`\n"
     )
     assert not (project / "data/shards").exists()
@@ -177,7 +163,7 @@ def test_an_object_changed_since_the_listing_is_one_clear_error(images, s3, tmp_
 def test_killed_in_the_middle_it_goes_on_with_the_parts_it_has(images, stored, proxy, tmp_path):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
     proxy.fault = lambda method, path: 5.0 if path.endswith("large/0019.jpg") else None
-    driver = start(project)
+    driver = start(project, "preprocess")
     while not (parts := list(project.glob("runs/preprocess-*/part-*.parquet"))):
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.02)
@@ -186,7 +172,7 @@ def test_killed_in_the_middle_it_goes_on_with_the_parts_it_has(images, stored, p
     finished = {part.name for part in project.glob("runs/preprocess-*/part-*.parquet")}
     assert 0 < len(parts) <= len(finished) < 9
     proxy.fault = lambda method, path: None
-    output = without_progress(finish(start(project)))
+    output = without_progress(finish(start(project, "preprocess")))
     assert_same_dataset(project, stored)
     missing = 9 - len(finished)
     assert 8 * (missing - 1) < int(output.split()[1]) <= 8 * missing
@@ -197,7 +183,7 @@ def test_a_bucket_that_answers_with_errors_for_a_while_is_asked_again(
 ):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
     proxy.fault = lambda method, path: 503 if proxy.refused < 30 and "/large/" in path else None
-    finish(start(project))
+    finish(start(project, "preprocess"))
     assert proxy.refused == 30
     assert_same_dataset(project, stored)
 
@@ -205,7 +191,7 @@ def test_a_bucket_that_answers_with_errors_for_a_while_is_asked_again(
 def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, proxy, tmp_path):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
     proxy.fault = lambda method, path: 1.0 if "/large/" in path else None
-    driver = start(project, **cluster.environment)
+    driver = start(project, "preprocess", **cluster.environment)
     while not proxy.delayed:
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.02)
@@ -217,7 +203,7 @@ def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, 
 def test_interrupted_by_the_user_it_ends_quietly(images, proxy, tmp_path):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
     proxy.fault = lambda method, path: 2.0 if "/large/" in path else None
-    driver = start(project)
+    driver = start(project, "preprocess")
     while not list(project.glob("runs/preprocess-*/part-*.parquet")):
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.02)

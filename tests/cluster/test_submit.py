@@ -22,11 +22,12 @@ import boto3
 import psutil
 import pytest
 import requests
-from moto.server import ThreadedMotoServer
 from ruamel.yaml import YAML
 
 from pipelines import params
+from tests.compose import free_port
 from tests.pictures import blocks, write_folder
+from tests.s3 import s3_server
 from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -47,12 +48,6 @@ SMALL_PARAMETERS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def storage_client(environment: dict[str, str]) -> Any:
     return boto3.client(
         "s3",
@@ -66,27 +61,24 @@ def storage_client(environment: dict[str, str]) -> Any:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A bare environment with a bucket, for the cluster and its users; the home folder is empty."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    home = tmp_path_factory.mktemp("home")
-    settings = {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "HOME": str(home),
-        "OMP_NUM_THREADS": "1",
-        "MPLCONFIGDIR": str(tmp_path_factory.mktemp("matplotlib")),
-        "DVC_SITE_CACHE_DIR": str(tmp_path_factory.mktemp("dvc")),
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    storage_client(settings).create_bucket(Bucket="bucket")
-    yield settings
-    server.stop()
+    with s3_server() as address:
+        home = tmp_path_factory.mktemp("home")
+        settings = {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "MPLCONFIGDIR": str(tmp_path_factory.mktemp("matplotlib")),
+            "DVC_SITE_CACHE_DIR": str(tmp_path_factory.mktemp("dvc")),
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        storage_client(settings).create_bucket(Bucket="bucket")
+        yield settings
     assert list(home.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aegan import checkpoint
-from tests.cluster.nodes import RayCluster
+from tests.cluster.nodes import RayCluster, two_nodes
 from tests.project import finish, make_project, run_folder, start, train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(480)]
@@ -28,13 +28,8 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    cluster = RayCluster(
-        AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", OMP_NUM_THREADS="1"
-    )
-    for _ in range(2):
-        cluster.add_node()
-    yield cluster
-    cluster.close()
+    with two_nodes() as cluster:
+        yield cluster
 
 
 @pytest.fixture

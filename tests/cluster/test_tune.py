@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ruamel.yaml import YAML
 from aegan import checkpoint, manifold
 from aegan.config import SPLITS
 from pipelines import params
+from tests.project import finish, start
 from tests.shards import write_shards
 from tests.tiny import PARAMS, SMALL
 
@@ -42,8 +42,10 @@ SMALL_PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with small parameters and 16x16 images of the designed set."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = dict(zip(SPLITS, (64, 24, 24), strict=True))
     factors = manifold.sample_factors(np.arange(sum(rows.values())), seed=0)
     images = manifold.render(factors, image_size=16)
@@ -58,25 +60,6 @@ def change(project: Path, parameters: dict[str, dict[str, Any]]) -> None:
     with (project / "overlay.yaml").open("w") as file:
         YAML().dump(parameters, file)
     params.apply_overlay(project / "overlay.yaml", project / "params.yaml")
-
-
-def start(project: Path, stage: str = "tune") -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"pipelines.{stage}"],
-        cwd=project,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], *, expected: int = 0) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == expected, output
-    return output
 
 
 def kill_in_the_middle(process: subprocess.Popen[str]) -> tuple[str, list[psutil.Process]]:
@@ -110,13 +93,13 @@ def trained_at(project: Path) -> dict[str, int]:
 
 
 def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(project: Path) -> None:
-    first, orphans = kill_in_the_middle(start(project))
+    first, orphans = kill_in_the_middle(start(project, "tune"))
     before = trained_at(project)
     assert before
     assert 0 < len(ended(first, "finished")) < NUM_TRIALS, first
     time.sleep(0.01)
 
-    second = finish(start(project))
+    second = finish(start(project, "tune"))
     assert "going on with search" in second
     after = trained_at(project)
     assert {name: after[name] for name in before} == before  # not trained again
@@ -141,7 +124,7 @@ def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(proje
 
     overlay = project / "artifacts/tune/tuned.yaml"
     params.apply_overlay(overlay, project / "params.yaml")
-    finish(start(project, "train"))
+    finish(start(project))
     run = json.loads((project / "artifacts/train/run.json").read_text())
     for name, value in winner["settings"].items():
         section, key = name.split(".")
@@ -151,7 +134,7 @@ def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(proje
 
 
 def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: Path) -> None:
-    process = start(project)
+    process = start(project, "tune")
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("trial "))
     tree = psutil.Process(process.pid).children(recursive=True)
@@ -172,13 +155,13 @@ def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: 
 
 def test_settings_that_cannot_train_end_in_one_clear_line(project: Path) -> None:
     change(project, {"training": {"batch_size": 0}, "tune": {"num_trials": 2}})
-    output = finish(start(project), expected=1)
+    output = finish(start(project, "tune"), expected=1)
     assert "error: no trial was trained to the end: training.batch_size is 0" in output
     assert "Traceback" not in output
 
 
 def test_more_trials_at_once_than_cpus_is_one_clear_line(project: Path) -> None:
     change(project, {"tune": {"concurrent_trials": 10_000}, "compute": {"device": "cpu"}})
-    output = finish(start(project), expected=1)
+    output = finish(start(project, "tune"), expected=1)
     assert "error: tune.concurrent_trials is 10000, but there are" in output
     assert "Traceback" not in output

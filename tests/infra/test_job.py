@@ -8,10 +8,10 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from ruamel.yaml import YAML
 
 from pipelines import params
+from tests.s3 import s3_server
 from tests.test_pipeline import SMALL_PARAMETERS, STAGES, stages_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -20,16 +20,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 @pytest.fixture
 def bucket(monkeypatch) -> Iterator[str]:
     """Address of an empty bucket on a server of this test."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="results")
-    yield "s3://results/dvc"
-    server.stop()
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        boto3.client("s3").create_bucket(Bucket="results")
+        yield "s3://results/dvc"
 
 
 def run_job(image: Path, bucket: str) -> str:

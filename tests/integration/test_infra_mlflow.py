@@ -13,9 +13,9 @@ import boto3
 import psutil
 import pytest
 import requests
-from moto.server import ThreadedMotoServer
 
 from tests.compose import INFRA, command_of, environment_of, free_port, wait_until
+from tests.s3 import s3_server
 
 pytestmark = [
     pytest.mark.integration,
@@ -67,12 +67,9 @@ def postgres() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """Address of an S3 server with the bucket of the compose file."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    s3_client(f"http://{host}:{port}").create_bucket(Bucket="aegan")
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as address:
+        s3_client(address).create_bucket(Bucket="aegan")
+        yield address
 
 
 def s3_client(address: str):
