@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--stage-repeats", type=int, default=2, help="of the slow start with Ray")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
+    # A shell's background job ignores Ctrl-C, and so would the stage that it shall end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     machine = describe("torch", "numpy", "pyarrow", "ray")
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:

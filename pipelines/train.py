@@ -57,6 +57,7 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "training_loop.py",
     "updates.py",
     "validation.py",
+    "winograd.py",
 )
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
 WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)

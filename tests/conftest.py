@@ -1,7 +1,11 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# A shell's background job ignores Ctrl-C, and so would every stage that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
