@@ -95,8 +95,6 @@ class UpsampleConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_channels))
         _reset_parameters(self.weight, self.bias)
-        self.shifts: Tensor
-        self.register_buffer("shifts", _sum_of_shifts(kernel_size, scale), persistent=False)
 
     def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
         if (y is None) != (self.channels[1] == 0):
@@ -113,30 +111,12 @@ class UpsampleConv2d(nn.Module):
 
     def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if winograd.pays(h, weight, self.scale):
-            return winograd.upsample_convolution(
-                h, weight, bias, scale=self.scale, columns=self.shifts
-            )
+            return winograd.upsample_convolution(h, weight, bias, self.scale)
         if self.scale > 1:
-            with torch.autocast(h.device.type, enabled=False):  # sums of weights: not to be rounded
-                kernel = weight.flatten(2) @ torch.kron(self.shifts, self.shifts)
-            side = self.kernel_size + self.scale - 1
-            kernel = kernel.view(*weight.shape[:2], side, side).transpose(0, 1)
+            kernel = winograd.transposed_kernel(weight, (self.scale, self.scale))
             extra = self.after - self.before
             return F.conv_transpose2d(h, kernel, bias, self.scale, self.after, extra)
-        if 4 * len(weight) <= h.shape[1] and h.shape[2] % 2 == h.shape[3] % 2 == 0:
-            return self._four_pixels_at_once(h, weight, bias)
         return _padded_convolution(h, weight, bias, 1, (self.before, self.after))
-
-    def _four_pixels_at_once(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Few output channels would leave vector units idle: each kernel stands at four places."""
-        more = self.after - self.before
-        kernels = [
-            F.pad(weight, (more + column, 1 - column, more + row, 1 - row))
-            for row, column in itertools.product(range(2), repeat=2)
-        ]
-        bias = bias if bias is None else bias.repeat_interleave(4)
-        pixels = F.conv2d(h, torch.stack(kernels, 1).flatten(0, 1), bias, 2, self.after)
-        return F.pixel_shuffle(pixels, 2)
 
     def _border(self, size: tuple[int, int], y: Tensor, weight: Tensor) -> Tensor:
         """What y and bias add to a pixel of each kind: [N, out, kinds of rows, kinds of columns].
@@ -161,17 +141,25 @@ def _padded_convolution(
 ) -> Tensor:
     """Convolution with other padding after than before; a copy of h where they differ."""
     before, after = padding
+    if stride == 1 and h.device.type == "cpu" and len(weight) * weight.shape[2] <= h.shape[1]:
+        return _rows_then_columns(h, weight, bias, padding)
     if before != after:
         h = F.pad(h, (0, after - before) * 2)
     return F.conv2d(h, weight, bias, stride, before)
 
 
-def _sum_of_shifts(kernel_size: int, scale: int) -> Tensor:
-    """0/1 matrix [k, k + scale - 1]: which taps of a row or column of the kernel add up to which
-    of the transposed convolution's."""
-    taps = torch.arange(kernel_size)[:, None]
-    spread = torch.arange(kernel_size + scale - 1) + taps - (kernel_size - 1)
-    return ((spread >= 0) & (spread < scale)).to(torch.get_default_dtype())
+def _rows_then_columns(
+    h: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
+) -> Tensor:
+    """Few output channels would leave a CPU's vector units idle: each row of a kernel makes an
+    image of its own, and a second convolution, by ones, adds them up where they belong."""
+    outputs, _, rows, _ = weight.shape
+    before, after = padding
+    kernels = weight.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    images = F.conv2d(h, kernels, None, 1, (0, after))
+    one_each = torch.eye(outputs * rows, dtype=weight.dtype).view(outputs, rows, -1, 1)
+    sums = F.conv2d(images, one_each.transpose(1, 2), bias, 1, (after, 0))
+    return sums[:, :, after - before :, after - before :].contiguous()
 
 
 def _regions(before: int, out: Tensor, border: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

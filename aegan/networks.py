@@ -267,10 +267,14 @@ class PaperLatentDiscriminator(nn.Module):
         self.to_logit = nn.Linear(self.last_width, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.input_noise(z)
-        for layer in self.layers:
-            h = torch.cat([h, self.layer_noise(self.activation(layer(h)))], dim=1)
-        logit: Tensor = self.to_logit(self.activation(self.last(h)))
+        # Layers this narrow lose more by casting to bfloat16 than they win.
+        with torch.autocast(z.device.type, enabled=False):
+            h = self.input_noise(z.to(self.last.weight.dtype))
+            # Drawn at once: the numbers are few, and each call has its price.
+            noise = self.layer_noise(h.new_ones(len(h), self.num_layers * self.width))
+            for layer, factor in zip(self.layers, noise.split(self.width, 1), strict=True):
+                h = torch.cat([h, self.activation(layer(h)) * factor], dim=1)
+            logit: Tensor = self.to_logit(self.activation(self.last(h)))
         return logit
 
 

@@ -12,6 +12,8 @@ would cost in additions what it saves in products (measured on a CPU).
 Source: Winograd, Arithmetic Complexity of Computations, 1980.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,27 +37,36 @@ def pays(h: Tensor, weight: Tensor, scale: int) -> bool:
     )
 
 
-def upsample_convolution(
-    h: Tensor, weight: Tensor, bias: Tensor | None, *, scale: int, columns: Tensor
-) -> Tensor:
+def upsample_convolution(h: Tensor, weight: Tensor, bias: Tensor | None, scale: int) -> Tensor:
     """h [N, C, H, W] upsampled by `scale`, 1 or 2, then convolved with weight [O, C, 4, 4] ->
-    [N, O, H*scale, W*scale].
-
-    `columns` [4, 5] sums a row of taps to that of the transposed convolution which upsamples it.
-    """
-    even, odd = weight[:, :, ::2], weight[:, :, 1::2]
+    [N, O, H*scale, W*scale]."""
+    if scale == 1:
+        even, odd = weight[:, :, ::2], weight[:, :, 1::2]
+    else:  # rows from the last to the first
+        kernel = transposed_kernel(weight, (1, scale))
+        even, odd = kernel[:, :, 1::2], kernel[:, :, ::2]
     kernels = [even + odd, even, odd]
     products = []
     for part, kernel in zip(_linear((_split, _unsplit), scale, h), kernels, strict=False):
         if scale == 1:
             product = F.conv2d(part, kernel, bias, padding=(0, 1))
         else:
-            with torch.autocast(h.device.type, enabled=False):  # sums of weights: not to be rounded
-                kernel = (kernel.flip(2) @ columns).transpose(0, 1)
             product = F.conv_transpose2d(part, kernel, bias, (1, 2), (1, 2), (0, 1))
         products.append(product)
         bias = None  # the first product is in both rows
     return _linear((_pair, _unpair), scale, *products)[0]
+
+
+def transposed_kernel(weight: Tensor, scales: tuple[int, int]) -> Tensor:
+    """[O, C, k, k] -> [C, O, k + rows - 1, k + columns - 1]: the transposed convolution that
+    upsamples by `scales` and convolves; taps that meet the same pixel of the small image add up."""
+    rows, columns = scales
+    kernel = weight.flip(2, 3).transpose(0, 1)
+    shifted = [
+        F.pad(kernel, (column, columns - 1 - column, row, rows - 1 - row))
+        for row, column in itertools.product(range(rows), range(columns))
+    ]
+    return functools.reduce(torch.add, shifted)
 
 
 class _Linear(torch.autograd.Function):
