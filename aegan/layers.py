@@ -125,9 +125,9 @@ class UpsampleConv2d(nn.Module):
         many as the kernel has taps, and the one at `before` is that of all inner pixels.
         """
         rows, columns = (self._taps_inside(side, weight) for side in size)
-        sums = torch.kron(rows, columns) @ weight.permute(1, 2, 3, 0).flatten(1, 2)
-        border = (y @ sums.flatten(1)).view(-1, len(rows), len(columns), len(weight)) + self.bias
-        return border.permute(0, 3, 1, 2)
+        by_tap = y @ weight.permute(1, 2, 3, 0).flatten(1)
+        border = torch.kron(rows, columns) @ by_tap.view(len(y), -1, len(weight)) + self.bias
+        return border.view(len(y), len(rows), len(columns), -1).permute(0, 3, 1, 2)
 
     def _taps_inside(self, side: int, like: Tensor) -> Tensor:
         kinds = min(side, self.kernel_size)
