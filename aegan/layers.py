@@ -211,22 +211,30 @@ class _SumKinds(torch.autograd.Function):
     def forward(ctx: Any, before: int, shape: torch.Size, gradient: Tensor) -> Any:
         ctx.before, ctx.like = before, gradient
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        border = gradient.new_zeros(shape, dtype=wide)
+        batch, channels, rows, columns = shape  # channels last, as the gradient is
+        border = gradient.new_zeros((batch, rows, columns, channels), dtype=wide)
+        border = border.permute(0, 3, 1, 2)
         (inner, inner_total), *edges = _regions(before, gradient, border)
         for region, total in edges:
-            total += region.to(wide).sum_to_size(total.shape)
+            total += _sum_to(total, region)
         if inner_total.shape[2:] == (1, 1):
             # Of all pixels, without a type: many times faster than the sum of a slice or of a copy,
             # and narrow types add up in float32 as well.
             inner_total += gradient.sum((2, 3), True) - border.sum((2, 3), True)
         else:
-            inner_total += inner.to(wide).sum_to_size(inner_total.shape)
+            inner_total += _sum_to(inner_total, inner)
         return border
 
     @staticmethod
     def backward(ctx: Any, border: Tensor) -> Any:
         add: Any = _AddBorder.apply
         return None, None, add(ctx.before, torch.zeros_like(ctx.like), border)
+
+
+def _sum_to(total: Tensor, region: Tensor) -> Tensor:
+    """The sum, of the type of `total`, over the axes along which `total` is shorter."""
+    shorter = [axis for axis in (2, 3) if total.shape[axis] < region.shape[axis]]
+    return region.sum(shorter, True, dtype=total.dtype) if shorter else region
 
 
 def _reset_parameters(weight: Tensor, bias: Tensor) -> None:

@@ -61,12 +61,12 @@ def transposed_kernel(weight: Tensor, scales: tuple[int, int]) -> Tensor:
     """[O, C, k, k] -> [C, O, k + rows - 1, k + columns - 1]: the transposed convolution that
     upsamples by `scales` and convolves; taps that meet the same pixel of the small image add up."""
     rows, columns = scales
-    kernel = weight.flip(2, 3).transpose(0, 1)
+    kernel = weight.flip(2, 3)
     shifted = [
         F.pad(kernel, (column, columns - 1 - column, row, rows - 1 - row))
         for row, column in itertools.product(range(rows), range(columns))
     ]
-    return functools.reduce(torch.add, shifted)
+    return functools.reduce(torch.add, shifted).transpose(0, 1)  # last: channels stay side by side
 
 
 class _Linear(torch.autograd.Function):
