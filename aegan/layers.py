@@ -6,7 +6,6 @@ checkpoints do not depend on the form. Channels-last tensors are the fast ones a
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -105,18 +104,24 @@ class UpsampleConv2d(nn.Module):
         size = h.shape[2] * self.scale, h.shape[3] * self.scale
         with torch.autocast(h.device.type, enabled=False):  # a sum of many: not to be rounded
             border = self._border(size, y.to(latent.dtype), latent)
-        add_border: Any = _AddBorder.apply
-        out: Tensor = add_border(self.before, self._convolve(h, own, None), border)
+            row, column = (min(self.before, kinds - 1) for kinds in border.shape[2:])
+            inner = border[:, :, row, column, None, None]
+        add_edges: Any = _AddEdges.apply
+        out: Tensor = add_edges(self.before, self._convolve(h, own, inner), border - inner)
         return out
 
-    def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`bias` is [out], or [N, out, 1, 1]: each image's own."""
         if winograd.pays(h, weight, self.scale):
             return winograd.upsample_convolution(h, weight, bias, self.scale)
+        common = bias if bias.ndim == 1 else None
         if self.scale > 1:
             kernel = winograd.transposed_kernel(weight, (self.scale, self.scale))
             extra = self.after - self.before
-            return F.conv_transpose2d(h, kernel, bias, self.scale, self.after, extra)
-        return _padded_convolution(h, weight, bias, 1, (self.before, self.after))
+            out = F.conv_transpose2d(h, kernel, common, self.scale, self.after, extra)
+        else:
+            out = _padded_convolution(h, weight, common, 1, (self.before, self.after))
+        return out if bias is common else out.add_(bias.to(out.dtype))
 
     def _border(self, size: tuple[int, int], y: Tensor, weight: Tensor) -> Tensor:
         """What y and bias add to a pixel of each kind: [N, out, kinds of rows, kinds of columns].
@@ -162,8 +167,8 @@ def _rows_then_columns(
     return sums[:, :, after - before :, after - before :].contiguous()
 
 
-def _regions(before: int, out: Tensor, border: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the output's regions, the inner one first, each with that of its bias."""
+def _edges(before: int, out: Tensor, border: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of the output's regions but the inner one, each with that of its bias."""
     axes = []
     for side, kinds in zip(out.shape[2:], border.shape[2:], strict=True):
         if side == kinds:  # every pixel is its own kind
@@ -177,35 +182,35 @@ def _regions(before: int, out: Tensor, border: Tensor) -> Iterator[tuple[Tensor,
                 (slice(side - after, side), slice(before + 1, None)),
             ]
         )
-    for (rows, row_kinds), (columns, column_kinds) in itertools.product(*axes):
-        yield out[:, :, rows, columns], border[:, :, row_kinds, column_kinds]
+    regions = [
+        (out[:, :, rows, columns], border[:, :, row_kinds, column_kinds])
+        for (rows, row_kinds), (columns, column_kinds) in itertools.product(*axes)
+    ]
+    inner_of_both_axes = regions[0][1].shape[2:] == (1, 1)
+    return regions[1:] if inner_of_both_axes else regions
 
 
-class _AddBorder(torch.autograd.Function):
-    """Adds each pixel the bias of its kind, in place; linear, so its gradient is its transpose."""
+class _AddEdges(torch.autograd.Function):
+    """Adds each pixel but the inner ones the bias of its kind, in place; linear, so its gradient is
+    its transpose."""
 
     @staticmethod
     def forward(ctx: Any, before: int, out: Tensor, border: Tensor) -> Tensor:
         ctx.before, ctx.border_shape, ctx.border_dtype = before, border.shape, border.dtype
         ctx.mark_dirty(out)
-        regions = [*_regions(before, out, border)]
-        inner = regions[0][1]
-        if inner.shape[2:] == (1, 1):  # all pixels at once is faster than a slice
-            out.add_(inner.to(out.dtype))
-            regions = [*_regions(before, out, border - inner)][1:]
-        for region, bias in regions:
+        for region, bias in _edges(before, out, border):
             region += bias.to(out.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        sum_kinds: Any = _SumKinds.apply
-        border = sum_kinds(ctx.before, ctx.border_shape, gradient)
+        sum_edges: Any = _SumEdges.apply
+        border = sum_edges(ctx.before, ctx.border_shape, gradient)
         return None, gradient, border.to(ctx.border_dtype)
 
 
-class _SumKinds(torch.autograd.Function):
-    """The transpose of _AddBorder: sums over the pixels of each kind."""
+class _SumEdges(torch.autograd.Function):
+    """The transpose of _AddEdges: sums over the pixels of each kind."""
 
     @staticmethod
     def forward(ctx: Any, before: int, shape: torch.Size, gradient: Tensor) -> Any:
@@ -214,27 +219,15 @@ class _SumKinds(torch.autograd.Function):
         batch, channels, rows, columns = shape  # channels last, as the gradient is
         border = gradient.new_zeros((batch, rows, columns, channels), dtype=wide)
         border = border.permute(0, 3, 1, 2)
-        (inner, inner_total), *edges = _regions(before, gradient, border)
-        for region, total in edges:
-            total += _sum_to(total, region)
-        if inner_total.shape[2:] == (1, 1):
-            # Of all pixels, without a type: many times faster than the sum of a slice or of a copy,
-            # and narrow types add up in float32 as well.
-            inner_total += gradient.sum((2, 3), True) - border.sum((2, 3), True)
-        else:
-            inner_total += _sum_to(inner_total, inner)
+        for region, total in _edges(before, gradient, border):
+            axes = [axis for axis in (2, 3) if total.shape[axis] < region.shape[axis]]
+            total += region.sum(axes, True, dtype=wide) if axes else region
         return border
 
     @staticmethod
     def backward(ctx: Any, border: Tensor) -> Any:
-        add: Any = _AddBorder.apply
+        add: Any = _AddEdges.apply
         return None, None, add(ctx.before, torch.zeros_like(ctx.like), border)
-
-
-def _sum_to(total: Tensor, region: Tensor) -> Tensor:
-    """The sum, of the type of `total`, over the axes along which `total` is shorter."""
-    shorter = [axis for axis in (2, 3) if total.shape[axis] < region.shape[axis]]
-    return region.sum(shorter, True, dtype=total.dtype) if shorter else region
 
 
 def _reset_parameters(weight: Tensor, bias: Tensor) -> None:

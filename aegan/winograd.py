@@ -37,23 +37,26 @@ def pays(h: Tensor, weight: Tensor, scale: int) -> bool:
     )
 
 
-def upsample_convolution(h: Tensor, weight: Tensor, bias: Tensor | None, scale: int) -> Tensor:
+def upsample_convolution(h: Tensor, weight: Tensor, bias: Tensor, scale: int) -> Tensor:
     """h [N, C, H, W] upsampled by `scale`, 1 or 2, then convolved with weight [O, C, 4, 4] ->
-    [N, O, H*scale, W*scale]."""
+    [N, O, H*scale, W*scale]. `bias` is [O], or [N, O, 1, 1]: each image's own."""
     if scale == 1:
         even, odd = weight[:, :, ::2], weight[:, :, 1::2]
     else:  # rows from the last to the first
         kernel = transposed_kernel(weight, (1, scale))
         even, odd = kernel[:, :, 1::2], kernel[:, :, ::2]
     kernels = [even + odd, even, odd]
+    common = bias if bias.ndim == 1 else None
     products = []
     for part, kernel in zip(_linear((_split, _unsplit), scale, h), kernels, strict=False):
         if scale == 1:
-            product = F.conv2d(part, kernel, bias, padding=(0, 1))
+            product = F.conv2d(part, kernel, common, padding=(0, 1))
         else:
-            product = F.conv_transpose2d(part, kernel, bias, (1, 2), (1, 2), (0, 1))
+            product = F.conv_transpose2d(part, kernel, common, (1, 2), (1, 2), (0, 1))
         products.append(product)
-        bias = None  # the first product is in both rows
+        common = None  # the first product is in both rows
+    if bias.ndim > 1:
+        products[0] += bias.to(products[0].dtype)
     return _linear((_pair, _unpair), scale, *products)[0]
 
 

@@ -11,6 +11,7 @@ steps, one round of the author's rule, are timed as one. Plain eager: tests/plai
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +19,13 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from aegan import winograd
 from aegan.config import (
     DataConfig,
     ModelConfig,
@@ -234,10 +237,13 @@ def measure_steps(
         rate = max(rates[form.precision])  # what the machine can do
         with Counter() as count:
             rounds[form]()
+        with patch.object(winograd, "MIN_CHANNELS", sys.maxsize), Counter() as direct:
+            rounds[form]()
         flops, traffic = count.flops / INTERVAL, count.bytes / INTERVAL
         results[form.name] |= {
             "gflop_per_step": round(flops / 1e9, 1),
             "share_of_matrix_product_rate": round(flops / median / rate, 3),
+            "gflop_per_step_without_winograd": round(direct.flops / INTERVAL / 1e9, 1),
             "gbyte_per_step_outside_products": round(traffic / 1e9, 2),
             "limit_seconds_per_step": round(flops / rate + traffic / bandwidth, 5),
             "top_costs": top_costs(rounds[form], device),
