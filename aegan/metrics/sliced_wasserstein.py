@@ -1,5 +1,6 @@
 """Sliced Wasserstein distance of image patches (Karras et al. 2018, arXiv 1710.10196)."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,6 +78,6 @@ def _patches(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def sliced_distance(a: Tensor, b: Tensor, generator: torch.Generator) -> float:
     """Mean over random directions of the one-dimensional Wasserstein-1 distance; [N, D] each."""
     directions = F.normalize(torch.randn(a.shape[1], DIRECTIONS, generator=generator), dim=0)
-    return float(
-        ((a @ directions).sort(dim=0).values - (b @ directions).sort(dim=0).values).abs().mean()
-    )
+    # numpy sorts more than twice as fast as torch on a CPU
+    a_sorted, b_sorted = (np.sort((directions.T @ x.T).numpy()) for x in (a, b))
+    return float(np.abs(a_sorted - b_sorted).mean())
