@@ -61,6 +61,7 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
 )
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
 WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)
+    "MALLOC_ARENA_MAX": "1",  # Ray trains in a thread, whose own arena holds no more than 64 MiB
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
 }
