@@ -25,6 +25,7 @@ def large_tensors():
 threading.Thread(target=large_tensors).start()
 """
 
+
 def page_faults(environment: dict[str, str]) -> int:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", LARGE_TENSORS_IN_A_THREAD]
