@@ -180,7 +180,9 @@ def test_channel_norm_of_bfloat16_computes_statistics_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours = layer(h)
     assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, channel_norm(layer, h.float()).bfloat16())
+    plain = channel_norm(layer, h.float()).bfloat16()
+    # Near zero: float32 rounds a mean of 100 by 1e-5, bfloat16 would by .25.
+    torch.testing.assert_close(ours, plain, rtol=0.016, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
