@@ -61,7 +61,7 @@ def make_project(project: Path, files: list[Path]) -> Path:
         manifold_size=8,
         manifold_seed=0,
     )
-    download(source, project / "data/raw")
+    download(source, project / "artifacts/raw")
     return project
 
 

@@ -133,7 +133,7 @@ def main() -> None:
             for preset, (config, project) in projects.items():
                 way = f"aegan/ alone, {preset}"
                 run_folder = folder / f"{preset}-{repeat}"
-                seconds = start_loop(config, shards=project / "data/shards", folder=run_folder)
+                seconds = start_loop(config, shards=project / "artifacts/shards", folder=run_folder)
                 if repeat >= 0:
                     found.setdefault(way, []).append(seconds)
                 if 0 <= repeat < options.stage_repeats and preset == "demo":

@@ -1,4 +1,4 @@
-"""Stage `download`: any source -> data/raw/, the files as found in a few Parquet shards.
+"""Stage `download`: any source -> artifacts/raw/, the files as found in a few Parquet shards.
 
 With `data.in_place` only the listing of a bucket's prefix is stored, and the files stay there.
 """
@@ -36,7 +36,7 @@ from pipelines.sources import (
     without_repetitions,
 )
 
-RAW = Path("data/raw")
+RAW = Path("artifacts/raw")
 SCHEMA_VERSION = 1
 SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
 ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes

@@ -43,7 +43,7 @@ from pipelines.files import new_file, write_json
 from pipelines.trained import check_size, load_model
 
 MODEL = Path("artifacts/train/model")
-SHARDS = Path("data/shards")
+SHARDS = Path("artifacts/shards")
 OUTPUT = Path("artifacts/evaluate")
 
 WEIGHTS: tuple[Literal["ema", "raw"], ...] = ("ema", "raw")

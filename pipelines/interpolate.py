@@ -21,7 +21,7 @@ from pipelines.files import new_folder, write_json
 from pipelines.trained import check_size, load_model
 
 MODEL = Path("artifacts/train/model")
-SHARDS = Path("data/shards")
+SHARDS = Path("artifacts/shards")
 OUTPUT = Path("artifacts/interpolate")
 
 NUM_SAMPLES = 100

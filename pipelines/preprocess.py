@@ -1,4 +1,4 @@
-"""Stage `preprocess`: data/raw/ -> data/shards/, checked, resized, deduplicated, split images.
+"""Stage `preprocess`: artifacts/raw -> artifacts/shards: checked, resized, deduplicated, split.
 
 Three passes; memory is bounded by a few row groups a core plus some 300 bytes an image:
 1. decode.py: all cores turn the row groups of the snapshot into part files in a work folder
@@ -41,8 +41,8 @@ from pipelines.near_duplicates import Indices
 from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 
-RAW = Path("data/raw")
-SHARDS = Path("data/shards")
+RAW = Path("artifacts/raw")
+SHARDS = Path("artifacts/shards")
 ARTIFACTS = Path("artifacts/preprocess")
 RUNS = Path("runs")
 SCHEMA_VERSION = 1

@@ -24,14 +24,14 @@ from pipelines.web import without_secrets
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
 CURVES, SCORES = Path("artifacts/train/curves.csv"), Path("artifacts/evaluate/metrics.json")
-MANIFEST, DVC_LOCK = Path("data/shards/manifest.json"), Path("dvc.lock")
+MANIFEST, DVC_LOCK = Path("artifacts/shards/manifest.json"), Path("dvc.lock")
 OUTPUT = Path("artifacts/register/registration.json")
 FILES = {  # folder among the run's artifacts -> what goes there, as far as it exists
     "samples": ["artifacts/train/samples"],
     "interpolations": ["artifacts/interpolate"],
     "report": ["report/index.html"],
     "metrics": ["artifacts/train/run.json", "artifacts/train/curves.csv", "artifacts/evaluate"],
-    "data": ["data/shards/manifest.json", "artifacts/preprocess"],
+    "data": ["artifacts/shards/manifest.json", "artifacts/preprocess"],
 }
 
 

@@ -28,7 +28,7 @@ from pipelines.files import new_file
 from pipelines.web import without_secrets
 
 ARTIFACTS = Path("artifacts")
-SHARDS = Path("data/shards")
+SHARDS = Path("artifacts/shards")
 OUTPUT = Path("report/index.html")
 
 MAX_PICTURE_PIXELS = 1200  # side; larger pictures are shrunk

@@ -1,7 +1,8 @@
 """Shards in a bucket: the driver puts them there once, each node fetches them once.
 
-<storage>/data/<dataset_sha256>/ holds the files of data/shards, manifest.json last. A node keeps
-them on its own disk, from which training reads them, resident or row group by row group.
+<storage>/data/<dataset_sha256>/ holds the files of artifacts/shards, manifest.json last.
+A node keeps them on its own disk, from which training reads them, resident or row group by row
+group.
 """
 
 import json

@@ -37,7 +37,7 @@ from pipelines.run_store import CHECKPOINTS, LOG, OUTCOME, STOP, RunStore, claim
 from pipelines.shard_store import send_shards
 from pipelines.storage import is_s3
 
-SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/train")
+SHARDS, RUNS, OUTPUT = Path("artifacts/shards"), Path("runs"), Path("artifacts/train")
 LIBRARY = Path(__file__).parent.parent / "aegan"
 CODE = (  # what determines the weights, besides data and parameters; dvc.yaml names the same
     "checkpoint.py",

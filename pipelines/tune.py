@@ -38,7 +38,7 @@ from pipelines.files import new_folder, write_json
 from pipelines.train import WORKER_ENVIRONMENT, run_name
 from pipelines.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
 
-SHARDS, RUNS, OUTPUT = Path("data/shards"), Path("runs"), Path("artifacts/tune")
+SHARDS, RUNS, OUTPUT = Path("artifacts/shards"), Path("runs"), Path("artifacts/tune")
 CODE = ("search.py", "trial.py", "tune.py")  # what determines a search, besides the trainings
 SEARCHED = {"loss": LossConfig, "training": TrainingConfig}  # sections with settings to search
 

@@ -29,8 +29,7 @@ def make_project(folder: Path, shards: Path, **overrides: object) -> Path:
         parameters[section][name] = value
     with (folder / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(parameters, file)
-    (folder / "data").mkdir()
-    shutil.copytree(shards, folder / "data" / "shards")
+    shutil.copytree(shards, folder / "artifacts" / "shards")
     return folder
 
 

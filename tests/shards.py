@@ -1,4 +1,4 @@
-"""A tiny `data/shards` folder for tests, as docs/architecture.md describes it."""
+"""A tiny `artifacts/shards` folder for tests, as docs/architecture.md describes it."""
 
 import hashlib
 import json

@@ -39,8 +39,8 @@ def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     """Everything that `register` reads; run it with `root` as the working folder."""
     write_model(root / "artifacts/train/model", encoder=encoder, seed=seed)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    write_shards(root / "data/shards", dict.fromkeys(("train", "validation", "test"), images))
-    manifest = json.loads((root / "data/shards/manifest.json").read_text())
+    write_shards(root / "artifacts/shards", dict.fromkeys(("train", "validation", "test"), images))
+    manifest = json.loads((root / "artifacts/shards/manifest.json").read_text())
     loss = {"lambda_image_reconstruction": 10.0, "adversarial": "bce"}
     run = {"run_name": RUN_NAME, "dataset_sha256": manifest["dataset_sha256"]}
     run |= {"params": {"loss": loss}, "step": 40, "chosen_step": 20, "git_commit": "f" * 40}

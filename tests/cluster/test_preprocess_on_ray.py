@@ -62,7 +62,7 @@ def snapshot(project: Path, source: str, *, in_place: bool) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(download_stage, "LISTED_ROWS", 8)
         config = parameters["data"] | {"source": source, "in_place": in_place}
-        download(DataConfig(**config), project / "data/raw")
+        download(DataConfig(**config), project / "artifacts/raw")
     return project
 
 
@@ -72,7 +72,9 @@ def without_progress(output: str) -> str:
 
 
 def shards(project: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (project / "data/shards").glob("*.parquet")}
+    return {
+        file.name: file.read_bytes() for file in (project / "artifacts/shards").glob("*.parquet")
+    }
 
 
 def quarantine(project: Path) -> dict[str, str]:
@@ -122,7 +124,7 @@ def assert_same_dataset(in_place: Path, stored: Path) -> None:
     assert counts.pop("bytes") > expected_counts.pop("bytes")
     assert counts == expected_counts
     manifest, expected_manifest = (
-        json.loads((project / "data/shards/manifest.json").read_text())
+        json.loads((project / "artifacts/shards/manifest.json").read_text())
         for project in (in_place, stored)
     )
     assert manifest.pop("source_sha256") != expected_manifest.pop("source_sha256")
@@ -157,7 +159,7 @@ def test_an_object_changed_since_the_listing_is_one_clear_error(images, s3, tmp_
     assert without_progress(finish(start(project, "preprocess"), expected=1)) == (
         f"error: {images}/0033.png is not the object that was listed: run `make refresh`\n"
     )
-    assert not (project / "data/shards").exists()
+    assert not (project / "artifacts/shards").exists()
 
 
 def test_killed_in_the_middle_it_goes_on_with_the_parts_it_has(images, stored, proxy, tmp_path):

@@ -50,7 +50,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     factors = manifold.sample_factors(np.arange(sum(rows.values())), seed=0)
     images = manifold.render(factors, image_size=16)
     pieces = np.split(images, np.cumsum(list(rows.values()))[:-1])
-    write_shards(tmp_path / "data/shards", dict(zip(SPLITS, pieces, strict=True)))
+    write_shards(tmp_path / "artifacts/shards", dict(zip(SPLITS, pieces, strict=True)))
     shutil.copy(PARAMS, tmp_path)
     change(tmp_path, SMALL_PARAMETERS)
     return tmp_path

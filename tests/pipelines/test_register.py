@@ -89,7 +89,7 @@ def test_the_run_holds_parameters_curves_machine_and_scores(registered: Path, st
 def test_the_run_holds_the_version_of_data_and_code(registered: Path, store: Any) -> None:
     version = store.get_model_version_by_alias("aegan", "candidate")
     run = store.get_run(version.run_id)
-    manifest = json.loads(Path("data/shards/manifest.json").read_text())
+    manifest = json.loads(Path("artifacts/shards/manifest.json").read_text())
     assert run.data.tags["dataset_sha256"] == manifest["dataset_sha256"]
     assert run.data.tags["mlflow.source.git.commit"] == "f" * 40
     assert len(run.data.tags["dvc_lock_sha256"]) == 64

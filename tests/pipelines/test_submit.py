@@ -36,7 +36,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "infra/.env.production": "PASSWORD=2\n",
         "aegan/.env": "PASSWORD=3\n",
         "server.pem": "key\n",
-        "data/raw/images.bin": "images\n",
+        "artifacts/raw/images.bin": "images\n",
         "runs/aegan-1/metrics.jsonl": "{}\n",
         ".venv/bin/python": "python\n",
     }
@@ -102,7 +102,7 @@ def test_a_renamed_file_is_another_job(project):
 def test_a_jobs_name_does_not_change_with_anything_else(project, monkeypatch):
     before = name_of_job()
     write("README.md", "another text\n")
-    write("data/raw/images.bin", "other images\n")
+    write("artifacts/raw/images.bin", "other images\n")
     write(".env", "PASSWORD=changed\n")
     os.utime("aegan/losses.py", (0, 0))
     monkeypatch.setenv("RAY_ADDRESS", "http://another:8265")

@@ -191,7 +191,7 @@ def test_dvc_repro_leaves_the_search_out_and_make_tune_asks_for_it(tmp_path):
             made = [stage.get(kind, []) for kind in ("outs", "metrics", "plots")]
             for out in (out for outs in made for out in outs):
                 make_empty(tmp_path / "".join(out))  # a name, or {name: options}
-    make_empty(tmp_path / "data/shards/manifest.json")
+    make_empty(tmp_path / "artifacts/shards/manifest.json")
 
     def stages_run(*targets: str) -> list[str]:
         done = subprocess.run(
