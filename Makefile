@@ -2,24 +2,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# The environment sees this checkout; none of its tools reports home or writes there, also by hand.
-define PTH
-$(CURDIR)
-import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-import os; os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-import os; os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-import os; os.environ.setdefault("MPLCONFIGDIR", "$(CURDIR)/.venv/matplotlib")
-endef
-export PTH
-
-# What `pip install` would write for [project.scripts].
-define AEGAN
-#!$(CURDIR)/$(BIN)/python
-from pipelines.cli import main
-main()
-endef
-export AEGAN
-
 # MLflow: load no pickles, start no job workers, use the stages' store.
 MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
@@ -51,9 +33,11 @@ check: .venv/installed ## format, lint, types
 	$(BIN)/mypy
 
 mlflow: .venv/installed ## open the MLflow page on this machine
+	@$(BIN)/python -m pipelines.mlflow_files
 	$(MLFLOW) ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --workers 1
 
 serve: .venv/installed ## answer requests with the registered model (docs/serving.md)
+	@$(BIN)/python -m pipelines.mlflow_files
 	$(MLFLOW) models serve -m models:/aegan@candidate --env-manager local --host 127.0.0.1 --port 5001
 
 refresh: .venv/installed ## look at the source again, then re-run what changed
@@ -75,13 +59,16 @@ lock: .venv/installed ## resolve the newest permitted versions into requirements
 infra/.env: ## random passwords for infra/compose.yaml
 	infra/make_env.sh
 
-clean: ## forget all results; the source images and .venv stay
-	rm -rf artifacts data report runs dvc.lock tune/dvc.lock
+clean: ## remove the files that runs have written, and nothing else; .venv and MLflow's stay
+	@$(PYTHON) -m pipelines.clean
 
+# A moved or copied project makes what names its folder anew; the packages are there already.
+ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
+.PHONY: .venv/installed
+endif
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@echo "$$PTH" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/aegan.pth"
-	@echo "$$AEGAN" > $(BIN)/aegan && chmod +x $(BIN)/aegan
-	@touch $@
+	$(BIN)/python -m pipelines.environment
+	@echo "$(CURDIR)" > $@

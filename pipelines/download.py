@@ -18,9 +18,10 @@ from PIL import Image
 
 from aegan import manifold
 from aegan.config import DataConfig
-from pipelines import params, storage, web
+from pipelines import locks, params, source_address, storage, web
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, sha256_of, write_json
+from pipelines.outputs import FOLDERS, RAW
 from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
@@ -36,7 +37,6 @@ from pipelines.sources import (
     without_repetitions,
 )
 
-RAW = Path("artifacts/raw")
 SCHEMA_VERSION = 1
 SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
 ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes
@@ -59,7 +59,10 @@ class Source:
 
 def download(config: DataConfig, folder: Path) -> dict[str, Any]:
     """Write the snapshot of the source to `folder`; returns its manifest. Raises UserError."""
-    with new_folder(folder) as aside, _open_source(config, aside) as source:
+    with (
+        new_folder(folder, written=FOLDERS[RAW]) as aside,
+        _open_source(config, aside) as source,
+    ):
         manifest = _write_snapshot(source, aside)
         write_json(manifest, aside / "manifest.json")
     return manifest
@@ -68,8 +71,8 @@ def download(config: DataConfig, folder: Path) -> dict[str, Any]:
 @contextmanager
 def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
     """What `data.source` names; a fetched archive lies in the workspace meanwhile."""
-    address = config.source
-    scheme = address.partition(":")[0].lower()
+    address = source_address.resolve(config.source)
+    scheme = source_address.scheme_of(address)
     fetched = workspace / "fetched"
     if config.in_place and (scheme != "s3" or is_archive_name(address)):
         raise UserError(
@@ -77,7 +80,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
             "s3://bucket/prefix with images below it: set data.in_place to false"
         )
     try:
-        if address == "manifold":
+        if address == source_address.DESIGNED:
             yield _manifold(config)
         elif scheme == "kaggle":
             yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
@@ -93,13 +96,13 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
             name = web.without_secrets(address)
             yield Source(name, read_archive(fetched, name), fetched)
         elif Path(address).is_dir():
-            yield Source(address, read_folder(Path(address)))
+            yield Source(config.source, read_folder(Path(address)))
         elif Path(address).is_file():
-            yield Source(address, read_archive(Path(address), address), Path(address))
+            yield Source(config.source, read_archive(Path(address), config.source), Path(address))
         else:
             raise UserError(
-                f"data.source {address!r} not found: expected manifold, a folder, a .zip or .tar "
-                "archive, kaggle:owner/name, s3://bucket/prefix or https://host/archive.zip"
+                f"data.source {config.source} not found (a path counts from the project's folder): "
+                f"expected {source_address.EXPECTED}"
             )
     finally:
         fetched.unlink(missing_ok=True)
@@ -204,7 +207,8 @@ def _row(file: RawFile | ListedFile) -> tuple[Any, ...]:
 
 def main() -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # retries: our own error says enough
-    download(params.load(DataConfig), RAW)
+    with locks.hold("download"):
+        download(params.load(DataConfig), RAW)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from aegan.metrics.latent import gaussianity
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
-from pipelines import params
+from pipelines import locks, params
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file, write_json
 from pipelines.trained import check_size, load_model
@@ -363,7 +363,8 @@ def draw_latents(z_hat: Tensor | None, file: Path) -> None:
 
 
 def main() -> None:
-    evaluate(MODEL, SHARDS, OUTPUT, params.load(EvaluateConfig))
+    with locks.hold("evaluate"):
+        evaluate(MODEL, SHARDS, OUTPUT, params.load(EvaluateConfig))
     logger.info("metrics: %s", OUTPUT / "metrics.json")
 
 

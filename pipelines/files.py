@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines import outputs
 from pipelines.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -22,6 +24,13 @@ def write_json(value: Any, file: Path) -> None:
         aside.write_text(text + "\n", encoding="utf-8")
 
 
+def project_folder() -> Path:
+    """Where the user's files are: here, or, in DVC's copy (`dvc exp run --temp`), the original."""
+    here = Path.cwd()
+    copies = (folder for folder in here.parents if here.is_relative_to(folder / ".dvc/tmp/exps"))
+    return next(copies, here)
+
+
 def sha256_of(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
@@ -30,7 +39,7 @@ def sha256_of(file: Path) -> str:
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
     """A file to write, which replaces `file` once all went well and else disappears."""
-    aside = file.with_name(f".{file.name}.tmp")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another process has another one
     with clear_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -41,15 +50,24 @@ def new_file(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which replaces `folder` once all went well and else disappears."""
+def new_folder(folder: Path, *, written: Sequence[str]) -> Iterator[Path]:
+    """A folder to fill, which replaces `folder` once all went well and else disappears.
+
+    One process at a time may fill it. A file there that fits no pattern of `written` is the user's:
+    UserError, before anything is done, or at the end if it came meanwhile.
+    """
+    outputs.check_folder(folder, written)
     target = folder.resolve()  # `folder` may be a link to a larger disk
-    aside = target.with_name(f".{target.name}.tmp")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with clear_disk_errors(folder):
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_over in target.parent.glob(
+            f".{target.name}.*.tmp"
+        ):  # by a process that was killed
+            shutil.rmtree(left_over)
         aside.mkdir(parents=True)
         try:
             yield aside
+            outputs.check_folder(folder, written)
             if target.exists():
                 shutil.rmtree(target)
             aside.rename(target)

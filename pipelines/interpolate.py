@@ -15,14 +15,13 @@ import aegan
 from aegan import dataset
 from aegan.config import InterpolateConfig
 from aegan.images import enlarge, grid, save_animation, save_png
-from pipelines import params
+from pipelines import locks, params
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, write_json
+from pipelines.outputs import FOLDERS, INTERPOLATE, SHARDS
 from pipelines.trained import check_size, load_model
 
 MODEL = Path("artifacts/train/model")
-SHARDS = Path("artifacts/shards")
-OUTPUT = Path("artifacts/interpolate")
 
 NUM_SAMPLES = 100
 NUM_RECONSTRUCTIONS = 50
@@ -75,7 +74,7 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
             f"{config.num_frames}; a path needs at least 1 pair and 2 frames"
         )
     model = load_model(model_folder)
-    with new_folder(output) as aside:
+    with new_folder(output, written=FOLDERS[INTERPOLATE]) as aside:
         draw_samples(model, aside, config)
         draw_random(model, aside, config)
         if model.encoder is not None:
@@ -216,8 +215,9 @@ def tiles(images: np.ndarray, *, columns: int) -> np.ndarray:
 
 
 def main() -> None:
-    interpolate(MODEL, SHARDS, OUTPUT, params.load(InterpolateConfig))
-    logger.info("pictures and animations: %s", OUTPUT)
+    with locks.hold("interpolate"):
+        interpolate(MODEL, SHARDS, INTERPOLATE, params.load(InterpolateConfig))
+    logger.info("pictures and animations: %s", INTERPOLATE)
 
 
 if __name__ == "__main__":

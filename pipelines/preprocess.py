@@ -33,17 +33,15 @@ from PIL import Image
 from aegan import image_files
 from aegan.config import SPLITS, PreprocessConfig, Split
 from aegan.images import grid, save_png
-from pipelines import decode, near_duplicates, params
+from pipelines import decode, locks, near_duplicates, params
 from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
 from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors, new_folder, write_json
 from pipelines.near_duplicates import Indices
+from pipelines.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
 from pipelines.progress import progress
 from pipelines.shards import ShardWriter
 
-RAW = Path("artifacts/raw")
-SHARDS = Path("artifacts/shards")
-ARTIFACTS = Path("artifacts/preprocess")
 RUNS = Path("runs")
 SCHEMA_VERSION = 1
 CONTACT_SHEET_IMAGES = 100
@@ -74,7 +72,10 @@ def preprocess(
             distance=config.near_duplicate_distance,
         )
         _check_splits(config, parts, verdict)
-        with new_folder(artifacts) as reports, new_folder(shards) as folder:
+        with (
+            new_folder(artifacts, written=FOLDERS[PREPROCESS]) as reports,
+            new_folder(shards, written=FOLDERS[SHARDS]) as folder,
+        ):
             kept = _write_shards(config, snapshot, parts, verdict, folder)
             reasons = _write_quarantine(snapshot, parts, verdict, reports / "quarantine.csv")
             statistics = _statistics(snapshot, verdict, reasons) | kept.pixel_statistics()
@@ -388,7 +389,9 @@ def _draw(images: list[np.ndarray], file: Path) -> None:
 
 
 def main() -> None:
-    preprocess(params.load(PreprocessConfig), RAW, shards=SHARDS, artifacts=ARTIFACTS, runs=RUNS)
+    config = params.load(PreprocessConfig)
+    with locks.hold("preprocess"):
+        preprocess(config, RAW, shards=SHARDS, artifacts=PREPROCESS, runs=RUNS)
 
 
 if __name__ == "__main__":

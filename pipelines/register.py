@@ -17,7 +17,7 @@ from typing import Any
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import params, tracking
+from pipelines import locks, params, tracking
 from pipelines.errors import UserError, run_stage
 from pipelines.files import write_json
 from pipelines.web import without_secrets
@@ -187,7 +187,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     config = params.load(RegisterConfig)
-    version = register(config)
+    with locks.hold("register"):
+        version = register(config)
     uri = tracking.without_credentials(tracking.tracking_uri())
     done = "this content is registered already:" if version.reused else "registered:"
     print(f"{done} {config.model_name} version {version.number}, alias {config.alias}")

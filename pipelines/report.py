@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from aegan.metrics import METRICS
+from pipelines import locks
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file
 from pipelines.web import without_secrets
@@ -331,9 +332,10 @@ def draw_curve(points: np.ndarray) -> Markup:
 
 
 def main() -> None:
-    page = build(ARTIFACTS, SHARDS)
-    with new_file(OUTPUT) as aside:
-        aside.write_text(page, encoding="utf-8")
+    with locks.hold("report"):
+        page = build(ARTIFACTS, SHARDS)
+        with new_file(OUTPUT) as aside:
+            aside.write_text(page, encoding="utf-8")
     logger.info("report: %s", OUTPUT.resolve())
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from aegan.dataset import read_manifest
 from pipelines.errors import UserError
 from pipelines.files import new_folder, sha256_of
+from pipelines.outputs import FOLDERS, SHARDS
 from pipelines.storage import (
     download_object,
     list_objects,
@@ -65,7 +66,7 @@ def fetch_shards(storage: str, dataset_sha256: str) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             manifest = json.loads(patiently(partial(read_object, f"{url}/{MANIFEST}")))
-            with new_folder(folder) as aside:
+            with new_folder(folder, written=FOLDERS[SHARDS]) as aside:
                 for shard in _shards(manifest):
                     file = aside / shard["file"]
                     patiently(partial(download_object, f"{url}/{shard['file']}", file))

@@ -10,7 +10,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import chdir, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import aegan
+from pipelines import mlflow_files
 from pipelines.errors import UserError
+from pipelines.files import project_folder
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 SERVING_SCRIPT = Path(__file__).with_name("serving.py")
@@ -270,10 +272,12 @@ def _import_mlflow(*, writing: bool = True) -> Any:
     """MLflow with its telemetry and chatter off, pointed at a store that is known to answer."""
     set_environment()
     given, uri = os.environ.get("MLFLOW_TRACKING_URI"), tracking_uri()
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
+    local = uri.startswith("sqlite:///")
+    if local:
+        path = project_folder() / uri.removeprefix("sqlite:///")
         _check_sqlite(path, writing=writing)
-        uri = f"sqlite:///{path.absolute()}"  # MLflow caches stores by URI, whatever the folder
+        mlflow_files.adopt(path)
+        uri = f"sqlite:///{path}"  # MLflow caches stores by URI, whatever the folder
     import mlflow
 
     for chatty in ("alembic", "urllib3"):
@@ -282,6 +286,9 @@ def _import_mlflow(*, writing: bool = True) -> Any:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if given is not None:
         os.environ["MLFLOW_TRACKING_URI"] = given
+    if local:
+        with chdir(path.parent):  # where MLflow opens a store it will keep the files
+            mlflow.MlflowClient().search_experiments(max_results=1)
     return mlflow
 
 

@@ -28,16 +28,17 @@ from filelock import FileLock, Timeout
 from aegan import checkpoint
 from aegan.config import ComputeConfig, TrainConfig
 from aegan.dataset import read_manifest
-from pipelines import params
+from pipelines import locks, params
 from pipelines.cluster import ray_session, shipped_environment, uses_gpu
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder
 from pipelines.follow import follow
+from pipelines.outputs import FOLDERS, SHARDS, TRAIN
 from pipelines.run_store import CHECKPOINTS, LOG, OUTCOME, STOP, RunStore, claim, shown_progress
 from pipelines.shard_store import send_shards
 from pipelines.storage import is_s3
 
-SHARDS, RUNS, OUTPUT = Path("artifacts/shards"), Path("runs"), Path("artifacts/train")
+RUNS = Path("runs")
 LIBRARY = Path(__file__).parent.parent / "aegan"
 CODE = (  # what determines the weights, besides data and parameters; dvc.yaml names the same
     "checkpoint.py",
@@ -71,8 +72,9 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     config = params.load_train_config()
-    run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
-    publish(run_folder, OUTPUT)
+    with locks.hold("train"):
+        run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
+        publish(run_folder, TRAIN)
     if (run_folder / STOP).exists():  # asked to stop, but it was the end anyway
         raise KeyboardInterrupt
 
@@ -366,7 +368,7 @@ def publish(run_folder: Path, output: Path) -> None:
         for key, value in row.items()
         if key.startswith("validation_")
     }
-    with new_folder(output) as folder:
+    with new_folder(output, written=FOLDERS[TRAIN]) as folder:
         export_model(checkpoint.path_of(checkpoints, chosen), folder / "model")
         shutil.copytree(run_folder / "samples", folder / "samples")
         _write_curves(rows, folder / "curves.csv")

@@ -31,14 +31,15 @@ from aegan.config import (
     TuneConfig,
 )
 from aegan.dataset import read_manifest
-from pipelines import params, tracking
+from pipelines import locks, params, tracking
 from pipelines.cluster import execution, ray_session
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, write_json
+from pipelines.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.train import WORKER_ENVIRONMENT, run_name
 from pipelines.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
 
-SHARDS, RUNS, OUTPUT = Path("artifacts/shards"), Path("runs"), Path("artifacts/tune")
+RUNS = Path("runs")
 CODE = ("search.py", "trial.py", "tune.py")  # what determines a search, besides the trainings
 SEARCHED = {"loss": LossConfig, "training": TrainingConfig}  # sections with settings to search
 
@@ -46,12 +47,13 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    tune(
-        params.load_train_config(),
-        params.load(TuneConfig),
-        params.load(ComputeConfig),
-        experiment=params.load(RegisterConfig).experiment,
-    )
+    with locks.hold("tune"):
+        tune(
+            params.load_train_config(),
+            params.load(TuneConfig),
+            params.load(ComputeConfig),
+            experiment=params.load(RegisterConfig).experiment,
+        )
 
 
 def tune(
@@ -149,14 +151,14 @@ def _tune(
             for trial, rows in zip(candidates, scores, strict=True)
         ],
     }
-    write(trials, comparison, config, OUTPUT)
+    write(trials, comparison, config, TUNE)
     for trial in trials:
         search.record_trial(trial, task, record)
     tracking.log_search(
         folder.name,
         experiment=experiment,
         tags={"objective": config.objective, **winner.settings},
-        files=sorted(OUTPUT.iterdir()),
+        files=sorted(TUNE.iterdir()),
     )
     for line in verdict(comparison):
         log.info("%s", line)
@@ -296,7 +298,7 @@ def write(
     from pipelines import search_plots
 
     objectives = OBJECTIVES[config.objective]
-    with new_folder(output) as folder:
+    with new_folder(output, written=FOLDERS[TUNE]) as folder:
         write_trials(trials, objectives, folder / "trials.csv")
         write_json(comparison, folder / "comparison.json")
         params.write_overlay(
