@@ -23,7 +23,7 @@ HEADER = """\
 '''exec' "$(dirname -- "$(realpath -- "$0")")/python" "$0" "$@"
 ' '''
 """
-OLD_HEADER = re.compile(r"#!(/bin/sh\n'''exec' .*\n' '''|.*/python[\d.]*)\n")
+OLD_HEADER = re.compile(r"\A#!(/bin/sh\n'''exec' .*\n' '''|.*/python[\d.]*)\n")
 COMMANDS = {"aegan": "pipelines.cli", "dvc": "pipelines.dvc_command"}
 
 
@@ -36,13 +36,9 @@ def main() -> None:
         (scripts / name).write_text(text, encoding="utf-8")
         (scripts / name).chmod(0o755)
     for script in scripts.iterdir():
-        with script.open("rb") as file:
-            is_script = file.read(2) == b"#!"
-        if is_script and not script.is_symlink():
+        if script.is_file() and not script.is_symlink() and script.read_bytes()[:2] == b"#!":
             text = script.read_text(encoding="utf-8")
-            made_here = OLD_HEADER.sub(lambda _: HEADER, text, count=1)
-            if made_here != text:
-                script.write_text(made_here, encoding="utf-8")
+            script.write_text(OLD_HEADER.sub(lambda _: HEADER, text, count=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def _check_secrets(address: str) -> None:
     if any(SECRETS.search(name) for name in queried):
         raise UserError(
             f"data.source {shown} holds a key or signature behind the `?`, which would be "
-            "recorded: put the whole address into an environment variable, say AEGAN_SOURCE, and set "
-            "data.source to '$AEGAN_SOURCE'"
+            "recorded: put the whole address into an environment variable, say AEGAN_SOURCE, and "
+            "set data.source to '$AEGAN_SOURCE'"
         )
 
 
