@@ -31,7 +31,7 @@ def main() -> None:
     (Path(sysconfig.get_path("purelib")) / "aegan.pth").write_text(STARTUP, encoding="utf-8")
     scripts = Path(sys.prefix) / "bin"
     for name, module in COMMANDS.items():
-        text = f"{HEADER}from {module} import main\n\nmain()\n"
+        text = f'{HEADER}from {module} import main\n\nif __name__ == "__main__":\n    main()\n'
         (scripts / name).unlink(missing_ok=True)
         (scripts / name).write_text(text, encoding="utf-8")
         (scripts / name).chmod(0o755)
