@@ -3,8 +3,10 @@
 import logging
 import os
 import secrets
+import shlex
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,9 @@ def ray_session(*, dashboard: bool = False) -> Iterator[bool]:
         "dashboard_host": "127.0.0.1",
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
+    if (python := shlex.quote(sys.executable)) != sys.executable:
+        # Ray hands this to a shell as it is: a space in the project's path would end the name.
+        private["runtime_env"] = {"py_executable": python}
     # Nodes of a cluster need this code; a job's working directory may not be ours.
     joined = {"runtime_env": {"py_modules": [str(CODE / package) for package in PACKAGES]}}
     try:
