@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aegan.config import ComputeConfig
@@ -50,11 +51,32 @@ def execution(compute: ComputeConfig) -> dict[str, Any]:
 
 
 @contextmanager
+def _plain_executable() -> Iterator[None]:
+    """Ray hands the path of Python to a shell as it is: one with a space gets another name."""
+    before = sys.executable
+    python, project = Path(before).absolute(), Path(sys.prefix).absolute().parent
+    with TemporaryDirectory(prefix="aegan-") as folder:
+        if shlex.quote(str(python)) != str(python) and python.is_relative_to(project):
+            (Path(folder) / "project").symlink_to(project)
+            sys.executable = str(Path(folder) / "project" / python.relative_to(project))
+        try:
+            yield
+        finally:
+            sys.executable = before
+
+
+@contextmanager
 def ray_session(*, dashboard: bool = False) -> Iterator[bool]:
     """Connected to Ray inside; yields whether it is a private one on this machine.
 
     A private one has a dashboard on request: Ray Tune waits for it forever when it stops a trial.
     """
+    with _plain_executable(), _connection(dashboard) as local:
+        yield local
+
+
+@contextmanager
+def _connection(dashboard: bool) -> Iterator[bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
     address = os.environ.get("RAY_ADDRESS", "")
@@ -80,9 +102,6 @@ def ray_session(*, dashboard: bool = False) -> Iterator[bool]:
         "dashboard_host": "127.0.0.1",
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
-    if (python := shlex.quote(sys.executable)) != sys.executable:
-        # Ray hands this to a shell as it is: a space in the project's path would end the name.
-        private["runtime_env"] = {"py_executable": python}
     # Nodes of a cluster need this code; a job's working directory may not be ours.
     joined = {"runtime_env": {"py_modules": [str(CODE / package) for package in PACKAGES]}}
     try:

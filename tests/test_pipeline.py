@@ -4,20 +4,24 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import chdir, closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
-from pipelines import params
+from aegan import manifold
+from pipelines import locks, mlflow_files, outputs, params
 from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 STAGES = ["download", "preprocess", "train", "evaluate", "interpolate", "report", "register"]
-COPIED = [".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
+COPIED = [".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", "params.yaml"]
 SMALL_PARAMETERS = {
     "data": {"manifold_images": 200, "manifold_size": 16},
     "preprocess": {"image_size": 16},
@@ -29,24 +33,29 @@ SMALL_PARAMETERS = {
 }
 
 
-def run(project: Path, *command: str) -> str:
-    """What a command prints, run in the project under a bare environment and an empty home."""
+def run(folder: Path, *command: str, expected: int = 0) -> str:
+    """What a command prints, run in a folder under a bare environment and an empty home."""
+    home = next(above / "home" for above in folder.parents if (above / "home").exists())
     environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(project.parent / "home"),
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
         "OMP_NUM_THREADS": "1",
-        "MPLCONFIGDIR": str(project / ".venv/matplotlib"),  # as the Makefile's environment has it
-        "DVC_SITE_CACHE_DIR": str(project / ".dvc/tmp"),  # else DVC writes to /var/tmp
+        "MPLCONFIGDIR": str(home.parent / "matplotlib"),  # as `make` sets it in .venv
+        "DVC_SITE_CACHE_DIR": str(home.parent / "dvc"),  # else DVC writes to /var/tmp
     }
     done = subprocess.run(
-        command, cwd=project, env=environment, text=True, capture_output=True, check=False
+        command, cwd=folder, env=environment, text=True, capture_output=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout + (done.stderr if expected else "")
 
 
-def dvc(project: Path, *arguments: str) -> str:
-    return run(project, sys.executable, "-m", "dvc", *arguments)
+def dvc(project: Path, *arguments: str, folder: str = ".", expected: int = 0) -> str:
+    """What `.venv/bin/dvc` prints, as `make` installs it."""
+    python = project / ".venv/bin/python"
+    return run(
+        project / folder, str(python), "-m", "pipelines.dvc_command", *arguments, expected=expected
+    )
 
 
 def stages_run(output: str) -> list[str]:
@@ -56,23 +65,29 @@ def stages_run(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the project's own files and small parameters, run through once."""
-    folder = tmp_path_factory.mktemp("pipeline") / "project"
+    """A repository with the project's own files and small parameters, run through once.
+
+    In a folder whose name has a space, and on a machine where git knows no author.
+    """
+    folder = tmp_path_factory.mktemp("pipeline") / "my project"
     (folder.parent / "home").mkdir()
     for name in ("aegan", "pipelines"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".dvc").mkdir()
+    (folder / "docs").mkdir()
+    (folder / ".venv").symlink_to(sys.prefix)
     for file in COPIED:
         shutil.copy(ROOT / file, folder / file)
+    ignored = (ROOT / ".gitignore").read_text().replace("/.venv/", "/.venv")  # here it is a link
+    (folder / ".gitignore").write_text(ignored)
     with (folder.parent / "small.yaml").open("w") as overlay:
         YAML().dump(SMALL_PARAMETERS, overlay)
     params.apply_overlay(folder.parent / "small.yaml", folder / "params.yaml")
 
     run(folder, "git", "init", "--quiet")
-    run(folder, "git", "config", "user.name", "A Tester")
-    run(folder, "git", "config", "user.email", "tester@localhost")
     run(folder, "git", "add", ".")
-    run(folder, "git", "commit", "--quiet", "--message", "Start")
+    author = ("-c", "user.name=A Tester", "-c", "user.email=tester@localhost")
+    run(folder, "git", *author, "commit", "--quiet", "--message", "Start")
     assert stages_run(dvc(folder, "repro")) == STAGES
     return folder
 
@@ -124,7 +139,78 @@ def test_an_experiment_runs_only_what_its_parameter_concerns_and_is_listed(proje
     assert experiments == [name]
 
 
+def test_stages_write_no_file_that_would_be_taken_for_a_source_of_the_users(project):
+    for folder, written in outputs.FOLDERS.items():
+        assert list(outputs.find_foreign(project / folder, written)) == []
+
+
+@pytest.mark.parametrize("command", [("repro",), ("exp", "run"), ("checkout",)])
+def test_a_picture_put_into_an_output_stops_dvc_before_it_deletes_a_source(project, command):
+    picture = project / "artifacts/shards/mine.png"
+    picture.touch()
+    said = dvc(project, *command, expected=1)
+    assert "error: artifacts/shards is an output" in said
+    assert "mine.png" in said
+    picture.unlink()
+
+
+def test_a_source_among_the_outputs_is_refused_before_dvc_starts(project):
+    before = (project / "params.yaml").read_bytes(), (project / "dvc.lock").read_bytes()
+    for source in ("artifacts/raw", ".", "", "https://me:secret@localhost/set.zip"):
+        said = dvc(project, "exp", "run", "-S", f"data.source={source}", expected=1)
+        assert "error: data.source" in said
+        assert "secret" not in said
+    assert ((project / "params.yaml").read_bytes(), (project / "dvc.lock").read_bytes()) == before
+    assert (project / "artifacts/raw/manifest.json").exists()
+
+
+def test_a_second_run_touches_nothing_while_one_is_at_work_on_the_source(project):
+    before = (project / "params.yaml").read_bytes()
+    with chdir(project), locks.hold(locks.PIPELINE):
+        said = dvc(project, "exp", "run", "-S", "training.seed=1", expected=1)
+    assert f"another run is at work in this folder: process {os.getpid()}" in said
+    with chdir(project), locks.hold("train"):  # its DVC was killed
+        said = dvc(project, "repro", expected=1)
+    assert f"process of the stage train is at work in this folder: process {os.getpid()}" in said
+    assert (project / "params.yaml").read_bytes() == before
+
+
+def test_a_run_in_a_copy_reads_the_source_of_the_project_and_registers_in_its_store(project):
+    """Also from a sub-folder, and with a relative path."""
+    pictures = project / "data/my faces"
+    pictures.mkdir(parents=True)
+    images, _ = manifold.generate(0, 60, seed=1, image_size=16)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(pictures / f"{number}.png")
+    setting = ("-S", "data.source='data/my faces'", "-S", "training.batch_size=8")
+    output = dvc(project, "exp", "run", "--temp", *setting, folder="docs")
+    assert f"in sqlite:///{project}/mlflow.db" in output
+    assert "version 3" in output
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        places = [row[0] for row in database.execute("SELECT artifact_uri FROM runs")]
+    assert len(places) == 3
+    assert [place for place in places if not Path(place).is_relative_to(project / "mlruns")] == []
+    assert [place for place in places if not Path(place).exists()] == []
+
+
 def test_nothing_is_written_into_the_home_folder_or_among_the_files_of_git(project):
     assert list((project.parent / "home").iterdir()) == []
     untracked = run(project, "git", "ls-files", "--others", "--exclude-standard").split()
     assert set(untracked) <= {"dvc.lock"}  # an experiment adds it
+
+
+def test_a_moved_project_registers_in_its_own_folder_and_finds_what_it_has(project, tmp_path):
+    """Last: the project is elsewhere afterwards."""
+    moved = tmp_path / "moved elsewhere"
+    (tmp_path / "home").mkdir()
+    shutil.copytree(project, moved, symlinks=True)
+    python = str(moved / ".venv/bin/python")
+    run(moved, python, "-m", "pipelines.register")
+    with closing(sqlite3.connect(moved / "mlflow.db")) as database:
+        for table, column in mlflow_files.PLACES:
+            for (place,) in database.execute(f"SELECT {column} FROM {table}"):
+                assert Path(place).is_relative_to(moved / "mlruns"), (table, place)
+    shutil.rmtree(project)
+    code = "from pipelines import tracking; print(tracking.load_model('models:/aegan@candidate'))"
+    assert "Generator" in run(moved, python, "-c", code)
+    assert stages_run(dvc(moved, "repro")) == []
