@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aegan import config
+from pipelines import locks
 from pipelines.errors import UserError, run_stage
 
 PARAMS_FILE = Path("params.yaml")
@@ -146,8 +147,9 @@ def write_overlay(values: dict[str, Any], file: Path, *, comment: str) -> None:
 def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("usage: python -m pipelines.params presets/NAME.yaml")
-    for line in apply_overlay(Path(sys.argv[1])) or ["nothing to change"]:
-        print(line)
+    with locks.hold(locks.PIPELINE):  # a run at work reads params.yaml stage by stage
+        changed = apply_overlay(Path(sys.argv[1]))
+    print("\n".join(changed) or "nothing to change")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ def set_remote(address: str) -> None:
 
 
 def _dvc(*arguments: str) -> None:
-    if subprocess.run([sys.executable, "-m", "dvc", *arguments], check=False).returncode != 0:
+    command = [sys.executable, "-m", "pipelines.dvc_command", *arguments]  # checked and locked
+    if subprocess.run(command, check=False).returncode != 0:
         raise UserError(f"dvc {arguments[0]} failed; what it says stands above")
 
 

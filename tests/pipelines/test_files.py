@@ -37,9 +37,9 @@ def test_a_number_that_json_cannot_hold_changes_no_file(tmp_path):
 
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     for content in ("first", "second"):
-        with new_folder(tmp_path / "out") as aside:
+        with new_folder(tmp_path / "out", written=("*",)) as aside:
             (aside / content).touch()
-    with pytest.raises(InterruptedError), new_folder(tmp_path / "out") as aside:
+    with pytest.raises(InterruptedError), new_folder(tmp_path / "out", written=("*",)) as aside:
         write_half(aside / "third")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "second"]
 
@@ -47,7 +47,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    with new_folder(tmp_path / "out") as aside:
+    with new_folder(tmp_path / "out", written=("*",)) as aside:
         (aside / "file").touch()
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk/file").exists()
