@@ -19,7 +19,7 @@ import aegan
 from aegan.config import RegisterConfig
 from pipelines import locks, params, tracking
 from pipelines.errors import UserError, run_stage
-from pipelines.files import write_json
+from pipelines.files import project_folder, write_json
 from pipelines.web import without_secrets
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
@@ -190,6 +190,8 @@ def main() -> None:
     with locks.hold("register"):
         version = register(config)
     uri = tracking.without_credentials(tracking.tracking_uri())
+    if uri == tracking.DEFAULT_URI and project_folder() != Path.cwd():  # in a copy of DVC's
+        uri = f"sqlite:///{project_folder() / 'mlflow.db'}"
     done = "this content is registered already:" if version.reused else "registered:"
     print(f"{done} {config.model_name} version {version.number}, alias {config.alias}")
     print(f"model: models:/{config.model_name}@{config.alias} in {uri}")
