@@ -22,7 +22,7 @@ WORKPLACES = (
     *("artifacts", "report", "runs", "mlruns", ".dvc", ".git", ".venv"),
     *map(str, outputs.FOLDERS),
 )
-OLD_OUTPUTS = ("data/raw", "data/shards")  # of version 0.1 and before
+OLD_OUTPUTS = ("data/raw", "data/shards")  # of earlier versions
 SECRETS = re.compile(  # in the names of what stands behind the `?` of an address
     r"sig$|signature|token|secret|passw|pwd|credential|^auth|session|(^|[-_])key$|keyid",
     re.IGNORECASE,
@@ -130,7 +130,7 @@ def about_old_output(name: str) -> str:
 
 
 def is_old_output(folder: Path) -> bool:
-    """Whether a folder below data/ is a snapshot or shards of version 0.1."""
+    """Whether a folder below data/ is a snapshot or shards of an earlier version."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
