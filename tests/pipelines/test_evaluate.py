@@ -178,7 +178,7 @@ def test_damaged_files_are_one_sentence_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run preprocess again"):
         evaluate(model, shards, output, CONFIG)
     (model / "ema.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="cannot be used: .*train it again"):
+    with pytest.raises(UserError, match=r"cannot be used: .*train it again"):
         evaluate(model, shards, output, CONFIG)
 
 
