@@ -176,7 +176,8 @@ def _tensor(name: str, values: Array) -> Tensor:
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{name} is a {type(values).__name__}; expected a tensor or an array")
     try:
-        return torch.from_numpy(values.copy())  # of read-only or mirrored arrays too
+        # A copy: arrays may be read-only, mirrored or in another byte order.
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {values.dtype}; expected an array of numbers") from None
 
