@@ -218,7 +218,7 @@ json_values = st.recursive(
 KEYS = ("image_size", "image_channels", "fit", "has_encoder", "model", "sha256")
 MODEL_KEYS = ("preset", "latent_dim", "base_channels")
 on_one_folder = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
