@@ -8,20 +8,30 @@ Notation, the paper's (Lazarou 2020, arXiv 2004.05472) beside ours:
     G(E(x)), E(G(z))  x_tilde, z_tilde    reconstructed image, reconstructed latent
 
 Public names are loaded when first used: a process that only decodes images needs no torch.
+
+What goes wrong is one sentence that names the thing and what was expected (docs/library.md):
+
+ValueError                  an argument that does not fit
+|-- ModelError              a model's folder that cannot be loaded
+|-- UnusableImageError      a file that is missing or no usable image
+|-- ConfigError             networks of such sizes cannot be built
+OSError                     a file cannot be written
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aegan.config import ConfigError
+    from aegan.image_files import UnusableImageError
     from aegan.images import grid, save_animation, save_png
+    from aegan.model_files import ModelError, load
     from aegan.networks import AEGAN
     from aegan.sampling import (
         decode,
         encode,
         interpolate,
         lerp,
-        load,
         random_latents,
         read_images,
         reconstruct,
@@ -31,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AEGAN",
+    "ConfigError",
+    "ModelError",
+    "UnusableImageError",
     "decode",
     "encode",
     "grid",
@@ -49,7 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in ("images", "sampling", "networks"):
+        for home in ("config", "image_files", "images", "networks", "model_files", "sampling"):
             module = importlib.import_module(f"aegan.{home}")
             if hasattr(module, name):
                 return getattr(module, name)

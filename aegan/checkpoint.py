@@ -38,7 +38,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
-    digest = _sha256(aside / TENSORS)
+    digest = sha256(aside / TENSORS)
     (aside / STATE).write_text(json.dumps({**state, "step": step, "sha256": digest}, indent=1))
     for file in (aside / TENSORS, aside / STATE, aside):
         _flush(file)
@@ -52,7 +52,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of one checkpoint, verified against its hash; raises CheckpointError."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if _sha256(checkpoint / TENSORS) != state["sha256"]:
+        if sha256(checkpoint / TENSORS) != state["sha256"]:
             raise SafetensorError("the hash differs from the one recorded when it was written")
         return load_file(checkpoint / TENSORS), state
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -153,7 +153,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,8 +14,10 @@ class ConfigError(ValueError):
 
 Arm = Literal["aegan", "gan", "ae", "aae", "egan"]
 Precision = Literal["float32", "tf32", "bfloat16"]
+Preset = Literal["demo", "paper"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+IMAGE_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # 2^n and 3 x 2^n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class DataConfig:
 class PreprocessConfig:
     """How files become uint8 images in Parquet shards (stage `preprocess`)."""
 
-    image_size: int  # side in pixels after resizing
+    image_size: int  # side in pixels after resizing: one of IMAGE_SIZES
     image_channels: int  # 3 (RGB) or 1 (gray)
     fit: Literal["crop", "pad"]  # centre-crop the longer side, or pad the shorter one
     max_pixels: int  # larger files are quarantined (decompression bombs)
@@ -50,7 +52,7 @@ class PreprocessConfig:
 class ModelConfig:
     """The four networks."""
 
-    preset: Literal["demo", "paper"]  # architecture family
+    preset: Preset  # architecture family
     latent_dim: int
     base_channels: int  # width of the generator's last stage; the others follow
 

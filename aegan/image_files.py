@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-class UnusableImageError(Exception):
+class UnusableImageError(ValueError):
     """Why a file is no usable image: `<category>: <detail>`."""
 
 

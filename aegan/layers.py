@@ -131,8 +131,10 @@ class UpsampleConv2d(nn.Module):
         """
         rows, columns = (self._taps_inside(side, weight) for side in size)
         by_tap = y @ weight.permute(1, 2, 3, 0).flatten(1)
-        border = torch.kron(rows, columns) @ by_tap.view(len(y), -1, len(weight)) + self.bias
-        return border.view(len(y), len(rows), len(columns), -1).permute(0, 3, 1, 2)
+        by_tap = by_tap.unflatten(1, (self.kernel_size**2, len(weight)))
+        border: Tensor = torch.kron(rows, columns) @ by_tap + self.bias
+        border = border.unflatten(1, (len(rows), len(columns)))
+        return border.permute(0, 3, 1, 2)
 
     def _taps_inside(self, side: int, like: Tensor) -> Tensor:
         kinds = min(side, self.kernel_size)

@@ -1,6 +1,6 @@
 """The four networks, in the author's form (`paper`) and in a small fast one (`demo`).
 
-Sizes follow from `image_size` (a power of two, at least 16), `latent_dim` and `base_channels`.
+Sizes follow from `image_size` (one of IMAGE_SIZES), `latent_dim` and `base_channels`.
 Source of the `paper` form: Lazarou 2020, arXiv 2004.05472, and docs/method.md for what is ours.
 """
 
@@ -8,15 +8,16 @@ import itertools
 import math
 from collections.abc import Iterable
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aegan.config import ConfigError, ModelConfig
+from aegan.config import IMAGE_SIZES, ConfigError, ModelConfig, Preset
 from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
 
+MAX_WIDTH = 2**16  # of latents and of the generator's last stage
 INPUT_NOISE = 0.01  # standard deviation of Gaussian noise on what E, D_x and D_z see
 LAYER_NOISE = math.sqrt(0.005 / (1 - 0.005))  # multiplicative Gaussian noise of rate .005
 PAPER_SLOPE = 0.02  # LeakyReLU of the paper's discriminators
@@ -42,8 +43,7 @@ class AEGAN(nn.Module):
     ) -> None:
         # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
-        if image_size < 16 or image_size & (image_size - 1):
-            raise ConfigError(f"image_size is {image_size}; it must be a power of two, 16 or more")
+        _check(config, image_size, image_channels)
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels
@@ -58,6 +58,31 @@ class AEGAN(nn.Module):
             self.image_discriminator = make_image(*sizes)
             self.latent_discriminator = make_latent(config.latent_dim)
         self.encoder = (paper_encoder if paper else demo_encoder)(*sizes) if encoder else None
+
+
+def _check(config: ModelConfig, image_size: int, image_channels: int) -> None:
+    """Refuse what no network can be built from; raises ConfigError."""
+    for name, value, allowed in (
+        ("image_size", image_size, IMAGE_SIZES),
+        ("image_channels", image_channels, (1, 3)),
+        ("preset", config.preset, get_args(Preset)),
+    ):
+        if value not in allowed:
+            expected = ", ".join(map(str, allowed))
+            raise ConfigError(f"{name} is {value}; it must be one of {expected}")
+    widths = {"latent_dim": config.latent_dim, "base_channels": config.base_channels}
+    for name, width in widths.items():
+        if not 1 <= width <= MAX_WIDTH:
+            raise ConfigError(f"{name} is {width}; it must lie between 1 and {MAX_WIDTH}")
+
+
+def _halvings(image_size: int) -> tuple[int, int]:
+    """How often the side is halved, and the smallest map's side: 4, or 3 where it is 3 x 2^n.
+
+    So 48 pixels have the layers of 64, each on a map three quarters as wide.
+    """
+    smallest = 3 if image_size % 3 == 0 else 4
+    return int(math.log2(image_size // smallest)), smallest
 
 
 class GaussianNoise(nn.Module):
@@ -104,16 +129,15 @@ def _normal_quantiles(dtype: torch.dtype) -> Tensor:
 
 
 class DemoGenerator(nn.Module):
-    """z [N, latent_dim] => x [N, C, H, W] in [-1, 1]: linear to 4x4, upsampling convolutions."""
+    """z [N, latent_dim] => x [N, C, H, W] in [-1, 1]: linear to a map, upsampling convolutions."""
 
     def __init__(
         self, image_size: int, image_channels: int, latent_dim: int, base_channels: int
     ) -> None:
         super().__init__()
-        num_stages = int(math.log2(image_size // 4))
+        num_stages, self.stem_size = _halvings(image_size)
         widths = [base_channels * min(2**i, 8) for i in range(num_stages, -1, -1)]
-        self.stem_channels = widths[0]
-        self.stem = nn.Linear(latent_dim, 4 * 4 * widths[0])
+        self.stem = nn.Linear(latent_dim, self.stem_size**2 * widths[0])
         self.stem_norm = ChannelNorm(widths[0], negative_slope=DEMO_SLOPE)
         self.convolutions = nn.ModuleList(
             UpsampleConv2d(fan_in, fan_out, 3, scale=2)
@@ -125,7 +149,7 @@ class DemoGenerator(nn.Module):
         self.to_image = SameConv2d(widths[-1], image_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.stem_norm(_to_map(self.stem(z), self.stem_channels))
+        h = self.stem_norm(_to_map(self.stem(z), self.stem_size))
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             h = norm(convolution(h, None))
         return torch.tanh(self.to_image(h))
@@ -158,9 +182,9 @@ def demo_latent_discriminator(latent_dim: int) -> nn.Module:
 def _demo_features(
     image_size: int, image_channels: int, base_channels: int, outputs: int
 ) -> Iterable[nn.Module]:
-    """Halve the side down to 4 with doubling widths, one more convolution, one linear map."""
+    """Halve the side down to 4 or 3 with doubling widths, a convolution more, one linear map."""
     width = image_channels
-    num_stages = int(math.log2(image_size // 4))
+    num_stages, smallest = _halvings(image_size)
     for stage in range(num_stages):
         wider = base_channels * min(2**stage, 8)
         yield SameConv2d(width, wider, 4, stride=2)
@@ -169,7 +193,7 @@ def _demo_features(
     yield SameConv2d(width, 2 * width, 3)
     yield ChannelNorm(2 * width, negative_slope=DEMO_SLOPE)
     yield nn.Flatten()
-    yield nn.Linear(4 * 4 * 2 * width, outputs)
+    yield nn.Linear(smallest**2 * 2 * width, outputs)
 
 
 # -- paper: the author's networks -----------------------------------------------------------------
@@ -184,12 +208,11 @@ class PaperGenerator(nn.Module):
         self, image_size: int, image_channels: int, latent_dim: int, base_channels: int
     ) -> None:
         super().__init__()
-        num_upsamplings = int(math.log2(image_size // 4))
+        num_upsamplings, self.stem_size = _halvings(image_size)
         widths = [base_channels * factor for factor in (4, 2, 2, 1, 1, 1)[:num_upsamplings]]
         widths += [base_channels, image_channels]
         scales = [2] * num_upsamplings + [1, 1]
-        self.stem_channels = base_channels
-        self.stem = nn.Linear(latent_dim, 4 * 4 * base_channels)
+        self.stem = nn.Linear(latent_dim, self.stem_size**2 * base_channels)
         self.stem_norm = ChannelNorm(base_channels, negative_slope=0.0)
         self.latent_map = nn.Linear(latent_dim, self.latent_map_channels)
         self.latent_norm = ChannelNorm(self.latent_map_channels, negative_slope=0.0)
@@ -204,7 +227,7 @@ class PaperGenerator(nn.Module):
         self.norms = nn.ModuleList(ChannelNorm(width, negative_slope=0.0) for width in widths[:-1])
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.stem_norm(_to_map(self.stem(z), self.stem_channels))
+        h = self.stem_norm(_to_map(self.stem(z), self.stem_size))
         y = self.latent_norm(self.latent_map(z))
         for convolution, norm in zip(self.convolutions, self.norms, strict=False):
             h = norm(convolution(h, y))
@@ -237,8 +260,8 @@ def _paper_features(
     kernel_size: int,
     slope: float,
 ) -> Iterable[nn.Module]:
-    """Halve the side down to 4, two more convolutions, one linear map; noise as in the paper."""
-    num_stages = int(math.log2(image_size // 4))
+    """Halve the side down to 4 or 3, two more convolutions, one linear map; the paper's noise."""
+    num_stages, smallest = _halvings(image_size)
     factors = [*(1, 1, 2, 2, 2, 2)[:num_stages], 2, 4]
     width = image_channels
     yield GaussianNoise(INPUT_NOISE)
@@ -249,7 +272,7 @@ def _paper_features(
         yield GaussianNoise(LAYER_NOISE, multiplicative=True)
         width = wider
     yield nn.Flatten()
-    yield nn.Linear(4 * 4 * width, outputs)
+    yield nn.Linear(smallest**2 * width, outputs)
 
 
 class PaperLatentDiscriminator(nn.Module):
@@ -281,6 +304,7 @@ class PaperLatentDiscriminator(nn.Module):
         return logit
 
 
-def _to_map(flat: Tensor, channels: int) -> Tensor:
-    """[N, 4 * 4 * channels] => [N, channels, 4, 4], channels last in memory."""
-    return flat.view(-1, 4, 4, channels).permute(0, 3, 1, 2)
+def _to_map(flat: Tensor, size: int) -> Tensor:
+    """[N, size * size * C] => [N, C, size, size], channels last in memory."""
+    pixels: Tensor = flat.unflatten(1, (size, size, -1))
+    return pixels.permute(0, 3, 1, 2)

@@ -1,121 +1,137 @@
 """What a trained model is for: draw images, encode, reconstruct, walk between two of them.
 
-Images are uint8 [N, H, W, C], latents float32 [N, latent_dim]; every function works through any
-number of them in small batches and leaves the model as it was.
+Images are uint8 [N, H, W, C], latents float32 [N, latent_dim], tensors or arrays; every function
+works through any number of them in small batches and leaves the model as it was. More axes in
+front ([N, T, ...], as paths have) are kept. What does not fit raises a ValueError that says what
+was expected.
 """
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from aegan.config import ModelConfig
-from aegan.image_files import decode_image
-from aegan.images import to_float, to_uint8
+from aegan.image_files import UnusableImageError, decode_image
+from aegan.images import to_float, to_uint8, whole_number
 from aegan.networks import AEGAN
 
 BATCH_SIZE = 256
+MAX_SEED = 2**63 - 1
+Array = Tensor | np.ndarray
 InterpolationPath = Literal["slerp", "linear"]
 
 
-def load(folder: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> AEGAN:
-    """A trained model's generator and encoder, ready to use; raises OSError, ValueError."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = AEGAN(
-        ModelConfig(**config["model"]),
-        image_size=config["image_size"],
-        image_channels=config["image_channels"],
-        encoder=config["has_encoder"],
-        discriminators=False,
-    )
-    model.fit = config["fit"]
-    file = folder / ("ema.safetensors" if weights == "ema" else "weights.safetensors")
-    try:
-        model.load_state_dict(load_file(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit {folder / 'config.json'}: {error}") from None
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval().requires_grad_(False)
-
-
-def read_images(paths: Sequence[str | Path], model: AEGAN) -> Tensor:
+def read_images(paths: Iterable[str | os.PathLike[str]], model: AEGAN) -> Tensor:
     """Image files, prepared as the model's training images were => uint8 [N, H, W, C].
 
-    Raises OSError, UnusableImageError.
+    Raises UnusableImageError, which names the file, for one that is missing or no usable image.
     """
-    images = [
-        decode_image(
-            Path(path).read_bytes(),
+    if isinstance(paths, str | bytes | os.PathLike):
+        raise ValueError(f"paths is one path, {os.fsdecode(paths)}; expected a list of paths")
+    _check_model(model)
+    images = [_read_image(Path(path), model) for path in paths]
+    if not images:
+        raise ValueError("paths is empty; expected at least one image file")
+    return torch.from_numpy(np.stack(images))
+
+
+def _read_image(path: Path, model: AEGAN) -> np.ndarray:
+    try:
+        return decode_image(
+            path.read_bytes(),
             image_size=model.image_size,
             image_channels=model.image_channels,
             fit=model.fit,
         )
-        for path in paths
-    ]
-    return torch.from_numpy(np.stack(images))
+    except UnusableImageError as error:
+        raise UnusableImageError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UnusableImageError(f"{path}: {error.strerror}") from None
 
 
 def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:
     """Prior draws z ~ N(0, I), [count, latent_dim]."""
+    count = whole_number("count", count, lowest=1)
+    latent_dim = whole_number("latent_dim", latent_dim, lowest=1)
+    seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
     return torch.randn(count, latent_dim, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(model: AEGAN, count: int, *, seed: int) -> Tensor:
     """G(z) for fresh prior draws => uint8 [count, H, W, C]."""
+    _check_model(model)
     return decode(model, random_latents(count, model.latent_dim, seed=seed))
 
 
 @torch.inference_mode()
-def encode(model: AEGAN, images: Tensor) -> Tensor:
-    """E(x) => float32 [N, latent_dim] on the CPU; raises ValueError for a model without encoder."""
+def encode(model: AEGAN, images: Array) -> Tensor:
+    """E(x) of uint8 [N, H, W, C] => float32 [N, latent_dim] on the CPU.
+
+    Raises ValueError for a model without encoder.
+    """
+    _check_model(model)
     encoder = model.encoder
     if encoder is None:
         raise ValueError("this model has no encoder: it was trained as a plain GAN (training.arm)")
-    device = _device(model)
-    batches = [encoder(to_float(batch.to(device))) for batch in images.split(BATCH_SIZE)]
-    return torch.cat(batches).float().cpu()
+    shape = (model.image_size, model.image_size, model.image_channels)
+    images = _batch("images", images, torch.uint8, shape)
+    device = _weight(model).device
+    flat = images.flatten(0, -4)
+    batches = [encoder(to_float(batch.to(device))) for batch in flat.split(BATCH_SIZE)]
+    return torch.cat(batches).float().cpu().view(*images.shape[:-3], model.latent_dim)
 
 
 @torch.inference_mode()
-def decode(model: AEGAN, latents: Tensor) -> Tensor:
-    """G(z) => uint8 [N, H, W, C] on the CPU."""
-    device = _device(model)
-    batches = [to_uint8(model.generator(z.to(device))).cpu() for z in latents.split(BATCH_SIZE)]
-    return torch.cat(batches)
+def decode(model: AEGAN, latents: Array) -> Tensor:
+    """G(z) of float [N, latent_dim] => uint8 [N, H, W, C] on the CPU."""
+    _check_model(model)
+    latents = _batch("latents", latents, torch.float32, (model.latent_dim,))
+    weight = _weight(model)
+    flat = latents.flatten(0, -2)
+    batches = [to_uint8(model.generator(z.to(weight))).cpu() for z in flat.split(BATCH_SIZE)]
+    made = torch.cat(batches)
+    return made.view(*latents.shape[:-1], *made.shape[1:])
 
 
-def reconstruct(model: AEGAN, images: Tensor) -> Tensor:
-    """G(E(x)) => uint8 [N, H, W, C]."""
+def reconstruct(model: AEGAN, images: Array) -> Tensor:
+    """G(E(x)) of uint8 [N, H, W, C] => the same shape and type."""
     return decode(model, encode(model, images))
 
 
 def interpolate(
-    model: AEGAN, start: Tensor, end: Tensor, *, num_frames: int, path: InterpolationPath = "slerp"
+    model: AEGAN, start: Array, end: Array, *, num_frames: int, path: InterpolationPath = "slerp"
 ) -> Tensor:
-    """Images along paths between latents [N, latent_dim] => uint8 [N, num_frames, H, W, C]."""
-    steps = torch.linspace(0, 1, num_frames)
-    latents = (slerp if path == "slerp" else lerp)(start, end, steps)
-    images = decode(model, latents.flatten(0, 1))
-    return images.view(len(start), num_frames, *images.shape[1:])
+    """Images along paths between latents [N, latent_dim] => uint8 [N, num_frames, H, W, C].
+
+    The first and the last frame are the ends: `num_frames` is 2 or more.
+    """
+    _check_model(model)
+    if path not in get_args(InterpolationPath):
+        allowed = ", ".join(get_args(InterpolationPath))
+        raise ValueError(f"path is {path}; it must be one of {allowed}")
+    steps = torch.linspace(0, 1, whole_number("num_frames", num_frames, lowest=2))
+    start = _batch("start", start, torch.float32, (model.latent_dim,))
+    end = _batch("end", end, torch.float32, (model.latent_dim,))
+    return decode(model, (slerp if path == "slerp" else lerp)(start, end, steps))
 
 
-def lerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+def lerp(start: Array, end: Array, t: Array) -> Tensor:
     """Straight line: [..., D], [..., D], [T] => [..., T, D]."""
+    start, end, t = _path_arguments(start, end, t)
     return torch.lerp(start.unsqueeze(-2), end.unsqueeze(-2), t.unsqueeze(-1))
 
 
-def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+def slerp(start: Array, end: Array, t: Array) -> Tensor:
     """Great-circle path of Shoemake 1985, for Gaussian latents; shapes as `lerp`.
 
     The angle is that between the two directions; lengths interpolate through the same weights.
     Falls back to `lerp` where the directions are (anti)parallel and no great circle is singled out.
     """
+    start, end, t = _path_arguments(start, end, t)
     unit_start = torch.nn.functional.normalize(start, dim=-1)
     unit_end = torch.nn.functional.normalize(end, dim=-1)
     angle = torch.acos((unit_start * unit_end).sum(-1).clamp(-1, 1))[..., None, None]
@@ -126,5 +142,59 @@ def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     return torch.where(sine.abs() < 1e-3, lerp(start, end, t), curved)
 
 
-def _device(model: AEGAN) -> torch.device:
-    return next(model.generator.parameters()).device
+def _path_arguments(start: Array, end: Array, t: Array) -> tuple[Tensor, Tensor, Tensor]:
+    start, end, t = _tensor("start", start), _tensor("end", end), _tensor("t", t)
+    floating = start.is_floating_point() and end.is_floating_point()
+    if start.shape != end.shape or start.ndim == 0 or not floating:
+        raise ValueError(
+            f"start is {_described(start)}, end is {_described(end)}; expected float [..., D]"
+        )
+    if t.ndim != 1:
+        raise ValueError(f"t is {_described(t)}; expected shares of the way [T]")
+    return start, end.to(start), t.to(start)
+
+
+def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) -> Tensor:
+    """Values [N, *item] as a tensor of that type, of more than one axis in front if they have them.
+
+    Another precision of floating-point numbers is converted; raises ValueError for anything else.
+    """
+    tensor = _tensor(name, values)
+    fits = tensor.ndim > len(item) and tuple(tensor.shape[-len(item) :]) == item
+    if fits and (tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point)):
+        return tensor.to(dtype)
+    expected = ", ".join(map(str, ("N", *item)))
+    one = f": of a single one, {name}[None]" if tuple(tensor.shape) == item else ""
+    raise ValueError(
+        f"{name} is {_described(tensor)}; expected {_type_name(dtype)} [{expected}]{one}"
+    )
+
+
+def _tensor(name: str, values: Array) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"{name} is a {type(values).__name__}; expected a tensor or an array")
+    try:
+        # A copy: arrays may be read-only, mirrored or in another byte order.
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {values.dtype}; expected an array of numbers") from None
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{_type_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_model(model: AEGAN) -> None:
+    if not isinstance(model, AEGAN):
+        raise ValueError(f"model is a {type(model).__name__}; expected what aegan.load returns")
+
+
+def _weight(model: AEGAN) -> Tensor:
+    """Any of the generator's weights: on its device and of its type."""
+    return next(model.generator.parameters())

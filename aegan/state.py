@@ -142,8 +142,10 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         "dataset_sha256": state["config"]["dataset_sha256"],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(used["model"], folder / "weights.safetensors")
-    save_file(used["ema"], folder / "ema.safetensors")
+    files = {"model": folder / "weights.safetensors", "ema": folder / "ema.safetensors"}
+    for name, file in files.items():
+        save_file(used[name], file)
+    description["sha256"] = {file.name: checkpoint.sha256(file) for file in files.values()}
     checkpoint.write_json(folder / "config.json", description)
     return description
 

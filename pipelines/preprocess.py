@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from aegan import image_files
-from aegan.config import SPLITS, PreprocessConfig, Split
+from aegan.config import IMAGE_SIZES, SPLITS, PreprocessConfig, Split
 from aegan.images import grid, save_png
 from pipelines import decode, locks, near_duplicates, params
 from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
@@ -88,8 +88,8 @@ def preprocess(
 def _check(config: PreprocessConfig) -> None:
     """What types alone cannot say about the parameters."""
     requirements = {
-        "image_size must be a power of two, 16 or more": (
-            config.image_size >= 16 and config.image_size & (config.image_size - 1) == 0
+        f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}": (
+            config.image_size in IMAGE_SIZES
         ),
         "image_channels must be 1 or 3": config.image_channels in (1, 3),
         "max_pixels must be above 0": config.max_pixels > 0,

@@ -147,10 +147,10 @@ def _read_image(text: Any, row: int, model: aegan.AEGAN) -> np.ndarray:
             fit=model.fit,
             max_pixels=MAX_PIXELS,
         )
-    except ValueError:
-        raise ValueError(f"row {row}: image is not base64 (no line breaks, no prefix)") from None
     except UnusableImageError as error:
         raise ValueError(f"row {row}: image is {error}") from None
+    except ValueError:
+        raise ValueError(f"row {row}: image is not base64 (no line breaks, no prefix)") from None
 
 
 def read_latents(rows: Sequence[Any], *, latent_dim: int) -> Tensor:

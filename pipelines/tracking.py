@@ -163,14 +163,13 @@ def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
 
 
 def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
-    """The networks in a folder (`artifacts/train/model`) or MLflow (`models:/aegan@candidate`)."""
-    if not str(uri).startswith(("models:/", "runs:/")):
-        if not (Path(uri) / "config.json").exists():
-            raise UserError(
-                f"{uri} is no model folder: it has no config.json; run `make run` first"
-            )
-        return aegan.load(uri, weights=weights)
+    """The networks in a folder (`artifacts/train/model`) or MLflow (`models:/aegan@candidate`).
+
+    Raises UserError.
+    """
     with _readable_errors(), TemporaryDirectory() as folder:
+        if not str(uri).startswith(("models:/", "runs:/")):
+            return aegan.load(uri, weights=weights)
         artifacts = _import_mlflow(writing=False).artifacts
         path = artifacts.download_artifacts(f"{uri}/artifacts/model", dst_path=folder)
         return aegan.load(path, weights=weights)
@@ -321,6 +320,8 @@ def _readable_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
+    except aegan.ModelError as error:
+        raise UserError(str(error)) from None
     except Exception as error:
         of_a_store = type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "botocore."))
         if not (of_a_store or isinstance(error, (OSError, ModuleNotFoundError))):

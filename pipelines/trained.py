@@ -14,10 +14,8 @@ def load_model(folder: Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AE
     """One set of weights; UserError where training has left none that can be read."""
     try:
         return aegan.load(folder, weights=weights)
-    except FileNotFoundError:
-        raise UserError(f"no model in {folder}: run the stage train first") from None
-    except Exception as error:  # files from outside: whatever is wrong, the cure is the same
-        raise UserError(f"{folder} is not a readable model ({error}): run train again") from None
+    except aegan.ModelError as error:
+        raise UserError(str(error)) from None
 
 
 def check_size(images: np.ndarray | Tensor, model: aegan.AEGAN, *, shards: Path) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aegan.images import to_float
 
-SMALLEST_LEVEL = 16  # pixels
+SMALLEST_LEVEL = 16  # pixels, at least
 PATCH_SIZE = 7  # pixels
 PATCHES_PER_IMAGE = 32
 DIRECTIONS = 128
@@ -39,7 +39,7 @@ def sliced_wasserstein(real: Tensor, generated: Tensor, *, seed: int) -> float:
 
 
 def laplacian_pyramid(x: Tensor) -> list[Tensor]:
-    """[N, C, H, W] => its detail at H, H/2, ... and what remains at 16 pixels; they add up to x."""
+    """[N, C, H, W] => its detail at H, H/2, ... and what is left at 16 or 24; they add up to x."""
     levels = []
     while x.shape[-1] >= 2 * SMALLEST_LEVEL:
         smaller = _halve(x)

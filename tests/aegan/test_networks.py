@@ -14,7 +14,7 @@ def build(preset: str, *, image_size: int = 16, channels: int = 3, width: int = 
 
 
 @PRESETS
-@pytest.mark.parametrize("image_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("image_size", [16, 32, 48, 64, 96, 128, 192])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes_and_ranges_fit_together_at_every_size(preset, image_size, channels):
     model = build(preset, image_size=image_size, channels=channels)
@@ -24,12 +24,6 @@ def test_shapes_and_ranges_fit_together_at_every_size(preset, image_size, channe
     z = model.encoder(x)
     assert z.shape == (2, 5)
     assert model.image_discriminator(x).shape == model.latent_discriminator(z).shape == (2, 1)
-
-
-@pytest.mark.parametrize("image_size", [0, 8, 24, 100])
-def test_a_size_that_is_no_power_of_two_is_refused(image_size):
-    with pytest.raises(ValueError, match=f"image_size is {image_size}; it must be a power of two"):
-        build("demo", image_size=image_size)
 
 
 def test_the_paper_preset_at_64_pixels_has_the_layers_of_the_paper():

@@ -11,8 +11,9 @@ import torch.multiprocessing as mp
 from aegan import checkpoint, training_loop, updates
 from aegan.config import TrainConfig
 from aegan.losses import ARMS
+from aegan.model_files import load
 from aegan.networks import AEGAN
-from aegan.sampling import load, reconstruct, sample
+from aegan.sampling import reconstruct, sample
 from aegan.state import TrainingState, export_model
 from aegan.training_loop import DivergedError, train
 from tests.tiny import tiny_config, tiny_shards

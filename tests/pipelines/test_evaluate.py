@@ -159,7 +159,7 @@ def test_the_better_weights_are_marked_by_the_metrics_direction(
 
 def test_what_a_user_can_cure_is_one_sentence(tmp_path: Path) -> None:
     model, shards, output = write_model(tmp_path / "m"), write_noise(tmp_path / "s"), tmp_path / "o"
-    with pytest.raises(UserError, match="run the stage train first"):
+    with pytest.raises(UserError, match="is missing; `make run` trains one"):
         evaluate(tmp_path / "none", shards, output, CONFIG)
     with pytest.raises(UserError, match="run the stage preprocess first"):
         evaluate(model, tmp_path / "none", output, CONFIG)
@@ -178,7 +178,7 @@ def test_damaged_files_are_one_sentence_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run preprocess again"):
         evaluate(model, shards, output, CONFIG)
     (model / "ema.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="run train again"):
+    with pytest.raises(UserError, match=r"cannot be used: .*train it again"):
         evaluate(model, shards, output, CONFIG)
 
 
@@ -200,14 +200,21 @@ def with_weights(path: Path) -> EvaluateConfig:
     return dataclasses.replace(CONFIG, feature_weights=str(path))
 
 
-def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "weights that are not finite numbers"),
+        (3e38, "latents are not finite: run train again"),  # sums of them are infinite
+    ],
+)
+def test_weights_that_diverged_are_refused(tmp_path: Path, value: float, message: str) -> None:
     model = write_model(tmp_path / "m")
     broken = {
-        key: torch.full_like(value, float("nan")) if key.startswith("encoder.") else value
-        for key, value in AEGAN(MODEL, image_size=16, image_channels=3, discriminators=False)
+        key: torch.full_like(weight, value) if key.startswith("encoder.") else weight
+        for key, weight in AEGAN(MODEL, image_size=16, image_channels=3, discriminators=False)
         .state_dict()
         .items()
     }
     save_file(broken, model / "weights.safetensors")
-    with pytest.raises(UserError, match="not finite: run train again"):
+    with pytest.raises(UserError, match=message):
         evaluate(model, write_noise(tmp_path / "s"), tmp_path / "o", CONFIG)

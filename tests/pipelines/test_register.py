@@ -234,7 +234,7 @@ def test_loading_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match=r"mlflow.db not found: run from"):
         tracking.load_model("models:/aegan@candidate")
-    with pytest.raises(UserError, match="is no model folder"):
+    with pytest.raises(UserError, match=r"holds no trained model: config.json is missing"):
         tracking.load_model(tmp_path)
     assert not list(tmp_path.iterdir())
 

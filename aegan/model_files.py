@@ -1,0 +1,167 @@
+"""A model's folder -> networks, checked: as untrusted as an image file.
+
+    config.json            sizes of the networks, how images become square, hashes of the weights
+    ema.safetensors        averaged weights of generator and encoder
+    weights.safetensors    those of the last step
+
+Sizes are compared before anything of their size is allocated; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as tensors_in
+from torch import Tensor
+
+from aegan.config import ConfigError, ModelConfig
+from aegan.networks import AEGAN
+
+Weights = Literal["ema", "raw"]
+
+CONFIG = "config.json"
+FILES: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
+FITS = ("crop", "pad")
+MAX_PARAMETERS = 2**30  # of generator and encoder: 4 GiB
+MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
+MAX_SHOWN = 60  # characters of a value in a message
+
+
+class ModelError(ValueError):
+    """A model's folder that cannot be loaded; the message names the file and the cure."""
+
+
+def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
+    """A trained model's generator and encoder, ready to use; raises ModelError.
+
+    `ema`: the averaged weights, which draw the better images; `raw`: those of the last step.
+    """
+    if weights not in FILES:
+        raise ValueError(f"weights is {weights}; it must be one of {', '.join(FILES)}")
+    config_file, weights_file = Path(folder) / CONFIG, Path(folder) / FILES[weights]
+    try:
+        config = _read_config(config_file)
+        model = _build(config, config_file)
+        tensors = _read_weights(weights_file, model, _recorded_hash(config, weights_file))
+    except OSError as error:
+        reason = error.strerror or "unknown reason"
+        raise ModelError(f"{error.filename or folder} cannot be read: {reason}") from None
+    model.to_empty(device="cpu").load_state_dict(tensors)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    _check_exists(file)
+    if file.stat().st_size > MAX_HEADER_BYTES:
+        raise _damaged(file, f"more than {MAX_HEADER_BYTES} bytes")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise _damaged(file, "not JSON") from None
+    if not isinstance(config, dict):
+        raise _damaged(file, "not a JSON object")
+    return config
+
+
+def _build(config: dict[str, Any], file: Path) -> AEGAN:
+    """The networks that a config.json describes, without memory for their weights yet."""
+
+    def field(section: Any, name: str, kind: type, expected: str) -> Any:
+        value = section.get(name) if isinstance(section, dict) else None
+        if type(value) is not kind:  # true is no number
+            raise _damaged(file, f"{name} is {_shown(value)}, expected {expected}")
+        return value
+
+    networks = field(config, "model", dict, "an object")
+    sizes = ModelConfig(
+        preset=field(networks, "preset", str, "a name"),
+        latent_dim=field(networks, "latent_dim", int, "a whole number"),
+        base_channels=field(networks, "base_channels", int, "a whole number"),
+    )
+    unknown = networks.keys() - vars(sizes).keys()
+    if unknown:
+        raise _damaged(file, f"{_shown(min(unknown))} is no setting of a model")
+    fit = field(config, "fit", str, "a name")
+    if fit not in FITS:
+        raise _damaged(file, f"fit is {_shown(fit)}, expected {' or '.join(FITS)}")
+    try:
+        with torch.device("meta"):
+            model = AEGAN(
+                sizes,
+                image_size=field(config, "image_size", int, "a whole number"),
+                image_channels=field(config, "image_channels", int, "a whole number"),
+                encoder=field(config, "has_encoder", bool, "true or false"),
+                discriminators=False,
+            )
+    except ConfigError as error:
+        raise _damaged(file, str(error)) from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > MAX_PARAMETERS:
+        raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
+    model.fit = fit
+    return model
+
+
+def _recorded_hash(config: dict[str, Any], file: Path) -> Any:
+    """What config.json says of a file; None in a folder from before hashes were recorded."""
+    hashes = config.get("sha256", {})
+    return hashes.get(file.name) if isinstance(hashes, dict) else hashes
+
+
+def _read_weights(file: Path, model: AEGAN, recorded: Any) -> dict[str, Tensor]:
+    _check_exists(file)
+    with file.open("rb") as content:
+        if int.from_bytes(content.read(8), "little") > MAX_HEADER_BYTES:
+            raise _damaged(file, "no file of weights")
+    try:
+        with safe_open(file, "pt") as stored:
+            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        _compare(found, model, file)
+        bytes_read = file.read_bytes()
+        if recorded is not None and hashlib.sha256(bytes_read).hexdigest() != recorded:
+            raise _damaged(file, f"its SHA-256 is not the one in {CONFIG}")
+        tensors = tensors_in(bytes_read)
+    except SafetensorError as error:
+        raise _damaged(file, str(error)) from None
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise _damaged(file, "weights that are not finite numbers")
+    return tensors
+
+
+def _compare(found: dict[str, tuple[str, list[int]]], model: AEGAN, file: Path) -> None:
+    """Refuse tensors other than those of the networks, by the first name that differs."""
+    expected = {name: ("F32", list(value.shape)) for name, value in model.state_dict().items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            held, wanted = (
+                "nothing" if one is None else f"{one[0]} {one[1]}"
+                for one in (found.get(name), expected.get(name))
+            )
+            raise _damaged(
+                file, f"{_shown(name)} is {held}, the networks of {CONFIG} have {wanted}"
+            )
+
+
+def _check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise ModelError(
+            f"{file.parent} holds no trained model: {file.name} is missing; `make run` trains one"
+        )
+
+
+def _damaged(file: Path, reason: str) -> ModelError:
+    return ModelError(f"{file} cannot be used: {reason}; copy or train it again")
+
+
+def _shown(value: Any) -> str:
+    """A value of config.json as it stands there, cut where it is long."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
