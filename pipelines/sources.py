@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
+from aegan.file_kinds import START_BYTES, kind_of
 from pipelines import storage
 from pipelines.errors import UserError
 
@@ -163,7 +164,10 @@ def read_archive(file: Path, name: str) -> Entries:
         elif zipfile.is_zipfile(file):
             yield from _read_zip(file, name)
         else:
-            raise UserError(f"{name} is neither a folder nor a sound zip or tar archive")
+            with file.open("rb") as content:
+                kind = kind_of(content.read(START_BYTES))
+            found = f": it is {kind}" if kind else ""
+            raise UserError(f"{name} is neither a folder nor a sound zip or tar archive{found}")
     except DAMAGE as error:
         raise UserError(f"{name} is damaged ({_cause(error)}): fetch or pack it again") from None
 
