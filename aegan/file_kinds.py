@@ -77,6 +77,12 @@ _BRANDS = {  # of ISO base media files: what stands behind `ftyp`
     b"crx ": _RAW,
     b"M4A ": "a sound file",
 }
+_IMAGE_MARKS = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"),
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),  # JPEG 2000
+    *(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \t\r\n"),  # PBM, PGM, PPM
+)
 _HEIC_CURE = ": convert it first, `heif-convert IN.heic OUT.jpg` or the phone's export as JPEG"
 
 
@@ -101,6 +107,15 @@ def kind_of(start: bytes) -> str:
     if not any(start):
         return "all zeros: fetch it again"
     return _kind_of_text(start)
+
+
+def is_image(start: bytes) -> bool:
+    """Whether a file begins as those image files do that cannot be taken for anything else."""
+    if start[4:8] == b"ftyp":
+        return start[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1")
+    if start.startswith(b"RIFF"):
+        return start[8:12] == b"WEBP"
+    return start.startswith(_IMAGE_MARKS)
 
 
 def _is_pickle(start: bytes) -> bool:

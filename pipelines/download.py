@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,16 +20,15 @@ from PIL import Image
 from aegan import manifold
 from aegan.config import DataConfig
 from pipelines import locks, params, source_address, storage, web
+from pipelines.entries import Entries, ListedFile, RawFile, Skipped
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, sha256_of, write_json
+from pipelines.names import shown
 from pipelines.outputs import FOLDERS, RAW
 from pipelines.progress import progress
+from pipelines.quarantine import kind_of_reason, summary
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
-    Entries,
-    ListedFile,
-    RawFile,
-    Skipped,
     is_archive_name,
     list_bucket,
     read_archive,
@@ -41,6 +41,8 @@ SCHEMA_VERSION = 1
 SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
 ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes
 ROW_GROUP_ROWS = 1024
+LABEL = pa.field("label", pa.string())  # a column only of sources that state classes
+QUARANTINE = Path("artifacts/preprocess/quarantine.csv")  # where preprocess lists what is skipped
 LISTED_ROWS = 256  # of a listing: every file is a request, so a piece takes long enough
 
 log = logging.getLogger(__name__)
@@ -150,7 +152,7 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         columns += [("url", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())]
     else:
         columns += [("content", pa.large_binary())]
-    columns += [(f"factor_{name}", pa.float32()) for name in source.factors]
+    columns += [(f"factor_{name}", pa.float32()) for name in source.factors]  # and LABEL, if any
     writer = ShardWriter(folder, "files", schema=pa.schema(columns))
     hashes = hashlib.sha256()
     skipped: list[Skipped] = []
@@ -159,14 +161,19 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
     group_bytes = files = total_bytes = 0
 
     def write_group() -> None:
-        rows = zip(*map(_row, group), strict=True)
-        arrays = [pa.array(values, kind) for values, (_, kind) in zip(rows, columns, strict=True)]
+        if LABEL.name not in writer.schema.names and any(file.label for file in group):
+            writer.add_column(LABEL)
+        rows = [_row(file, writer.schema) for file in group]
+        arrays = [
+            pa.array(values, field.type)
+            for values, field in zip(zip(*rows, strict=True), writer.schema, strict=True)
+        ]
         if writer.bytes + group_bytes > SHARD_BYTES:
             writer.finish_shard()
-        writer.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns)))
+        writer.write(pa.Table.from_arrays(arrays, schema=writer.schema))
 
     entries = without_repetitions(source.entries)
-    for entry in progress(entries, f"reading {source.name}", unit="files", total=None):
+    for entry in progress(entries, f"reading {shown(source.name)}", unit="files", total=None):
         if isinstance(entry, Skipped):
             skipped.append(entry)
             continue
@@ -178,14 +185,20 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         files += 1
         total_bytes += entry.size
         hashes.update(entry.digest + entry.source.encode() + b"\0")
+        if entry.label:
+            hashes.update(b"\1" + entry.label.encode() + b"\0")
     if not group:
-        reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
-        raise UserError(f"no files in {source.name}{reason}")
+        first = f", the first is {skipped[0].source} ({skipped[0].reason})" if skipped else ""
+        raise UserError(f"no files in {source.name}: {len(skipped)} skipped{first}")
     write_group()
     writer.finish_shard()
 
     sha256 = sha256_of(source.archive) if source.archive else hashes.hexdigest()
-    log.info("%s: %d files, %d bytes, %d skipped", source.name, files, total_bytes, len(skipped))
+    log.info("%s: %d files, %d bytes", shown(source.name), files, total_bytes)
+    if skipped:
+        kinds = Counter(kind_of_reason(item.reason) for item in skipped)
+        told = summary(kinds, files + len(skipped))
+        log.info("%s, see %s after the stage preprocess", told, QUARANTINE)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,
@@ -193,16 +206,19 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         "files": files,
         "bytes": total_bytes,
         "shards": writer.shards,
-        "skipped": [{"source": item.source, "reason": item.reason} for item in skipped],
+        "skipped": [
+            {"source": shown(item.source), "reason": shown(item.reason)} for item in skipped
+        ],
         "factors": list(source.factors),
     }
 
 
-def _row(file: RawFile | ListedFile) -> tuple[Any, ...]:
+def _row(file: RawFile | ListedFile, schema: pa.Schema) -> tuple[Any, ...]:
     """The values of the snapshot's columns for one file."""
     if isinstance(file, ListedFile):
         return file.source, file.url, file.etag, file.size
-    return file.source, file.content, *file.factors
+    label = (file.label,) if LABEL.name in schema.names else ()
+    return file.source, file.content, *file.factors, *label
 
 
 def main() -> None:

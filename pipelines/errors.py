@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from pipelines.names import shown
+
 
 class UserError(Exception):
     """Names the thing, what was expected and the cure; shown without a traceback."""
@@ -17,6 +19,8 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        # A file's name may be in it, which must not steer the terminal.
+        lines = (shown(line) for line in f"error: {error}".split("\n"))
+        sys.exit("\n".join(lines))
     except KeyboardInterrupt:
         sys.exit(130)
