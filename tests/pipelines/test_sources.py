@@ -165,12 +165,6 @@ def test_a_source_file_that_vanishes_or_grows_while_it_is_read_is_listed(tmp_pat
     }
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_listed(tmp_path):
-    (tmp_path / "a.png").touch(mode=0)
-    assert outcome(read_folder(tmp_path)) == {"a.png": "not readable: Permission denied"}
-
-
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_zip_and_tar_give_the_files_whatever_the_archive_is_called(tmp_path, mode):
     contents = {"b.png": b"b", "data/a.png": b"a"}
