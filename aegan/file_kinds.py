@@ -32,6 +32,7 @@ _MARKS = (  # (what stands at the offset, the offset, what such a file is)
     (b"PAR1", 0, "a Parquet file"),
     (b"ARROW1", 0, "an Arrow file: write it as Parquet first"),
     (b"\x93NUMPY", 0, "a NumPy array"),
+    (b"\0\0\x08\x03", 0, "an IDX array, as MNIST has it: save it with np.save first"),
     (b"%PDF-", 0, "a PDF: extract its pages first, `pdftoppm -png FILE.pdf page`"),
     (b"%!PS", 0, "PostScript: convert it to PNG first"),
     (b"8BPS", 0, "a Photoshop file: export it as PNG first"),

@@ -22,6 +22,7 @@ from pipelines.entries import (
     Skipped,
     refusal,
 )
+from pipelines.names import shown
 
 CHANNELS = (1, 3, 4)
 AT_ONCE_BYTES = 4 * 1024**2
@@ -72,12 +73,12 @@ def read_npz(file: BinaryIO, name: str, allowance: Allowance) -> Entries:
         for key in sorted(arrays.keys() - label_keys.values()):
             entry, label_key = arrays[key], label_keys[key]
             try:
-                _check_bomb(entry)
+                _check_bomb(entry, name)
                 allowance.spend(entry.file_size)
-                labels = _read_labels(archive, arrays[label_key]) if label_key else None
+                labels = _read_labels(archive, arrays[label_key], name) if label_key else None
                 for file_ in _read_images(
                     lambda entry=entry: archive.open(entry),  # type: ignore[misc]
-                    f"{name}, array {key},",
+                    f"{name}, array {shown(key)},",
                     f"{stem}-{key}",
                     labels=labels,
                 ):
@@ -98,14 +99,14 @@ def _label_key(key: str, keys: Collection[str]) -> str | None:
     return next((name for name in names if name in keys and name != key), None)
 
 
-def _check_bomb(entry: zipfile.ZipInfo) -> None:
+def _check_bomb(entry: zipfile.ZipInfo, name: str) -> None:
     if reason := refusal("array.npy", entry.file_size, stored_bytes=entry.compress_size):
-        raise NoImagesError(reason)
+        raise NoImagesError(f"{name}, array {shown(entry.filename)}, is a {reason}")
 
 
-def _read_labels(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> list[str] | None:
+def _read_labels(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> list[str] | None:
     """A class for each image from numbers or text, [N] or [N, 1]; None if it is none."""
-    _check_bomb(entry)
+    _check_bomb(entry, name)
     if entry.file_size > MAX_LABELS_BYTES:
         return None
     with archive.open(entry) as stream:
@@ -122,7 +123,10 @@ def _read_header(stream: Any, name: str) -> _Array:
     if version not in ((1, 0), (2, 0)):
         raise NoImagesError(f"{name} is an array with named fields: save plain numbers")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran_order, dtype = read(stream)
+    try:
+        shape, fortran_order, dtype = read(stream)
+    except Exception:  # of a parser of Python's own literals: nearly anything
+        raise ValueError("its header is no array's") from None
     if dtype.hasobject:
         raise NoImagesError(
             f"{name} holds Python objects, a pickle, which can run code when loaded: "

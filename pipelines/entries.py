@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipelines.errors import UserError
-from pipelines.names import is_system_file
+from pipelines.names import is_system_file, shown
 
 MAX_FILE_BYTES = 64 * 1024**2
 MAX_COMPRESSION = 200  # more is a decompression bomb
@@ -139,4 +139,8 @@ def cause(error: Exception) -> str:
         raise error
     if str(error).startswith("File name in directory"):
         return "its two names differ"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError) and error.errno:
+        return "it points outside itself"
+    if isinstance(error, UnicodeError):
+        return "a name is not the UTF-8 that it claims to be"
+    return shown((str(error).splitlines() or [type(error).__name__])[0][:200])

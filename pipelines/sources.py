@@ -185,6 +185,8 @@ def _look_into(file: BinaryIO, name: str, outer: Allowance | None) -> Iterator[E
             yield from archives.read_tar(file, name, allowance)
         elif not zipfile.is_zipfile(file):
             kind = kind_of(start)
+            if start.startswith(b"PK"):
+                kind = "a zip archive without its end: fetch it again"
             raise NoImagesError(
                 f"{name} is neither a folder nor a sound zip or tar archive, Parquet file or "
                 f"NumPy array{': it is ' if kind else ''}{kind}"

@@ -49,6 +49,7 @@ KINDS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"PAR1": "a Parquet file",
     b"\x93NUMPY\1\0": "a NumPy array",
+    b"\0\0\x08\x03\0\0": "an IDX array",
     pickle.dumps({"image": b"x"}): "a pickle, which can run code",
     pickle.dumps(np.zeros(3), 2): "a pickle",
     torch_file(): "a PyTorch file, a pickle",

@@ -1,7 +1,11 @@
 import io
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -9,7 +13,7 @@ from pipelines import entries
 from pipelines.entries import RawFile, Skipped
 from pipelines.errors import UserError
 from pipelines.sources import read_archive, read_folder
-from tests.pictures import blocks
+from tests.pictures import blocks, encode
 
 
 def save(folder: Path, array: np.ndarray) -> Path:
@@ -128,3 +132,21 @@ def test_a_source_npz_that_unpacks_without_measure_is_refused(tmp_path, monkeypa
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((2**12, 32, 32), np.uint8))
     with pytest.raises(UserError, match="decompression bomb"):
         read(tmp_path / "a.npz")
+
+
+def test_damage_anywhere_in_a_source_array_or_table_is_one_clear_error_or_other_pixels(tmp_path):
+    np.save(tmp_path / "plain.npy", COLOURS)
+    np.savez_compressed(tmp_path / "packed.npz", images=COLOURS, labels=np.arange(7))
+    rows = [{"bytes": encode(image), "path": "a.png"} for image in COLOURS]
+    pq.write_table(pa.table({"image": rows, "label": range(7)}), tmp_path / "table.parquet")
+    for file in list(tmp_path.iterdir()):
+        sound = file.read_bytes()
+        for seed in range(60):
+            random = Random(seed)
+            content = bytearray(sound)
+            end = random.choice([len(content), 150])  # headers are small
+            for place in random.sample(range(end), 2):
+                content[random.choice([place, -1 - place])] ^= random.randrange(1, 256)
+            file.write_bytes(content)
+            with suppress(UserError):
+                assert len(read(file)) >= 1

@@ -431,11 +431,11 @@ def test_a_zip_name_that_only_claims_to_be_utf8_is_no_traceback(tmp_path, header
     content[content.index("é".encode(), content.index(header))] = 0xFF
     file.write_bytes(content)
     if header == b"PK\x01\x02":  # the table of contents
-        with pytest.raises(UserError, match=r"the archive is damaged \('utf-8' codec"):
+        with pytest.raises(UserError, match=r"the archive is damaged \(a name is not"):
             read(file)
     else:
         found = read(file)
-        assert found["é.png"].startswith("damaged in the archive: 'utf-8' codec")
+        assert found["é.png"].startswith("damaged in the archive: a name is not")
         assert found["b.png"] == b"b"
 
 
@@ -468,6 +468,15 @@ def test_damage_anywhere_is_one_error_or_listed_and_loses_nothing_in_silence(
     if mode != "w":  # contents have a checksum
         read = [entry.content for entry in entries if isinstance(entry, RawFile)]
         assert set(read) <= set(contents.values())
+
+
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.95])
+def test_a_source_zip_that_was_cut_off_says_so(tmp_path, left):
+    file = make_zip(tmp_path / "a.zip", {f"{i}.png": os.urandom(500) for i in range(9)})
+    content = file.read_bytes()
+    file.write_bytes(content[: int(left * len(content))])
+    with pytest.raises(UserError, match="it is a zip archive without its end: fetch it again"):
+        read(file)
 
 
 def test_something_else_is_no_archive(tmp_path):
