@@ -104,25 +104,25 @@ def _walk(folder: Path) -> Iterator[_Found]:
             seen.add((known.st_dev, known.st_ino))
             with os.scandir(where) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
+            for entry in found:
+                path = inside + entry.name
+                if refusal(path, 0):
+                    yield _Found(path, is_linked)
+                elif entry.is_symlink():
+                    reason, is_folder = _follow(entry, device)
+                    if is_folder:
+                        linked.append(f"{path}/")
+                    else:
+                        yield _Found(path, True, reason)
+                elif entry.is_dir():
+                    pending.append(f"{path}/")
+                else:
+                    yield _Found(path, is_linked, "" if entry.is_file() else "special file")
         except OSError as error:
             raise UserError(
                 f"the folder {shown(where.removesuffix('/'))} cannot be read ({error.strerror}): "
                 "make it readable, `chmod -R u+rX FOLDER`, or take it out of data.source"
             ) from None
-        for entry in found:
-            path = inside + entry.name
-            if refusal(path, 0):
-                yield _Found(path, is_linked)
-            elif entry.is_symlink():
-                reason, is_folder = _follow(entry, device)
-                if is_folder:
-                    linked.append(f"{path}/")
-                else:
-                    yield _Found(path, True, reason)
-            elif entry.is_dir():
-                pending.append(f"{path}/")
-            else:
-                yield _Found(path, is_linked, "" if entry.is_file() else "special file")
 
 
 def _follow(link: os.DirEntry[str], device: int) -> tuple[str, bool]:
@@ -141,16 +141,15 @@ def _follow(link: os.DirEntry[str], device: int) -> tuple[str, bool]:
 def _read_file(path: Path, name: str, *, is_linked: bool) -> RawFile | Skipped:
     """A file of a disk; what changes meanwhile is half of something, so it is not taken."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait
-    try:
+    with os.fdopen(handle, "rb") as file:
         before = os.fstat(handle)
         if not stat.S_ISREG(before.st_mode):
             return Skipped(name, "special file")
         if reason := refusal(name, before.st_size):
-            return Skipped(name, reason)
-        content = os.read(handle, before.st_size + 1)
+            kind = kind_of(file.read(START_BYTES))
+            return Skipped(name, f"{reason}; it is {kind}" if kind else reason)
+        content = file.read(before.st_size + 1)
         after = os.fstat(handle)
-    finally:
-        os.close(handle)
     if len(content) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
         return Skipped(
             name, "not readable: it changed while it was read, `make refresh` reads it again"
@@ -187,6 +186,8 @@ def _look_into(file: BinaryIO, name: str, outer: Allowance | None) -> Iterator[E
             kind = kind_of(start)
             if start.startswith(b"PK"):
                 kind = "a zip archive without its end: fetch it again"
+            elif is_image(start):
+                kind = "one image: put many into a folder"
             raise NoImagesError(
                 f"{name} is neither a folder nor a sound zip or tar archive, Parquet file or "
                 f"NumPy array{': it is ' if kind else ''}{kind}"
@@ -208,7 +209,7 @@ def _unpacked(entries: Iterable[Entry | Packed]) -> Entries:
         folder, slash, _ = entry.source.rpartition("/")
         with _on_disk(entry) as file:
             try:
-                for inner in _look_into(file, entry.source, entry.outer):
+                for inner in _look_into(file, shown(entry.source), entry.outer):
                     name = folder + slash + inner.source
                     if isinstance(inner, Packed):
                         yield Skipped(name, "archive in an archive in the source: unpack it first")

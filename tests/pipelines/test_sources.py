@@ -151,14 +151,15 @@ def test_a_source_file_that_vanishes_or_grows_while_it_is_read_is_listed(tmp_pat
     entries = read_folder(tmp_path)
     assert next(entries).source == "a.png"
     (tmp_path / "b.png").unlink()
-    read = os.read
+    fstat = os.fstat
 
-    def read_while_it_grows(handle: int, size: int) -> bytes:
+    def grow_after(handle: int) -> os.stat_result:
+        before = fstat(handle)
         with (tmp_path / "c.png").open("ab") as file:
             file.write(b"more")
-        return read(handle, size)
+        return before
 
-    monkeypatch.setattr(os, "read", read_while_it_grows)
+    monkeypatch.setattr(os, "fstat", grow_after)
     assert outcome(entries) == {
         "b.png": "not readable: it vanished while the folder was read",
         "c.png": "not readable: it changed while it was read, `make refresh` reads it again",
@@ -293,8 +294,12 @@ def test_links_and_devices_in_archives_are_listed(tmp_path):
 def test_a_file_above_the_limit_is_listed(tmp_path):
     size = entries.MAX_FILE_BYTES + 1
     with (tmp_path / "large.png").open("wb") as file:
+        file.write(b"\0\0\0\x20ftypisom")
         file.truncate(size)
-    assert outcome(read_folder(tmp_path))["large.png"].startswith(f"too large: {size} bytes")
+    reason = outcome(read_folder(tmp_path))["large.png"]
+    assert reason.startswith(
+        f"too large: {size} bytes, at most {entries.MAX_FILE_BYTES}; it is a v"
+    )
 
 
 def test_a_decompression_bomb_in_a_zip_is_listed_and_one_in_a_tar_ends_the_run(
@@ -477,6 +482,12 @@ def test_a_source_zip_that_was_cut_off_says_so(tmp_path, left):
     file.write_bytes(content[: int(left * len(content))])
     with pytest.raises(UserError, match="it is a zip archive without its end: fetch it again"):
         read(file)
+
+
+def test_a_source_that_is_one_image_says_what_is_wanted(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    with pytest.raises(UserError, match="it is one image: put many into a folder"):
+        read(tmp_path / "a.png")
 
 
 def test_something_else_is_no_archive(tmp_path):
