@@ -20,16 +20,15 @@ from PIL import Image
 from aegan import manifold
 from aegan.config import DataConfig
 from pipelines import locks, params, source_address, storage, web
-from pipelines.entries import Entries, ListedFile, RawFile, Skipped
+from pipelines.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, sha256_of, write_json
 from pipelines.names import shown
-from pipelines.outputs import FOLDERS, RAW
+from pipelines.outputs import FOLDERS, PREPROCESS, RAW
 from pipelines.progress import progress
 from pipelines.quarantine import kind_of_reason, summary
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
-    is_archive_name,
     list_bucket,
     read_archive,
     read_bucket,
@@ -42,7 +41,6 @@ SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
 ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes
 ROW_GROUP_ROWS = 1024
 LABEL = pa.field("label", pa.string())  # a column only of sources that state classes
-QUARANTINE = Path("artifacts/preprocess/quarantine.csv")  # where preprocess lists what is skipped
 LISTED_ROWS = 256  # of a listing: every file is a request, so a piece takes long enough
 
 log = logging.getLogger(__name__)
@@ -76,7 +74,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
     address = source_address.resolve(config.source)
     scheme = source_address.scheme_of(address)
     fetched = workspace / "fetched"
-    if config.in_place and (scheme != "s3" or is_archive_name(address)):
+    if config.in_place and (scheme != "s3" or is_container_name(address)):
         raise UserError(
             f"params.yaml: data.in_place is true, but data.source {address!r} is no "
             "s3://bucket/prefix with images below it: set data.in_place to false"
@@ -86,7 +84,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
             yield _manifold(config)
         elif scheme == "kaggle":
             yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
-        elif scheme == "s3" and is_archive_name(address):
+        elif scheme == "s3" and is_container_name(address):
             storage.download_object(address, fetched)
             yield Source(address, read_archive(fetched, address), fetched)
         elif config.in_place:
@@ -198,7 +196,7 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
     if skipped:
         kinds = Counter(kind_of_reason(item.reason) for item in skipped)
         told = summary(kinds, files + len(skipped))
-        log.info("%s, see %s after the stage preprocess", told, QUARANTINE)
+        log.info("%s, see %s after the stage preprocess", told, PREPROCESS / "quarantine.csv")
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,

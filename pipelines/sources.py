@@ -159,11 +159,6 @@ def _read_file(path: Path, name: str, *, is_linked: bool) -> RawFile | Skipped:
     return RawFile(name, content)
 
 
-def is_archive_name(name: str) -> bool:
-    """Whether a file name or address ends like an archive's, a table's or an array's."""
-    return is_container_name(name)
-
-
 def read_archive(file: Path, name: str) -> Entries:
     """Every image of an archive, table or array; `name` is what errors call it."""
     with file.open("rb") as content:
