@@ -5,8 +5,11 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +131,7 @@ def test_shards_and_row_groups_are_bounded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere/at/all", "data.source 'nowhere/at/all' not found: expected manifold, a folder"),
+        ("nowhere/at/all", "data.source nowhere/at/all not found (a path counts from"),
         ("kaggle:only-a-name", "kaggle:only-a-name is no data set: expected kaggle:owner/name"),
         ("kaggle:../../etc", "expected kaggle:owner/name"),
         ("s3://", "expected s3://bucket or s3://bucket/prefix"),
@@ -167,6 +170,29 @@ def test_classes_that_a_source_states_are_a_column_of_the_snapshot_and_in_its_ha
         assert ("label" in found[0]) == any(labels)
         assert [row.get("label") for row in found] == labels
     assert len(hashes) == 3
+
+
+@pytest.mark.integration
+def test_a_table_or_array_at_an_https_address_is_a_source(tmp_path):
+    images = [encode(image) for image in blocks(3)]
+    pq.write_table(table_of(images, ["a", "b", None]), tmp_path / "set.parquet")
+    np.savez(tmp_path / "set.npz", images=blocks(3))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"  # plain only on this machine
+        for name, sources in {
+            "set.parquet": [f"set-000000{row}" for row in range(3)],
+            "set.npz": [f"set-images-000000{row}" for row in range(3)],
+        }.items():
+            manifest = download(config(f"{address}/{name}"), tmp_path / "raw")
+            assert [row["source"] for row in rows(tmp_path / "raw")] == sources
+            content = (tmp_path / name).read_bytes()
+            assert manifest["source_sha256"] == hashlib.sha256(content).hexdigest()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_source_that_states_classes_late_has_them_in_every_shard(tmp_path, monkeypatch):
