@@ -25,6 +25,7 @@ from pipelines.names import shown
 ROWS_AT_ONCE = 8  # a row may be a file of the largest size
 IMAGE_COLUMNS = ("image", "img", "content", "bytes", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMN = "label"
+SOURCE_COLUMN = "source"
 
 
 def read_table(file: BinaryIO, name: str, allowance: Allowance) -> Entries:
@@ -37,7 +38,9 @@ def read_table(file: BinaryIO, name: str, allowance: Allowance) -> Entries:
     declared.spend(sum(group.total_byte_size for group in groups))
     shape = _shape_of_shards(schema, image, name)
     names = _class_names(schema)
-    others = [column for column in (LABEL_COLUMN, "source") if column in schema.names]
+    ours = shape is not None or image == "content"  # elsewhere a `source` is no file's name
+    others = [LABEL_COLUMN, SOURCE_COLUMN] if ours else [LABEL_COLUMN]
+    others = [column for column in others if column in schema.names]
     stem = PurePosixPath(name).stem
     row = 0
     batches = parquet.iter_batches(ROWS_AT_ONCE, columns=[image, *others], use_threads=False)
@@ -122,8 +125,8 @@ def _contents(batch: pa.RecordBatch, image: str) -> tuple[list[Any], list[str | 
         if "path" in [field.name for field in column.type]:
             paths = pc.struct_field(column, "path").to_pylist()
         column = pc.struct_field(column, "bytes")
-    if "source" in batch.schema.names:
-        paths = batch.column("source").to_pylist()
+    if SOURCE_COLUMN in batch.schema.names:
+        paths = batch.column(SOURCE_COLUMN).to_pylist()
     return column.to_pylist(), [path if isinstance(path, str) else None for path in paths]
 
 

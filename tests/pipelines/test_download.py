@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -273,14 +274,21 @@ def test_a_source_folder_or_file_without_permission_is_named():
         (folder / "set/sub").chmod(0o755)
 
 
-def test_an_error_that_names_a_source_does_not_steer_the_terminal():
+def test_an_error_or_a_log_line_that_names_a_source_does_not_steer_the_terminal(monkeypatch):
     def fail() -> None:
+        record = logging.makeLogRecord({"msg": "%s is read", "args": ("b\x9b.png",)})
+        lines.append(logging.getLogger().handlers[0].format(record))
         raise UserError("a\x1b[2J\u202e.png is damaged\n  twice")
 
+    lines: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # pytest's own
+    monkeypatch.setattr(root, "level", root.level)  # put back at the end
     with pytest.raises(SystemExit) as ended:
         run_stage(fail)
     signal.signal(signal.SIGTERM, before)
+    assert lines == ["b\\x9b.png is read"]
     assert ended.value.code == "error: a\\x1b[2J\\u202e.png is damaged\n  twice"
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_a_source_in_hugging_faces_layout_gives_files_paths_and_named_classes(tm
     ],
 )
 def test_a_column_of_bytes_is_a_source_of_images(tmp_path, kind, name, labels, expected):
-    table = pa.table({name: pa.array(IMAGES[:2], kind), "label": labels, "note": ["x", "y"]})
+    table = pa.table({name: pa.array(IMAGES[:2], kind), "label": labels, "source": ["web", "web"]})
     assert read(write(tmp_path / "a", table)) == [
         RawFile(f"the table-000000{row}", IMAGES[row], label=expected[row]) for row in range(2)
     ]
@@ -167,3 +168,20 @@ def test_a_source_table_that_unpacks_without_measure_is_refused_unread(tmp_path,
     for file in (plain, repeated):
         with pytest.raises(UserError, match="decompression bomb"):
             read(file)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_tables_and_arrays_in_a_source_archive_are_read_where_they_lie(tmp_path, kind):
+    contents = {name: io.BytesIO() for name in ("a/t.parquet", "a/n.npz", "m.npy")}
+    pq.write_table(pa.table({"image": pa.array(IMAGES[:2], pa.binary())}), contents["a/t.parquet"])
+    np.savez(contents["a/n.npz"], x=blocks(7)[2:4])
+    np.save(contents["m.npy"], blocks(7)[4:])
+    for name, content in contents.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(content.getvalue())
+    format = {"zip": "zip", "tar.gz": "gztar"}[kind]
+    archive = Path(shutil.make_archive(str(tmp_path / "packed"), format, tmp_path / "set"))
+    names = ["a/n-x-0000000", "a/n-x-0000001", "a/t-0000000", "a/t-0000001"]
+    names += [f"m-000000{row}" for row in range(3)]
+    assert sorted(entry.source for entry in read(archive)) == names
+    assert sorted(entry.source for entry in read_folder(tmp_path / "set")) == names
