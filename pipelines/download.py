@@ -186,8 +186,11 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         if entry.label:
             hashes.update(b"\1" + entry.label.encode() + b"\0")
     if not group:
-        first = f", the first is {skipped[0].source} ({skipped[0].reason})" if skipped else ""
-        raise UserError(f"no files in {source.name}: {len(skipped)} skipped{first}")
+        told = f"no files in {source.name}"
+        if skipped:
+            first = f"{skipped[0].source} ({skipped[0].reason})"
+            told += f": {len(skipped)} skipped, the first is {first}"
+        raise UserError(told)
     write_group()
     writer.finish_shard()
 

@@ -147,7 +147,7 @@ def test_a_wrong_source_is_one_clear_error_and_leaves_nothing(tmp_path, source, 
 
 def test_an_empty_folder_is_an_error_that_names_what_was_skipped(tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match=r"no files in .*images: 0 skipped$"):
+    with pytest.raises(UserError, match=r"no files in .*images$"):
         download(config(tmp_path / "images"), tmp_path / "raw")
     (tmp_path / "images/.hidden").touch()
     told = r"1 skipped, the first is .hidden \(hidden or system file\)$"
