@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from aegan.file_kinds import START_BYTES, kind_of
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -41,7 +43,8 @@ def decode_image(
     except UnusableImageError:
         raise
     except UnidentifiedImageError:
-        raise UnusableImageError(f"not an image: none of {', '.join(FORMATS)}") from None
+        kind = kind_of(content[:START_BYTES]) or f"none of {', '.join(FORMATS)}"
+        raise UnusableImageError(f"not an image: {kind}") from None
     except Image.DecompressionBombError:
         raise UnusableImageError(f"too many pixels: more than {max_pixels}") from None
     except Exception as error:  # decoders of untrusted bytes raise nearly anything

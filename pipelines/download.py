@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +20,15 @@ from PIL import Image
 from aegan import manifold
 from aegan.config import DataConfig
 from pipelines import locks, params, source_address, storage, web
+from pipelines.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, sha256_of, write_json
-from pipelines.outputs import FOLDERS, RAW
+from pipelines.names import shown
+from pipelines.outputs import FOLDERS, PREPROCESS, RAW
 from pipelines.progress import progress
+from pipelines.quarantine import kind_of_reason, summary
 from pipelines.shards import ShardWriter
 from pipelines.sources import (
-    Entries,
-    ListedFile,
-    RawFile,
-    Skipped,
-    is_archive_name,
     list_bucket,
     read_archive,
     read_bucket,
@@ -41,6 +40,7 @@ SCHEMA_VERSION = 1
 SHARD_BYTES = 64 * 1024**2  # of content; a reader's memory is bounded by it
 ROW_GROUP_BYTES = 8 * 1024**2  # the piece one worker of preprocess takes
 ROW_GROUP_ROWS = 1024
+LABEL = pa.field("label", pa.string())  # a column only of sources that state classes
 LISTED_ROWS = 256  # of a listing: every file is a request, so a piece takes long enough
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
     address = source_address.resolve(config.source)
     scheme = source_address.scheme_of(address)
     fetched = workspace / "fetched"
-    if config.in_place and (scheme != "s3" or is_archive_name(address)):
+    if config.in_place and (scheme != "s3" or is_container_name(address)):
         raise UserError(
             f"params.yaml: data.in_place is true, but data.source {address!r} is no "
             "s3://bucket/prefix with images below it: set data.in_place to false"
@@ -84,7 +84,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
             yield _manifold(config)
         elif scheme == "kaggle":
             yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
-        elif scheme == "s3" and is_archive_name(address):
+        elif scheme == "s3" and is_container_name(address):
             storage.download_object(address, fetched)
             yield Source(address, read_archive(fetched, address), fetched)
         elif config.in_place:
@@ -150,7 +150,7 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         columns += [("url", pa.string()), ("etag", pa.string()), ("bytes", pa.int64())]
     else:
         columns += [("content", pa.large_binary())]
-    columns += [(f"factor_{name}", pa.float32()) for name in source.factors]
+    columns += [(f"factor_{name}", pa.float32()) for name in source.factors]  # and LABEL, if any
     writer = ShardWriter(folder, "files", schema=pa.schema(columns))
     hashes = hashlib.sha256()
     skipped: list[Skipped] = []
@@ -159,14 +159,19 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
     group_bytes = files = total_bytes = 0
 
     def write_group() -> None:
-        rows = zip(*map(_row, group), strict=True)
-        arrays = [pa.array(values, kind) for values, (_, kind) in zip(rows, columns, strict=True)]
+        if LABEL.name not in writer.schema.names and any(file.label for file in group):
+            writer.add_column(LABEL)
+        rows = [_row(file, writer.schema) for file in group]
+        arrays = [
+            pa.array(values, field.type)
+            for values, field in zip(zip(*rows, strict=True), writer.schema, strict=True)
+        ]
         if writer.bytes + group_bytes > SHARD_BYTES:
             writer.finish_shard()
-        writer.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns)))
+        writer.write(pa.Table.from_arrays(arrays, schema=writer.schema))
 
     entries = without_repetitions(source.entries)
-    for entry in progress(entries, f"reading {source.name}", unit="files", total=None):
+    for entry in progress(entries, f"reading {shown(source.name)}", unit="files", total=None):
         if isinstance(entry, Skipped):
             skipped.append(entry)
             continue
@@ -178,14 +183,23 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         files += 1
         total_bytes += entry.size
         hashes.update(entry.digest + entry.source.encode() + b"\0")
+        if entry.label:
+            hashes.update(b"\1" + entry.label.encode() + b"\0")
     if not group:
-        reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
-        raise UserError(f"no files in {source.name}{reason}")
+        told = f"no files in {source.name}"
+        if skipped:
+            first = f"{skipped[0].source} ({skipped[0].reason})"
+            told += f": {len(skipped)} skipped, the first is {first}"
+        raise UserError(told)
     write_group()
     writer.finish_shard()
 
     sha256 = sha256_of(source.archive) if source.archive else hashes.hexdigest()
-    log.info("%s: %d files, %d bytes, %d skipped", source.name, files, total_bytes, len(skipped))
+    log.info("%s: %d files, %d bytes", shown(source.name), files, total_bytes)
+    if skipped:
+        kinds = Counter(kind_of_reason(item.reason) for item in skipped)
+        told = summary(kinds, files + len(skipped))
+        log.info("%s, see %s after the stage preprocess", told, PREPROCESS / "quarantine.csv")
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,
@@ -193,16 +207,19 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
         "files": files,
         "bytes": total_bytes,
         "shards": writer.shards,
-        "skipped": [{"source": item.source, "reason": item.reason} for item in skipped],
+        "skipped": [
+            {"source": shown(item.source), "reason": shown(item.reason)} for item in skipped
+        ],
         "factors": list(source.factors),
     }
 
 
-def _row(file: RawFile | ListedFile) -> tuple[Any, ...]:
+def _row(file: RawFile | ListedFile, schema: pa.Schema) -> tuple[Any, ...]:
     """The values of the snapshot's columns for one file."""
     if isinstance(file, ListedFile):
         return file.source, file.url, file.etag, file.size
-    return file.source, file.content, *file.factors
+    label = (file.label,) if LABEL.name in schema.names else ()
+    return file.source, file.content, *file.factors, *label
 
 
 def main() -> None:

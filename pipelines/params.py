@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import sys
 from io import StringIO
 from pathlib import Path
@@ -79,26 +80,38 @@ def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:
     unknown = [key for key in found if key not in expected]
     missing = [key for key in expected if key not in found]
     if unknown or missing:
-        raise UserError(f"{where}: unknown {unknown}, missing {missing}; valid: {expected}")
+        wrong = {"unknown": unknown, "missing": missing, "valid": expected}
+        told = (f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items() if keys)
+        raise UserError(f"{where}: {'; '.join(told)}")
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise UserError(f"params.yaml: {key} is {value!r}; allowed: {list(get_args(kind))}")
+            allowed = ", ".join(map(str, get_args(kind)))
+            raise UserError(f"params.yaml: {key} is {_written(value)}; allowed: {allowed}")
         return value
     if dataclasses.is_dataclass(kind):
         return _parse(key, value, cast(type, kind))
     if get_origin(kind) is dict:  # any names, values of one kind
         if not isinstance(value, dict):
-            raise UserError(f"params.yaml: {key} is {value!r}; expected names with their values")
+            raise UserError(
+                f"params.yaml: {key} is {_written(value)}; expected names with their values"
+            )
         item = get_args(kind)[1]
         return {name: _convert(f"{key}.{name}", entry, item) for name, entry in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"params.yaml: {key} is {value!r}; expected {kind.__name__}")
+        raise UserError(f"params.yaml: {key} is {_written(value)}; expected {kind.__name__}")
     return value
+
+
+def _written(value: Any) -> str:
+    """A value much as it stands in the file."""
+    if value is None:
+        return "empty"
+    return f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def as_dict(*sections: Any) -> dict[str, dict[str, Any]]:
@@ -117,10 +130,11 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
     changed = []
     for name, values in YAML(typ="safe").load(overlay.read_text(encoding="utf-8")).items():
         if name not in SECTIONS:
-            raise UserError(f"{overlay}: unknown section {name!r}; valid: {list(SECTIONS)}")
+            raise UserError(f"{overlay}: unknown section {name}; valid: {', '.join(SECTIONS)}")
         for key, value in values.items():
             if document[name].get(key) != value:
-                changed.append(f"{name}.{key}: {document[name].get(key)} -> {value}")
+                before = _written(document[name].get(key))
+                changed.append(f"{name}.{key}: {before} -> {_written(value)}")
             document[name][key] = value
     text = StringIO()
     yaml.dump(document, text)

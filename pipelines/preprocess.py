@@ -8,7 +8,6 @@ Three passes; memory is bounded by a few row groups a core plus some 300 bytes a
 The bytes do not depend on the number of processes. Killed, the next run uses the finished parts.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -40,6 +39,7 @@ from pipelines.files import clear_disk_errors, new_folder, write_json
 from pipelines.near_duplicates import Indices
 from pipelines.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
 from pipelines.progress import progress
+from pipelines.quarantine import summary, write_quarantine
 from pipelines.shards import ShardWriter
 
 RUNS = Path("runs")
@@ -77,11 +77,15 @@ def preprocess(
             new_folder(shards, written=FOLDERS[SHARDS]) as folder,
         ):
             kept = _write_shards(config, snapshot, parts, verdict, folder)
-            reasons = _write_quarantine(snapshot, parts, verdict, reports / "quarantine.csv")
+            left_out = _left_out(snapshot, parts, verdict)
+            reasons = write_quarantine(left_out, reports / "quarantine.csv")
             statistics = _statistics(snapshot, verdict, reasons) | kept.pixel_statistics()
             write_json(statistics, reports / "statistics.json")
             _draw(kept.sheet, reports / "contact_sheet.png")
     log.info("kept %d of %d files", statistics["kept"], statistics["files"])
+    if reasons:
+        told = summary(reasons, statistics["files"])
+        log.info("%s, see %s", told, artifacts / "quarantine.csv")
     return statistics
 
 
@@ -329,20 +333,6 @@ def _row_groups(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
             waiting = waiting.slice(size).combine_chunks()
     if waiting is not None and len(waiting):
         yield waiting
-
-
-def _write_quarantine(
-    snapshot: dict[str, Any], parts: list[Path], verdict: Verdict, file: Path
-) -> Counter[str]:
-    """A line for every file that is in no shard; returns how many for each kind of reason."""
-    kinds: Counter[str] = Counter()
-    with file.open("w", newline="", encoding="utf-8") as out:
-        quarantine = csv.writer(out, lineterminator="\n")
-        quarantine.writerow(["source", "reason"])
-        for source, reason in _left_out(snapshot, parts, verdict):
-            quarantine.writerow([source, reason])
-            kinds[reason.partition(":")[0]] += 1
-    return kinds
 
 
 def _left_out(

@@ -44,6 +44,20 @@ class ShardWriter:
         self.rows += len(table)
         self.bytes += table.nbytes
 
+    def add_column(self, field: pa.Field) -> None:
+        """From here on rows have one column more; it is null in all before, also in shards."""
+        self.finish_shard()
+        self.schema = self.schema.append(field)
+        earlier, self.shards = self.shards, []
+        for shard in earlier:
+            aside = (self._folder / shard["file"]).rename(self._folder / "narrow.tmp")
+            narrow = pq.ParquetFile(aside)
+            for group in range(narrow.num_row_groups):
+                rows = narrow.read_row_group(group)
+                self.write(rows.append_column(field, pa.nulls(len(rows), field.type)))
+            self.finish_shard()
+            aside.unlink()
+
     def finish_shard(self) -> None:
         """Close the open shard, if any, and hash it."""
         if self._writer is None:

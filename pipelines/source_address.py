@@ -14,8 +14,8 @@ from pipelines.files import project_folder
 REMOTE = ("kaggle", "s3", "http", "https")
 DESIGNED = "manifold"
 EXPECTED = (
-    "manifold, a folder, a .zip or .tar archive, kaggle:owner/name, s3://bucket/prefix or "
-    "https://host/archive.zip"
+    "manifold, a folder, a .zip, .tar, .parquet, .npy or .npz file, kaggle:owner/name, "
+    "s3://bucket/prefix or https://host/archive.zip"
 )
 # Where runs and tools write: no place for pictures. Below artifacts/, any folder may be a link.
 WORKPLACES = (

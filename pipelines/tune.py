@@ -201,7 +201,7 @@ def check(start: TrainConfig, config: TuneConfig) -> None:
     ]
     for name, between in config.search.items():
         if name not in valid:
-            raise UserError(f"params.yaml: tune.search has {name!r}; valid: {valid}")
+            raise UserError(f"params.yaml: tune.search has {name}; valid: {', '.join(valid)}")
         span = f"params.yaml: tune.search.{name} is {between.low:g} to {between.high:g}"
         if not between.low < between.high or not math.isfinite(between.high - between.low):
             raise UserError(f"{span}; low must be less than high")

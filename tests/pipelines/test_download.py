@@ -1,10 +1,20 @@
 import hashlib
 import io
 import json
+import logging
+import os
 import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -13,8 +23,10 @@ from aegan import manifold
 from aegan.config import DataConfig
 from pipelines import download as stage
 from pipelines.download import download
-from pipelines.errors import UserError
-from tests.pictures import blocks, write_folder
+from pipelines.entries import Skipped
+from pipelines.errors import UserError, run_stage
+from pipelines.sources import read_folder
+from tests.pictures import blocks, encode, write_folder
 
 
 def config(source: str | Path, images: int = 10) -> DataConfig:
@@ -120,7 +132,7 @@ def test_shards_and_row_groups_are_bounded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere/at/all", "data.source 'nowhere/at/all' not found: expected manifold, a folder"),
+        ("nowhere/at/all", "data.source nowhere/at/all not found (a path counts from"),
         ("kaggle:only-a-name", "kaggle:only-a-name is no data set: expected kaggle:owner/name"),
         ("kaggle:../../etc", "expected kaggle:owner/name"),
         ("s3://", "expected s3://bucket or s3://bucket/prefix"),
@@ -135,11 +147,149 @@ def test_a_wrong_source_is_one_clear_error_and_leaves_nothing(tmp_path, source, 
 
 def test_an_empty_folder_is_an_error_that_names_what_was_skipped(tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match=r"no files in .*images"):
+    with pytest.raises(UserError, match=r"no files in .*images$"):
         download(config(tmp_path / "images"), tmp_path / "raw")
     (tmp_path / "images/.hidden").touch()
-    with pytest.raises(UserError, match="hidden or system file"):
+    told = r"1 skipped, the first is .hidden \(hidden or system file\)$"
+    with pytest.raises(UserError, match=told):
         download(config(tmp_path / "images"), tmp_path / "raw")
+
+
+def table_of(images: list[bytes], labels: list[str | None]) -> pa.Table:
+    return pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels)})
+
+
+def test_classes_that_a_source_states_are_a_column_of_the_snapshot_and_in_its_hash(tmp_path):
+    images = [encode(image) for image in blocks(3)]
+    hashes = set()
+    for labels in (["cat", "dog", None], ["cat", "cat", None], [None, None, None]):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        pq.write_table(table_of(images, labels), tmp_path / "set/a.parquet")
+        hashes.add(download(config(tmp_path / "set"), tmp_path / "raw")["source_sha256"])
+        found = rows(tmp_path / "raw")
+        assert [row["content"] for row in found] == images
+        assert ("label" in found[0]) == any(labels)
+        assert [row.get("label") for row in found] == labels
+    assert len(hashes) == 3
+
+
+@pytest.mark.integration
+def test_a_table_or_array_at_an_https_address_is_a_source(tmp_path):
+    images = [encode(image) for image in blocks(3)]
+    pq.write_table(table_of(images, ["a", "b", None]), tmp_path / "set.parquet")
+    np.savez(tmp_path / "set.npz", images=blocks(3))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"  # plain only on this machine
+        for name, sources in {
+            "set.parquet": [f"set-000000{row}" for row in range(3)],
+            "set.npz": [f"set-images-000000{row}" for row in range(3)],
+        }.items():
+            manifest = download(config(f"{address}/{name}"), tmp_path / "raw")
+            assert [row["source"] for row in rows(tmp_path / "raw")] == sources
+            content = (tmp_path / name).read_bytes()
+            assert manifest["source_sha256"] == hashlib.sha256(content).hexdigest()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_source_that_states_classes_late_has_them_in_every_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SHARD_BYTES", 2_000)
+    monkeypatch.setattr(stage, "ROW_GROUP_BYTES", 500)
+    images = write_folder(tmp_path / "set", blocks(40))
+    more = [encode(image) for image in blocks(20, seed=1)]
+    (images / "sub").mkdir()
+    pq.write_table(table_of(more, ["x", None] * 10), images / "sub/a.parquet")
+    manifest = download(config(images), tmp_path / "raw")
+    assert len(manifest["shards"]) > 5
+    assert sum(shard["rows"] for shard in manifest["shards"]) == manifest["files"] == 60
+    for shard in manifest["shards"]:
+        content = (tmp_path / "raw" / shard["file"]).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(content).hexdigest()
+        assert shard["bytes"] == len(content)
+    assert {file.name for file in (tmp_path / "raw").iterdir()} == {
+        "manifest.json",
+        *(shard["file"] for shard in manifest["shards"]),
+    }
+    found = rows(tmp_path / "raw")
+    assert [row["label"] for row in found] == [None] * 40 + ["x", None] * 10
+    assert [row["content"] for row in found[40:]] == more
+    assert [row["source"] for row in found[:2]] == ["0000.png", "0001.png"]
+
+
+def test_the_log_says_at_once_how_many_files_of_a_source_are_skipped_and_why(tmp_path, caplog):
+    images = write_folder(tmp_path / "set", blocks(5))
+    shutil.copy(images / "0000.png", images / "copy.png")
+    shutil.copy(images / "0000.png", images / "copy again.png")
+    (images / ".hidden").touch()
+    with caplog.at_level("INFO"):
+        download(config(images), tmp_path / "raw")
+    assert caplog.messages[-1] == (
+        "3 of 8 files skipped (2 identical file, 1 hidden or system file), "
+        "see artifacts/preprocess/quarantine.csv after the stage preprocess"
+    )
+
+
+def test_names_of_a_source_are_kept_in_its_rows_and_escaped_in_its_manifest(tmp_path):
+    images = write_folder(tmp_path / "set", blocks(1))
+    name = "red\x1b[31m\u202e.png"
+    shutil.copy(images / "0000.png", images / ("." + name))
+    (images / "0000.png").rename(images / name)
+    manifest = download(config(images), tmp_path / "raw")
+    assert [row["source"] for row in rows(tmp_path / "raw")] == [name]
+    assert manifest["skipped"] == [
+        {"source": r".red\x1b[31m\u202e.png", "reason": "hidden or system file"}
+    ]
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may read everything: meanwhile the tests' process is nobody."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_source_folder_or_file_without_permission_is_named():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        write_folder(folder / "set/sub", blocks(2))
+        (folder / "set/sub/0000.png").chmod(0)
+        with without_privileges():
+            found = list(read_folder(folder / "set"))
+        assert found[0] == Skipped("sub/0000.png", "not readable: Permission denied")
+        assert found[1].source == "sub/0001.png"
+        (folder / "set/sub").chmod(0)
+        message = r"/set/sub cannot be read \(Permission denied\): make it readable, `chmod"
+        with without_privileges(), pytest.raises(UserError, match=message):
+            list(read_folder(folder / "set"))
+        (folder / "set/sub").chmod(0o755)
+
+
+def test_an_error_or_a_log_line_that_names_a_source_does_not_steer_the_terminal(monkeypatch):
+    def fail() -> None:
+        record = logging.makeLogRecord({"msg": "%s is read", "args": ("b\x9b.png",)})
+        lines.append(logging.getLogger().handlers[0].format(record))
+        raise UserError("a\x1b[2J\u202e.png is damaged\n  twice")
+
+    lines: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # pytest's own
+    monkeypatch.setattr(root, "level", root.level)  # put back at the end
+    with pytest.raises(SystemExit) as ended:
+        run_stage(fail)
+    signal.signal(signal.SIGTERM, before)
+    assert lines == ["b\\x9b.png is read"]
+    assert ended.value.code == "error: a\\x1b[2J\\u202e.png is damaged\n  twice"
 
 
 def test_a_failed_download_keeps_the_old_snapshot(tmp_path):

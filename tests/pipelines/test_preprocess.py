@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pipelines import download as download_stage
 from pipelines.decode import decode_files, decode_snapshot
 from pipelines.download import download
 from pipelines.errors import UserError
+from pipelines.names import shown
 from pipelines.preprocess import preprocess
 from tests.pictures import blocks, encode, write_folder
 
@@ -96,6 +98,62 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
         snapshot("manifold", folder)
     run(folder / "raw", folder)
     return folder
+
+
+def test_pictures_of_any_source_name_arrive_and_what_is_left_out_is_safe_to_open(tmp_path):
+    odd = ["=1+1.png", "@cmd.png", "red\x1b[31m.png", "nbsp\u00a0\u3000.png", "../out\u202e.png"]
+    names = [*odd, *(f"data\\a\\i{row:04d}.png" for row in range(60))]
+    images = [encode(image) for image in blocks(len(names))]
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, image in zip(names, images, strict=True):
+            archive.writestr(name, image)
+        archive.writestr("-2+3.txt", "a,b\n1,2\n")
+        archive.writestr("=page.png", "<html>log in</html>")
+        archive.writestr("a.bmp", encode(blocks(1)[0], "BMP"))  # the pixels of "=1+1.png"
+    run(snapshot(tmp_path / "set.zip", tmp_path), tmp_path)
+    found = {
+        source: None
+        for split in SPLITS
+        for source in dataset.load_columns(tmp_path / "shards", split, ["source"])["source"]
+    }
+    left_out = quarantine(tmp_path)
+    assert left_out.pop("'-2+3.txt") == "not an image: a table of text (CSV)"
+    assert left_out.pop("'=page.png").startswith("not an image: an HTML page")
+    twins = {source for source, reason in left_out.items() if reason.startswith("duplicate: ")}
+    assert twins in ({"a.bmp"}, {"'=1+1.png"})
+    expected = {name.replace("\\", "/") for name in names} - {"=1+1.png"}
+    near = {source.lstrip("'") for source in left_out.keys() - twins}
+    assert found.keys() - {"=1+1.png", "a.bmp"} == {
+        name for name in expected if shown(name) not in near
+    }
+
+
+def test_classes_that_a_source_states_travel_with_its_images(tmp_path):
+    images = [encode(image) for image in blocks(60)]
+    labels = [("cat", "dog", None)[row % 3] for row in range(60)]
+    pq.write_table(
+        pa.table({"image": pa.array(images, pa.binary()), "label": labels}), tmp_path / "a.parquet"
+    )
+    raw = snapshot(tmp_path / "a.parquet", tmp_path)
+    shards = json.loads((raw / "manifest.json").read_text())["shards"]
+    (tmp_path / "work").mkdir()
+    parts = decode_snapshot(CONFIG, raw, shards, work=tmp_path / "work", processes=1)
+    assert [label for part in parts for label in pq.read_table(part)["label"].to_pylist()] == labels
+
+
+def test_the_log_says_how_many_files_of_a_source_are_skipped_and_where_they_are_listed(
+    tmp_path, caplog
+):
+    images = write_folder(tmp_path / "images", blocks(60))
+    (images / "notes.txt").write_text("notes")
+    (images / ".hidden").touch()
+    raw = snapshot(images, tmp_path)
+    with caplog.at_level("INFO"):
+        run(raw, tmp_path)
+    (told,) = [message for message in caplog.messages if "skipped" in message]
+    assert "1 not an image" in told
+    assert "1 hidden or system file" in told
+    assert told.endswith(f"see {tmp_path / 'artifacts/quarantine.csv'}")
 
 
 def test_every_image_arrives_once_with_its_pixels_source_and_factors(faces):

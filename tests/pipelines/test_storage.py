@@ -1,9 +1,12 @@
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -53,6 +56,41 @@ def test_objects_are_those_at_or_below_the_address_and_no_neighbours(bucket):
         "s3://images/set/b/c.png": 11,
     }
     assert storage.read_object("s3://images/set/a.png") == b"set/a.png"
+
+
+def test_tables_arrays_and_archives_in_a_bucket_are_a_source_by_address_and_below_a_prefix(
+    bucket, tmp_path
+):
+    images = [encode(image) for image in blocks(6)]
+    table = pa.table({"image": pa.array(images[:2], pa.binary()), "label": ["a", None]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    np.save(tmp_path / "a.npy", blocks(6)[2:4])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("4.png", images[4])
+    for name in ("a.parquet", "a.npy", "a.zip"):
+        bucket(f"tables/sub/{name}", (tmp_path / name).read_bytes())
+    bucket("tables/odd: \u3000\u202e\\name.png", images[5])
+    sources = {}
+    for place in ("tables", "tables/sub/a.parquet", "tables/sub/a.npy", "tables/sub/a.zip"):
+        download(config(f"s3://images/{place}"), tmp_path / "raw")
+        rows = pq.read_table(next((tmp_path / "raw").glob("*.parquet"))).to_pylist()
+        sources[place] = {row["source"]: row.get("label") for row in rows}
+    assert sources == {
+        "tables/sub/a.parquet": {"a-0000000": "a", "a-0000001": None},
+        "tables/sub/a.npy": {"a-0000000": None, "a-0000001": None},
+        "tables/sub/a.zip": {"4.png": None},
+        "tables": {
+            "sub/a-0000000 (2)": "a",
+            "sub/a-0000001 (2)": None,
+            "sub/a-0000000": None,
+            "sub/a-0000001": None,
+            "sub/4.png": None,
+            "odd: \u3000\u202e\\name.png": None,
+        },
+    }
+    listing = download(config("s3://images/tables", in_place=True), tmp_path / "raw")
+    assert listing["files"] == 1
+    assert {item["reason"].partition(":")[0] for item in listing["skipped"]} == {"archive"}
 
 
 def test_a_prefix_and_an_archive_in_a_bucket_give_the_files_of_the_folder(bucket, tmp_path):
