@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.names import shown
 
 RAW, SHARDS = Path("artifacts/raw"), Path("artifacts/shards")
 PREPROCESS, TRAIN = Path("artifacts/preprocess"), Path("artifacts/train")
@@ -67,7 +68,6 @@ def fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of many names, with those characters escaped that a terminal would act on."""
-    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:SHOWN]]
+    """The first few of many names, fit for a message."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(shown) + more
+    return ", ".join(map(shown, names[:SHOWN])) + more
