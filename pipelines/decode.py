@@ -27,9 +27,10 @@ import pyarrow.parquet as pq
 from aegan.config import PreprocessConfig
 from aegan.image_files import UnusableImageError, decode_image
 from pipelines.errors import UserError
-from pipelines.near_duplicates import splits_of, thumbnails
+from pipelines.near_duplicates import thumbnails
 from pipelines.progress import progress
 from pipelines.shards import write_parquet
+from pipelines.splits import draw
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def decode_rows(found: pa.Table, config: PreprocessConfig) -> pa.Table:
 def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Table:
     """A row for each file, which depends on the file's bytes and `config` alone.
 
-    `image_id`, `image`, `thumbnail`, `split`; only `reason` counts if the file is no usable image.
+    `image_id`, `image`, `thumbnail`, `draw`, `turn`; if the file is no usable image, only `reason`
+    counts.
     """
     size, channels = config.image_size, config.image_channels
     images = np.zeros((len(contents), size, size, channels), np.uint8)
@@ -166,19 +168,14 @@ def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Tabl
             )
         except UnusableImageError as error:
             reasons[row] = str(error)
-    small = thumbnails(images)
-    splits = splits_of(
-        small,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-    )
-    unusable = np.array([reason is not None for reason in reasons], np.bool_)
+    draws = [draw(content.as_py()) for content in contents]
     return pa.table(
         {
             "image_id": pa.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images]),
             "image": _as_column(images),
-            "thumbnail": _as_column(small),
-            "split": pa.array(splits, pa.string(), mask=unusable),
+            "thumbnail": _as_column(thumbnails(images)),
+            "draw": pa.array([place for place, _ in draws], pa.uint64()),
+            "turn": pa.array([turn for _, turn in draws], pa.uint64()),
             "reason": pa.array(reasons, pa.string()),
         }
     )

@@ -1,10 +1,10 @@
-"""Which images show the same thing, and which split an image belongs to, both by content alone.
+"""Which images show the same thing, by content alone.
 
 The signature is a 16x16 thumbnail. Two images are near duplicates if the root mean square
-difference of their thumbnails, in grey levels, is below a distance.
+difference of their thumbnails, in grey levels, is below a distance. Pictures of little contrast
+(stars, night, fog) differ little, whatever they show: for them the distance is shortened.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aegan.config import Split
-
 if TYPE_CHECKING:  # imported where a search needs it: decoding processes start without it
     from scipy.spatial import cKDTree
 
 THUMBNAIL_SIZE = 16
+FULL_CONTRAST = 12.0  # standard deviation of a thumbnail from which on the distance is whole
+LEAST_SHARE = 1 / 3  # of the distance for flat thumbnails: rounding alone makes these differ
 PROJECTION_DIMS = 8
+MOST_CANDIDATES = 128  # of one image; a crowd around it is compared as a whole
 _PIXELS_AT_ONCE = 1 << 20  # of images that become thumbnails
 _ROWS_AT_ONCE = 1 << 11  # thumbnails held as numbers; bounds the memory
 
@@ -44,68 +45,69 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
     return small
 
 
-def splits_of(
-    small: np.ndarray, *, validation_fraction: float, test_fraction: float
-) -> list[Split]:
-    """The split of each image from its thumbnail alone, uint8 [N, 16, 16, C].
-
-    The thumbnail is brought down to 12 coarse colour values (16 grey ones) first, so that most
-    near duplicates agree, while few other images do and the fractions come out as wanted.
-    """
-    cells = 2 if small.shape[-1] == 3 else 4
-    side = THUMBNAIL_SIZE // cells
-    means = small.reshape(-1, cells, side, cells, side, small.shape[-1]).mean(axis=(2, 4))
-    draws = [
-        int.from_bytes(hashlib.sha256(coarse.tobytes()).digest()[:8]) / 2**64
-        for coarse in np.round(means / 16).astype(np.uint8)
-    ]
-    held_out = test_fraction + validation_fraction
-    return [
-        "test" if draw < test_fraction else "validation" if draw < held_out else "train"
-        for draw in draws
-    ]
-
-
 class NearDuplicates:
     """Search among thumbnails uint8 [N, 16 * 16 * C] that lie one after another in a file.
 
     No orthogonal projection lengthens a distance, so a tree over a few principal components has
-    every near duplicate among its candidates; the candidates are then compared exactly.
+    every near duplicate among its candidates; the candidates are then compared exactly. Where
+    a tree finds too many of them, all pairs are compared, as one product of matrices.
     """
 
     def __init__(self, file: Path, *, channels: int, distance: float) -> None:
         dims = THUMBNAIL_SIZE**2 * channels
         self._thumbnails = np.memmap(file, np.uint8, "r").reshape(-1, dims)
-        self._limit = distance**2 * dims  # of the summed squared differences
-        self._radius = self._limit**0.5 * (1 + 1e-4) + 1e-2  # room for rounding
-        self._points = _principal_components(file, *self._thumbnails.shape)
+        self._points, contrasts, self._centre = _describe(file, *self._thumbnails.shape)
+        shares = np.clip(contrasts / FULL_CONTRAST, LEAST_SHARE, 1)
+        # Of the summed squared differences; of two images the lower limit counts.
+        self._limits = np.square(distance * shares) * dims
 
     def nearest(self, queries: Indices, among: Indices) -> Indices:
         """For each query a near duplicate among others (the nearest candidate), or -1."""
         from scipy.spatial import cKDTree
 
         found = np.full(len(queries), -1, np.int64)
-        if not len(among):
+        if not len(among) or not self._limits.any():  # at distance 0 nothing is near
             return found
         tree = cKDTree(self._points[among])
-        pending = np.arange(len(queries))
+        # Queries of similar limits go together: the largest of them is the radius of the search.
+        pending = np.argsort(self._limits[queries], kind="stable")
         count = min(8, len(among))
-        while len(pending):
+        while len(pending) and count <= MOST_CANDIDATES:
             open_ends = []
             for part in _parts(pending, _ROWS_AT_ONCE * 4 // count + 1):
                 neighbours = self._candidates(tree, queries[part], count)
                 rows, columns = np.nonzero(neighbours < tree.n)
-                others = among[neighbours[rows, columns]]
-                squares = self._squared_differences(queries[part][rows], others)
+                firsts, others = queries[part][rows], among[neighbours[rows, columns]]
+                squares = self._squared_differences(firsts, others)
                 # Written from the farthest to the nearest: the nearest stays.
                 order = np.lexsort((others, squares))[::-1]
-                order = order[squares[order] < self._limit]
+                order = order[squares[order] < self._limits_of(firsts[order], others[order])]
                 found[part[rows[order]]] = others[order]
                 more = (found[part] < 0) & (neighbours[:, -1] < tree.n) & (count < len(among))
                 open_ends.append(part[more])
             pending = np.concatenate(open_ends)
             count = min(count * 4, len(among))
+        for part in _parts(pending, _ROWS_AT_ONCE // 2):
+            for others in _parts(among, _ROWS_AT_ONCE // 2):
+                near = self.near(queries[part], others)
+                new = (found[part] < 0) & near.any(axis=1)
+                found[part[new]] = others[near[new].argmax(axis=1)]
         return found
+
+    def near(self, first: Indices, second: Indices) -> NDArray[np.bool_]:
+        """Which are near duplicates, all pairs [F, S]; takes some 20 bytes a pair."""
+        a, b = (self._thumbnails[rows] - self._centre for rows in (first, second))
+        norms_a, norms_b = (np.square(x).sum(axis=1, dtype=np.float64) for x in (a, b))
+        norms = (norms_a[:, None] + norms_b).astype(np.float32)
+        squares = norms - 2 * (a @ b.T)
+        limits = np.minimum(self._limits[first][:, None], self._limits[second]).astype(np.float32)
+        near = squares < limits
+        # What rounding may have decided is compared in integers.
+        unsure = np.abs(squares - limits) <= norms * (a.shape[1] * 2.0**-23) + limits * 2.0**-20
+        rows, columns = np.nonzero(unsure)
+        exact = self._squared_differences(first[rows], second[columns])
+        near[rows, columns] = exact < self._limits_of(first[rows], second[columns])
+        return np.asarray(near)
 
     def groups(self, images: Indices, *, neighbours: int = 16) -> tuple[int, int]:
         """(groups, images in them) when each is tied to its nearest near duplicates."""
@@ -123,8 +125,9 @@ class NearDuplicates:
             rows, columns = np.nonzero(near < tree.n)
             pairs = np.stack([part[rows], near[rows, columns]])
             pairs = pairs[:, pairs[0] != pairs[1]]
-            squares = self._squared_differences(images[pairs[0]], images[pairs[1]])
-            edges.append(pairs[:, squares < self._limit])
+            first, second = images[pairs]
+            squares = self._squared_differences(first, second)
+            edges.append(pairs[:, squares < self._limits_of(first, second)])
         start, end = np.concatenate(edges, axis=1)
         graph = coo_array((np.ones(len(start), np.bool_), (start, end)), shape=(len(images),) * 2)
         _, labels = connected_components(graph, directed=False)
@@ -133,13 +136,17 @@ class NearDuplicates:
 
     def _candidates(self, tree: "cKDTree", queries: Indices, count: int) -> Indices:
         """Positions in the tree [Q, count], nearest first; `tree.n` where there is none."""
+        radius = self._limits[queries].max() ** 0.5
         _, positions = tree.query(
             self._points[queries],
             k=np.arange(1, count + 1),
-            distance_upper_bound=self._radius,
+            distance_upper_bound=radius * (1 + 1e-4) + 1e-2,  # room for rounding
             workers=-1,
         )
         return np.asarray(positions, np.int64)
+
+    def _limits_of(self, first: Indices, second: Indices) -> NDArray[np.float64]:
+        return np.asarray(np.minimum(self._limits[first], self._limits[second]))
 
     def _squared_differences(self, first: Indices, second: Indices) -> NDArray[np.int64]:
         sums = [np.empty(0, np.int64)]
@@ -150,34 +157,43 @@ class NearDuplicates:
         return np.concatenate(sums)
 
 
-def _principal_components(file: Path, count: int, dims: int) -> NDArray[np.float32]:
-    """uint8 [N, 16 * 16 * C] => float32 [N, 8], distances never longer than before.
+def _describe(
+    file: Path, count: int, dims: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Of uint8 [N, 16 * 16 * C]: points [N, 8], contrasts [N], and the middle of a sample [dims].
 
-    Two orthogonal projections: to the means of 4x4 cells, then to the main axes of a sample.
+    Distances of points are never longer than those of thumbnails. They come from two orthogonal
+    projections: to the means of 4x4 cells, then to the main axes of a sample. The contrast is the
+    standard deviation within the channels, in grey levels; the middle is made of whole numbers.
     Read as a stream: pages of a memory map would count as ours.
     """
+    channels = dims // THUMBNAIL_SIZE**2
 
-    def cells(thumbnails: bytes) -> NDArray[np.float32]:
-        pixels = np.frombuffer(thumbnails, np.uint8)
-        pixels = pixels.reshape(-1, 4, 4, 4, 4, dims // THUMBNAIL_SIZE**2)
-        means = pixels.mean(axis=(2, 4), dtype=np.float32)
+    def cells(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        means = pixels.reshape(-1, 4, 4, 4, 4, channels).mean(axis=(2, 4), dtype=np.float32)
         return np.asarray(means.reshape(len(pixels), -1) * 4)  # root of the 16 pixels in a cell
 
     points = np.empty((count, PROJECTION_DIMS), np.float32)
+    contrasts = np.empty(count, np.float32)
     with file.open("rb") as stream:
 
-        def read(first: int, rows: int) -> bytes:
+        def read(first: int, rows: int) -> NDArray[np.uint8]:
             stream.seek(first * dims)
-            return stream.read(rows * dims)
+            return np.frombuffer(stream.read(rows * dims), np.uint8).reshape(rows, dims)
 
         places = np.linspace(0, count - 1, min(count, 4096)).astype(np.int64)
-        sample = cells(b"".join(read(int(place), 1) for place in places))
-        mean = sample.mean(axis=0)
-        _, axes = np.linalg.eigh((sample - mean).T @ (sample - mean))
+        sample = np.concatenate([read(int(place), 1) for place in places])
+        middle = sample.mean(axis=0, dtype=np.float32).round()
+        sample_cells = cells(sample)
+        mean = sample_cells.mean(axis=0)
+        _, axes = np.linalg.eigh((sample_cells - mean).T @ (sample_cells - mean))
         for part in _parts(np.arange(count), _ROWS_AT_ONCE):
-            some = cells(read(int(part[0]), len(part)))
-            points[part] = (some - mean) @ axes[:, -PROJECTION_DIMS:]
-    return points
+            some = read(int(part[0]), len(part))
+            points[part] = (cells(some) - mean) @ axes[:, -PROJECTION_DIMS:]
+            values = some.reshape(len(some), -1, channels).astype(np.int32)
+            variance = np.square(values).mean(axis=1) - np.square(values.mean(axis=1))
+            contrasts[part] = variance.mean(axis=1) ** 0.5
+    return points, contrasts, middle
 
 
 def _parts(indices: Indices, size: int) -> Iterator[Indices]:

@@ -30,10 +30,18 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from aegan import image_files
-from aegan.config import IMAGE_SIZES, SPLITS, PreprocessConfig, Split
+from aegan.config import IMAGE_SIZES, SPLITS, PreprocessConfig, Split, TrainingConfig
 from aegan.images import grid, save_png
-from pipelines import decode, locks, near_duplicates, params
-from pipelines.deduplicate import DUPLICATE, UNUSABLE, Verdict, decide
+from pipelines import decode, locks, near_duplicates, params, splits
+from pipelines.deduplicate import (
+    DUPLICATE,
+    LEAST_HELD_OUT,
+    LEAST_IMAGES,
+    SET_ASIDE,
+    UNUSABLE,
+    Verdict,
+    decide,
+)
 from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors, new_folder, write_json
 from pipelines.near_duplicates import Indices
@@ -43,8 +51,11 @@ from pipelines.quarantine import summary, write_quarantine
 from pipelines.shards import ShardWriter
 
 RUNS = Path("runs")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONTACT_SHEET_IMAGES = 100
+LEAST_TRAINING_IMAGES = 4  # of which two can stand in for held-out ones
+UNLIKELY = 4.0  # standard deviations of a fair draw
+MUCH = 0.1  # of the images
 
 log = logging.getLogger(__name__)
 
@@ -56,22 +67,21 @@ def preprocess(
     shards: Path,
     artifacts: Path,
     runs: Path,
+    batch_size: int = 1,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Write the shards and the reports; returns the statistics. Raises UserError."""
+    """Write the shards and the reports; returns the statistics. Raises UserError.
+
+    A set that cannot be trained on in batches of `batch_size` is refused here, not hours later.
+    """
     _check(config)
     snapshot = _read_snapshot(raw)
     with _work_folder(runs, _fingerprint(config, snapshot)) as work:
         parts = decode.decode_snapshot(
             config, raw, snapshot["shards"], work=work, processes=processes
         )
-        verdict = decide(
-            parts,
-            thumbnails_file=work / "thumbnails",
-            channels=config.image_channels,
-            distance=config.near_duplicate_distance,
-        )
-        _check_splits(config, parts, verdict)
+        verdict = decide(parts, config, thumbnails_file=work / "thumbnails")
+        _check_splits(config, parts, verdict, batch_size=batch_size)
         with (
             new_folder(artifacts, written=FOLDERS[PREPROCESS]) as reports,
             new_folder(shards, written=FOLDERS[SHARDS]) as folder,
@@ -79,13 +89,18 @@ def preprocess(
             kept = _write_shards(config, snapshot, parts, verdict, folder)
             left_out = _left_out(snapshot, parts, verdict)
             reasons = write_quarantine(left_out, reports / "quarantine.csv")
-            statistics = _statistics(snapshot, verdict, reasons) | kept.pixel_statistics()
+            statistics = _statistics(config, snapshot, verdict, reasons) | kept.pixel_statistics()
             write_json(statistics, reports / "statistics.json")
             _draw(kept.sheet, reports / "contact_sheet.png")
-    log.info("kept %d of %d files", statistics["kept"], statistics["files"])
+    log.info(
+        "kept %d of %d files: %d train, %d validation, %d test",
+        *(statistics[key] for key in ("kept", "files", *SPLITS)),
+    )
     if reasons:
         told = summary(reasons, statistics["files"])
         log.info("%s, see %s", told, artifacts / "quarantine.csv")
+    for warning in statistics["warnings"]:
+        log.warning("warning: %s", warning)
     return statistics
 
 
@@ -98,8 +113,8 @@ def _check(config: PreprocessConfig) -> None:
         "image_channels must be 1 or 3": config.image_channels in (1, 3),
         "max_pixels must be above 0": config.max_pixels > 0,
         "near_duplicate_distance must not be negative": config.near_duplicate_distance >= 0,
-        "validation_fraction must be above 0": config.validation_fraction > 0,
-        "test_fraction must be above 0": config.test_fraction > 0,
+        "validation_fraction must not be negative": config.validation_fraction >= 0,
+        "test_fraction must not be negative": config.test_fraction >= 0,
         "validation_fraction and test_fraction must leave something to train on": (
             config.validation_fraction + config.test_fraction < 1
         ),
@@ -127,7 +142,7 @@ def _hash(value: Any) -> str:
 
 def _fingerprint(config: PreprocessConfig, snapshot: dict[str, Any]) -> str:
     """Of all that a part file depends on: parameters, files, code and decoder."""
-    modules = (image_files, near_duplicates, decode)
+    modules = (image_files, near_duplicates, decode, splits)
     code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules]
     return _hash([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
 
@@ -150,23 +165,86 @@ def _work_folder(runs: Path, fingerprint: str) -> Iterator[Path]:
             raise UserError(f"another preprocess run is at work in {runs}: wait for it") from None
 
 
-def _check_splits(config: PreprocessConfig, parts: list[Path], verdict: Verdict) -> None:
-    """Every split needs an image, or nothing after this stage can work."""
+def _check_splits(
+    config: PreprocessConfig, parts: list[Path], verdict: Verdict, *, batch_size: int
+) -> None:
+    """What train, evaluate and interpolate need of the data; the cure stands in the error."""
     if (verdict.fate == UNUSABLE).all():
         first = pq.read_table(parts[0], columns=["source", "reason"]).slice(0, 1).to_pylist()[0]
         raise UserError(
             f"no usable image among {len(verdict.fate)} files, the first is "
             f"{first['source']} ({first['reason']}): check data.source"
         )
-    counts = np.bincount(verdict.fate, minlength=len(SPLITS))
-    for split, count in zip(SPLITS, counts, strict=False):
-        if not count:
-            kept = int(counts[: len(SPLITS)].sum())
+    counts = np.bincount(verdict.fate, minlength=SET_ASIDE + 1).tolist()
+    kept = sum(counts[: len(SPLITS)])
+    fractions = splits.fractions(config)
+    held_out = {code: least for code, least in LEAST_HELD_OUT.items() if fractions[code] > 0}
+    if held_out and kept < LEAST_IMAGES:
+        raise UserError(
+            f"{kept} of {len(verdict.fate)} files are different, usable images, "
+            f"{LEAST_IMAGES} are needed: add images (to train without any held out: "
+            "-S preprocess.validation_fraction=0 -S preprocess.test_fraction=0)"
+        )
+    for code, least in held_out.items():
+        if counts[code] < least:
             raise UserError(
-                f"no image falls into the {split} split: {kept} images are too few for "
-                f"preprocess.validation_fraction {config.validation_fraction} and test_fraction "
-                f"{config.test_fraction}; add images or change the fractions"
+                f"{counts[code]} {SPLITS[code]} images are left and {least} are needed: the "
+                "images are near duplicates of each other, and one that is like a training image "
+                "cannot be held out. Add other images, or lower "
+                f"preprocess.near_duplicate_distance (it is {config.near_duplicate_distance:g})"
             )
+    training = counts[splits.TRAIN]
+    if training < LEAST_TRAINING_IMAGES:
+        raise UserError(
+            f"{training} training images are left and {LEAST_TRAINING_IMAGES} are needed: add "
+            "images, or lower preprocess.validation_fraction and preprocess.test_fraction"
+        )
+    if training < batch_size:
+        raise UserError(
+            f"training.batch_size is {batch_size}, but there are only {training} training images: "
+            f"add images, or -S training.batch_size={1 << training.bit_length() - 1}"
+        )
+
+
+def _warnings(config: PreprocessConfig, verdict: Verdict) -> list[str]:
+    """What a user should know about the splits, a sentence or two each."""
+    kept = np.bincount(verdict.fate, minlength=len(SPLITS))[: len(SPLITS)].tolist()
+    total = sum(kept)
+    warnings = []
+    for code, number in verdict.promoted.items():
+        warnings.append(
+            f"chance gave the {SPLITS[code]} split {kept[code] - number} of the "
+            f"{LEAST_HELD_OUT[code]} images that it needs: {number} came from another split and "
+            "may go back when the set grows"
+        )
+    if not config.validation_fraction:
+        warnings.append(
+            "preprocess.validation_fraction is 0: no image tells the best checkpoint, the last "
+            "one is taken, and the curves do not show whether training images are learnt by heart"
+        )
+    if not config.test_fraction:
+        stand_in = "validation images, which have chosen the checkpoint"
+        if not config.validation_fraction:
+            stand_in = "training images: how the model does on new ones is not measured"
+        warnings.append(f"preprocess.test_fraction is 0: evaluate and interpolate use {stand_in}")
+    aside = int((verdict.fate == SET_ASIDE).sum())
+    if aside > MUCH * (total + aside):
+        warnings.append(
+            f"{aside:,} of {total + aside:,} images were set aside as near duplicates of images in "
+            "other splits, so that none leaks: if they show different things, lower "
+            f"preprocess.near_duplicate_distance (it is {config.near_duplicate_distance:g})"
+        )
+    for code, fraction in enumerate(splits.fractions(config)):
+        wanted = fraction * total
+        unlikely = abs(kept[code] - wanted) > UNLIKELY * (wanted * (1 - fraction)) ** 0.5
+        if unlikely and code not in verdict.promoted:
+            lost = verdict.drawn[code] - kept[code]
+            reason = f"{lost:,} near duplicates of images in other splits were set aside"
+            warnings.append(
+                f"{kept[code]:,} of {total:,} images are {SPLITS[code]} images, {wanted:,.0f} were "
+                f"wanted: {reason if aside else 'so fell the draw'}"
+            )
+    return warnings
 
 
 def _schema(config: PreprocessConfig, factors: list[str]) -> pa.Schema:
@@ -267,7 +345,7 @@ def _write_shards(
     def write(shard: _Shard) -> dict[str, Any]:
         writer = ShardWriter(folder, shard.split, schema=schema, first=shard.number)
         written = 0
-        tables = _read_rows(parts, ends, shard.images, schema)
+        tables = _read_rows(parts, ends, shard, verdict, schema)
         for rows in _row_groups(tables, config.rows_per_row_group):
             writer.write(rows)
             if shard.split == "train":
@@ -285,10 +363,10 @@ def _write_shards(
         entries = list(progress(writing, "writing", unit="shards", total=len(shards)))
     finally:
         threads.shutdown(cancel_futures=True)
-    splits: dict[str, Any] = {split: {"rows": 0, "shards": []} for split in SPLITS}
+    by_split: dict[str, Any] = {split: {"rows": 0, "shards": []} for split in SPLITS}
     for shard, entry in zip(shards, entries, strict=True):
-        splits[shard.split]["rows"] += entry["rows"]
-        splits[shard.split]["shards"].append(entry)
+        by_split[shard.split]["rows"] += entry["rows"]
+        by_split[shard.split]["shards"].append(entry)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "image_size": config.image_size,
@@ -301,26 +379,29 @@ def _write_shards(
         "source": snapshot["source"],
         "source_sha256": snapshot["source_sha256"],
         "factors": snapshot["factors"],
-        "splits": splits,
+        "classes": verdict.classes,
+        "splits": by_split,
     }
     write_json(manifest, folder / "manifest.json")
     return training_images
 
 
 def _read_rows(
-    parts: list[Path], ends: Indices, images: Indices, schema: pa.Schema
+    parts: list[Path], ends: Indices, shard: _Shard, verdict: Verdict, schema: pa.Schema
 ) -> Iterator[pa.Table]:
-    """The rows of some images (ascending numbers), a part at a time, in the shards' schema."""
-    stored = [name for name in schema.names if name != "label"]
+    """The rows of a shard (ascending numbers), a part at a time, in the shards' schema."""
+    images = shard.images
+    stored = [name for name in schema.names if name not in ("split", "label")]
     first, last = np.searchsorted(ends, images[[0, -1]], side="right")
     for number in range(int(first), int(last) + 1):
         start = ends[number - 1] if number else 0
         inside = images[np.searchsorted(images, start) : np.searchsorted(images, ends[number])]
         if len(inside):
             table = pq.read_table(parts[number], columns=stored).take(inside - start)
-            labels = pa.nulls(len(table), pa.int64())  # no source states classes yet
-            table = table.append_column("label", labels).select(schema.names)
-            yield table.replace_schema_metadata(schema.metadata)
+            labels = verdict.labels[inside]
+            table = table.append_column("split", pa.array([shard.split] * len(table), pa.string()))
+            table = table.append_column("label", pa.array(labels, pa.int64(), mask=labels < 0))
+            yield table.select(schema.names).replace_schema_metadata(schema.metadata)
 
 
 def _row_groups(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -348,18 +429,21 @@ def _left_out(
             source, reason = (column[row].as_py() for column in table.columns)
             if fate[row] != UNUSABLE:
                 twin = verdict.sources[int(verdict.twin[start + row])].as_py()
-                kind = "duplicate" if fate[row] == DUPLICATE else "near duplicate of held-out image"
+                near = "near duplicate of an image in another split"
+                kind = "duplicate" if fate[row] == DUPLICATE else near
                 reason = f"{kind}: {twin}"
             yield source, reason
         start += len(table)
 
 
 def _statistics(
-    snapshot: dict[str, Any], verdict: Verdict, reasons: Counter[str]
+    config: PreprocessConfig, snapshot: dict[str, Any], verdict: Verdict, reasons: Counter[str]
 ) -> dict[str, Any]:
     """The counts; nothing that differs between two runs on the same files."""
     counts = np.bincount(verdict.fate, minlength=len(SPLITS))[: len(SPLITS)]
     groups, images_in_groups = verdict.groups
+    labels = verdict.labels[verdict.fate < len(SPLITS)]
+    images_of_class = np.bincount(labels[labels >= 0], minlength=len(verdict.classes)).tolist()
     return {
         "files": snapshot["files"] + len(snapshot["skipped"]),
         "bytes": snapshot["bytes"],
@@ -369,6 +453,8 @@ def _statistics(
         "quarantined_by_reason": dict(sorted(reasons.items())),
         "near_duplicate_groups": groups,
         "images_in_near_duplicate_groups": images_in_groups,
+        "classes": dict(zip(verdict.classes, images_of_class, strict=True)),
+        "warnings": _warnings(config, verdict),
     }
 
 
@@ -380,8 +466,11 @@ def _draw(images: list[np.ndarray], file: Path) -> None:
 
 def main() -> None:
     config = params.load(PreprocessConfig)
+    batch_size = params.load(TrainingConfig).batch_size
     with locks.hold("preprocess"):
-        preprocess(config, RAW, shards=SHARDS, artifacts=PREPROCESS, runs=RUNS)
+        preprocess(
+            config, RAW, shards=SHARDS, artifacts=PREPROCESS, runs=RUNS, batch_size=batch_size
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from scipy.sparse.csgraph import connected_components
 
-from pipelines.near_duplicates import NearDuplicates, splits_of, thumbnails
-from tests.pictures import blocks
+from pipelines.near_duplicates import NearDuplicates, thumbnails
 
 
 @pytest.fixture
@@ -79,30 +75,3 @@ def test_a_thumbnail_is_the_mean_of_each_area_whatever_images_are_beside(size, c
     assert np.abs(small - means).max() <= 1
     for index in range(6):
         np.testing.assert_array_equal(thumbnails(images[index : index + 1])[0], small[index])
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_splits_come_in_the_wanted_fractions(channels):
-    images = blocks(4000, channels=channels)
-    splits = splits_of(images, validation_fraction=0.1, test_fraction=0.2)
-    assert splits.count("validation") / 4000 == pytest.approx(0.1, abs=0.02)
-    assert splits.count("test") / 4000 == pytest.approx(0.2, abs=0.02)
-
-
-@settings(max_examples=50)
-@given(arrays(np.uint8, (16, 16, 3)), st.floats(0.01, 0.4), st.floats(0.01, 0.4))
-def test_a_larger_test_fraction_never_takes_an_image_out_of_the_test_split(image, small, more):
-    (before,) = splits_of(image[None], validation_fraction=0.1, test_fraction=small)
-    (after,) = splits_of(image[None], validation_fraction=0.1, test_fraction=small + more)
-    assert before != "test" or after == "test"
-
-
-def test_most_near_duplicates_fall_into_the_same_split():
-    random = np.random.default_rng(0)
-    images = random.integers(20, 235, (500, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
-    noisy = (images + random.normal(0, 2, images.shape)).round()
-    first, second = (
-        splits_of(pictures.astype(np.uint8), validation_fraction=0.25, test_fraction=0.25)
-        for pictures in (images, noisy)
-    )
-    assert np.mean([a == b for a, b in zip(first, second, strict=True)]) > 0.85

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,13 +60,20 @@ def snapshot(source: str | Path, folder: Path, *, images: int = 200) -> Path:
     return folder / "raw"
 
 
-def run(raw: Path, folder: Path, config: PreprocessConfig = CONFIG, processes: int = 1) -> dict:
+def run(
+    raw: Path,
+    folder: Path,
+    config: PreprocessConfig = CONFIG,
+    processes: int = 1,
+    batch_size: int = 1,
+) -> dict:
     return preprocess(
         config,
         raw,
         shards=folder / "shards",
         artifacts=folder / "artifacts",
         runs=folder / "runs",
+        batch_size=batch_size,
         processes=processes,
     )
 
@@ -284,8 +292,7 @@ def noisy_copies(images: np.ndarray, *, seed: int) -> np.ndarray:
 
 
 def test_no_training_image_is_a_near_duplicate_of_a_held_out_one(tmp_path):
-    # Colours at the border between two coarse levels: copies scatter over the splits.
-    images = blocks(60) // 16 * 16 + np.uint8(8)
+    images = blocks(60)
     folder = write_folder(tmp_path / "images", images)
     for copy in range(3):
         write_folder(folder / f"copy-{copy}", noisy_copies(images, seed=copy))
@@ -322,10 +329,179 @@ def test_adding_data_never_moves_an_image_to_another_split(tmp_path_factory, see
     }
     gone = [source for source in quarantine(folder / "after") if "/" not in source]
     assert len(before.keys() - after.keys()) == len(gone)
-    assert all(
-        quarantine(folder / "after")[source].startswith("near duplicate of held-out image: added/")
-        for source in gone
-    )
+    near = "near duplicate of an image in another split: "
+    assert all(quarantine(folder / "after")[source].startswith(near) for source in gone)
+
+
+def split_of_each_source(folder: Path) -> dict[str, str]:
+    return {
+        source: split
+        for split in SPLITS
+        for source in dataset.load_columns(folder / "shards", split, ["source"])["source"]
+    }
+
+
+def star_fields(count: int, *, seed: int = 0) -> np.ndarray:
+    """uint8 [N, 64, 64, 1]: faint stars on black, so that all have the same coarse colours."""
+    random = np.random.default_rng(seed)
+    images = random.integers(8, 14, (count, 64, 64, 1), dtype=np.uint8)
+    for image in images:
+        image[tuple(random.integers(0, 64, (2, 40)))] = random.integers(60, 220, (40, 1))
+    return images
+
+
+PROJECT_SPLITS = dataclasses.replace(CONFIG, validation_fraction=0.05, test_fraction=0.1)
+
+
+def test_pictures_of_equal_colours_are_split_by_the_fractions_and_alike_at_any_size(tmp_path):
+    raw = snapshot(write_folder(tmp_path / "images", star_fields(400)), tmp_path)
+    found = {}
+    for name, change in {
+        "16": {},
+        "32": {"image_size": 32},
+        "gray": {"image_channels": 1, "image_size": 64, "fit": "pad"},
+    }.items():
+        statistics = run(raw, tmp_path / name, dataclasses.replace(PROJECT_SPLITS, **change))
+        assert statistics["kept"] == 400
+        assert statistics["test"] == pytest.approx(40, abs=20)
+        assert statistics["validation"] == pytest.approx(20, abs=15)
+        found[name] = split_of_each_source(tmp_path / name)
+    assert found["16"] == found["32"] == found["gray"]
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 2**16), st.integers(10, 40))
+def test_ten_images_can_be_split(tmp_path_factory, seed, count):
+    folder = tmp_path_factory.mktemp("small")
+    raw = snapshot(write_folder(folder / "images", blocks(count, seed=seed)), folder)
+    statistics = run(raw, folder, PROJECT_SPLITS)
+    assert statistics["kept"] == count
+    assert statistics["test"] >= 2
+    assert statistics["validation"] >= 1
+    assert statistics["train"] >= 7
+
+
+def test_an_image_that_chance_did_not_hold_out_is_the_one_with_the_lowest_draw(tmp_path):
+    images = blocks(12)
+    raw = snapshot(write_folder(tmp_path / "images", images), tmp_path)
+    tiny = dataclasses.replace(CONFIG, validation_fraction=1e-9, test_fraction=1e-9)
+    statistics = run(raw, tmp_path, tiny)
+    drawn = sorted(range(12), key=lambda row: hashlib.sha256(encode(images[row])).digest())
+    splits = split_of_each_source(tmp_path)
+    order = [splits[f"{row:04d}.png"] for row in drawn]
+    assert order == ["test", "test", "validation", *["train"] * 9]
+    assert any("may go back when the set grows" in line for line in statistics["warnings"])
+
+
+def test_nine_images_cannot_be_split_but_can_be_trained_on(tmp_path):
+    raw = snapshot(write_folder(tmp_path / "images", blocks(9)), tmp_path)
+    with pytest.raises(UserError, match=r"9 of 9 files .* 10 are needed.*test_fraction=0"):
+        run(raw, tmp_path, PROJECT_SPLITS)
+    none = dataclasses.replace(CONFIG, validation_fraction=0.0, test_fraction=0.0)
+    statistics = run(raw, tmp_path, none)
+    assert (statistics["train"], statistics["validation"], statistics["test"]) == (9, 0, 0)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_of_fraction_zero_is_empty_and_what_is_not_measured_is_said(tmp_path, split):
+    raw = snapshot(write_folder(tmp_path / "images", blocks(60)), tmp_path)
+    statistics = run(raw, tmp_path, dataclasses.replace(CONFIG, **{f"{split}_fraction": 0.0}))
+    assert statistics[split] == 0
+    assert statistics["kept"] == 60
+    assert len(statistics["warnings"]) == 1
+    assert f"preprocess.{split}_fraction is 0: " in statistics["warnings"][0]
+
+
+def test_a_batch_larger_than_the_training_split_is_refused_with_the_setting_that_works(tmp_path):
+    raw = snapshot(write_folder(tmp_path / "images", blocks(33)), tmp_path)
+    with pytest.raises(UserError, match=r"only 2\d training images.* -S training.batch_size=16$"):
+        run(raw, tmp_path, PROJECT_SPLITS, batch_size=32)
+    assert not (tmp_path / "shards").exists()
+    run(raw, tmp_path, PROJECT_SPLITS, batch_size=16)
+
+
+def test_a_set_of_one_picture_cannot_be_split_and_the_true_reason_is_said(tmp_path):
+    images = noisy_copies(blocks(1).repeat(40, axis=0), seed=0)
+    raw = snapshot(write_folder(tmp_path / "images", images), tmp_path)
+    with pytest.raises(UserError, match=r"near duplicates of each other.*near_duplicate_distance"):
+        run(raw, tmp_path)
+
+
+def test_a_few_groups_of_near_duplicates_are_split_without_a_leak(tmp_path):
+    pictures = blocks(6).repeat(12, axis=0)
+    raw = snapshot(write_folder(tmp_path / "images", noisy_copies(pictures, seed=0)), tmp_path)
+    statistics = run(raw, tmp_path, PROJECT_SPLITS)
+    assert statistics["test"] >= 2
+    assert statistics["validation"] >= 1
+    of_picture: dict[int, set[str]] = {}
+    for source, split in split_of_each_source(tmp_path).items():
+        of_picture.setdefault(int(source[:4]) // 12, set()).add(split)
+    assert all(len(splits) == 1 for splits in of_picture.values())
+
+
+def test_a_split_far_from_its_fraction_is_a_warning_with_the_reason(tmp_path):
+    images = np.concatenate([blocks(200), noisy_copies(blocks(1, seed=1).repeat(300, 0), seed=0)])
+    raw = snapshot(write_folder(tmp_path / "images", images), tmp_path)
+    statistics = run(raw, tmp_path, dataclasses.replace(CONFIG, validation_fraction=0.02))
+    aside, *of_splits = statistics["warnings"]
+    assert "images were set aside as near duplicates of images in other splits" in aside
+    assert of_splits
+    for line in of_splits:
+        assert re.search(r"are \w+ images, .* were wanted: .* near duplicates .* set aside", line)
+
+
+def labels(folder: Path) -> dict[str, str | None]:
+    """Class of each source, as the shards and their manifest say."""
+    classes = dataset.read_manifest(folder / "shards")["classes"]
+    found = {}
+    for file in (folder / "shards").glob("*.parquet"):
+        table = pq.read_table(file, columns=["source", "label"])
+        assert table.schema.field("label").type == pa.int64()
+        for row in table.to_pylist():
+            found[row["source"]] = None if row["label"] is None else classes[row["label"]]
+    return found
+
+
+def test_class_folders_of_a_source_become_labels(tmp_path):
+    images = blocks(30)
+    write_folder(tmp_path / "images/train/dogs", images[:10])
+    write_folder(tmp_path / "images/train/cats/indoors", images[10:25])
+    write_folder(tmp_path / "images/test/cats", images[25:28])
+    write_folder(tmp_path / "images", images[28:])
+    statistics = run(snapshot(tmp_path / "images", tmp_path), tmp_path)
+    assert dataset.read_manifest(tmp_path / "shards")["classes"] == ["cats", "dogs"]
+    assert statistics["classes"] == {"cats": 18, "dogs": 10}
+    found = labels(tmp_path)
+    assert found["train/cats/indoors/0003.png"] == found["test/cats/0002.png"] == "cats"
+    assert found["train/dogs/0003.png"] == "dogs"
+    assert found["0001.png"] is None
+
+
+def test_a_second_copy_of_a_source_within_itself_makes_no_classes(tmp_path):
+    images = blocks(20)
+    write_folder(tmp_path / "images/data", images)
+    write_folder(tmp_path / "images/data/data", images[:15])
+    statistics = run(snapshot(tmp_path / "images", tmp_path), tmp_path)
+    assert statistics["kept"] == 20
+    assert statistics["classes"] == {}
+    assert set(labels(tmp_path).values()) == {None}
+
+
+def test_classes_that_a_source_states_count_more_than_folders(tmp_path):
+    write_folder(tmp_path / "images/a", blocks(10))
+    write_folder(tmp_path / "images/b", blocks(10, seed=1))
+    raw = snapshot(tmp_path / "images", tmp_path)
+    file = raw / "files-00000.parquet"
+    table = pq.read_table(file)
+    stated = ["ship", None, *["boat"] * 18]
+    pq.write_table(table.append_column("label", pa.array(stated, pa.string())), file)
+    manifest = json.loads((raw / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = file.stat().st_size
+    (raw / "manifest.json").write_text(json.dumps(manifest))
+    assert run(raw, tmp_path)["classes"] == {"boat": 18, "ship": 1}
+    assert labels(tmp_path)["a/0001.png"] is None
 
 
 @pytest.mark.parametrize(
@@ -335,10 +511,7 @@ def test_adding_data_never_moves_an_image_to_another_split(tmp_path_factory, see
         ({"test_fraction": 0.9}, "must leave something to train on"),
         ({"rows_per_shard": 30}, "rows_per_shard must be a multiple of rows_per_row_group"),
         ({"max_pixels": 10}, r"no usable image among 3 files.* 0000.png \(too many pixels"),
-        (
-            {"test_fraction": 1e-9},
-            "no image falls into the (test|validation) split: 3 images are too few",
-        ),
+        ({}, "3 of 3 files are different, usable images, 10 are needed: add images"),
     ],
 )
 def test_what_a_user_can_cure_is_one_clear_error(tmp_path, change, message):
@@ -419,8 +592,8 @@ def test_finished_parts_are_used_again_and_missing_or_damaged_ones_are_made(face
 
 
 def test_a_failed_run_keeps_its_parts_and_one_under_other_parameters_clears_them(faces, tmp_path):
-    with pytest.raises(UserError, match="no image falls into"):
-        run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, test_fraction=1e-9))
+    with pytest.raises(UserError, match="near duplicates of each other"):
+        run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, near_duplicate_distance=255.0))
     assert len(parts(tmp_path)) == 7
     run(faces / "raw", tmp_path)
     assert hashes(tmp_path) == hashes(faces)
@@ -490,5 +663,7 @@ def test_the_real_faces_lose_only_what_leaks(tmp_path):
     statistics = run(snapshot(REAL_FACES, tmp_path), tmp_path, config, processes=2)
     assert statistics["files"] == 22_950
     assert statistics["kept"] > 22_900
-    assert statistics["quarantined_by_reason"].keys() == {"near duplicate of held-out image"}
+    assert statistics["quarantined_by_reason"].keys() == {
+        "near duplicate of an image in another split"
+    }
     assert statistics["test"] / statistics["kept"] == pytest.approx(0.2, abs=0.01)
