@@ -191,7 +191,8 @@ def train(
         if rank == 0:
             if pictures_due:
                 _save_pictures(state, validation, run_folder / "samples")
-            if judge_due:  # but not an early stop: the best one must not depend on stops
+            # But not an early stop: the best one must not depend on stops.
+            if judge_due and len(validation):
                 scores = validate(state.ema, validation, seed=options.seed)
                 checkpoint.record_score(checkpoints, state.step, scores[selected_by])
                 row |= scores
@@ -264,11 +265,11 @@ def _seed(*key: int) -> int:
 
 
 def _save_pictures(state: TrainingState, validation: Tensor, folder: Path) -> None:
-    """8x8 grids: fixed prior draws; validation images beside their reconstructions."""
+    """8x8 grids: fixed prior draws; validation images, if any, beside their reconstructions."""
     name = f"step-{state.step:08d}"
     latents = random_latents(64, state.model.latent_dim, seed=0)
     save_png(grid(decode(state.ema, latents).numpy(), columns=8), folder / f"{name}-samples.png")
-    if state.ema.encoder is not None:
+    if state.ema.encoder is not None and len(validation):
         real = validation[:32]
         pairs = torch.stack([real, reconstruct(state.ema, real)], dim=1).flatten(0, 1)
         save_png(grid(pairs.numpy(), columns=8), folder / f"{name}-reconstructions.png")

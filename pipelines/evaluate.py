@@ -1,4 +1,4 @@
-"""Stage `evaluate`: every metric of the trained model on images it has never seen.
+"""Stage `evaluate`: every metric of the trained model on images it has never seen, if there are.
 
 Writes `metrics.json` (docs/metrics.md explains its shape) and `latent.png`. Both sets of weights
 meet the same images and the same random draws, and so does the floor beside each figure.
@@ -40,7 +40,7 @@ from aegan.metrics.sliced_wasserstein import sliced_wasserstein
 from pipelines import locks, params
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file, write_json
-from pipelines.trained import check_size, load_model
+from pipelines.trained import STAND_INS, check_size, load_model, shown_split
 
 MODEL = Path("artifacts/train/model")
 SHARDS = Path("artifacts/shards")
@@ -51,7 +51,7 @@ MAX_TRAIN_IMAGES = 4000  # that regressions are fitted on and nearest images are
 MIN_IMAGES = 8  # with fewer, distances between halves say nothing
 DIMENSIONS_SHOWN = 32
 UNTRAINED_SAMPLER = (
-    "the arm `ae` never meets the prior in training: its samples are no trained sampler's"
+    "The arm `ae` never meets the prior in training: its samples are no trained sampler's."
 )
 COLUMNS = 8  # of the picture
 
@@ -64,8 +64,9 @@ logger = logging.getLogger(__name__)
 class RealImages:
     """Real images, uint8 [N, H, W, C], and the designed set's factors of each, [N, F]."""
 
-    train: Tensor
-    test: Tensor  # an even number
+    split: Split  # of the images that are measured on
+    train: Tensor  # others
+    test: Tensor  # an even number of images of `split`
     train_factors: NDArray[np.float64]
     test_factors: NDArray[np.float64]
     factors: list[Factor]  # empty where they are not known
@@ -77,19 +78,25 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     model = models["ema"]
     real = read_real_images(shards, model, config)
     features, extractor = load_extractor(config, model.image_channels)
-    logger.info("%d test images, features: %s", len(real.test), features)
+    logger.info("%d %s images, features: %s", len(real.test), real.split, features)
+    notes = [STAND_INS[real.split], UNTRAINED_SAMPLER if arm_of(model_folder) == "ae" else ""]
+    if STAND_INS[real.split]:
+        logger.warning("warning: %s", STAND_INS[real.split])
 
     z = aegan.random_latents(len(real.test), model.latent_dim, seed=config.seed)
     measure = Measure(real, z, extractor, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
     draw_latents(
-        None if model.encoder is None else aegan.encode(model, real.test), output / "latent.png"
+        None if model.encoder is None else aegan.encode(model, real.test),
+        output / "latent.png",
+        split=real.split,
     )
     figures = {
         "features": features,
+        "split": real.split,
         "num_images": len(real.test),
-        "note": UNTRAINED_SAMPLER if arm_of(model_folder) == "ae" else "",
+        "note": " ".join(filter(None, notes)),
         **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
     write_json(figures, output / "metrics.json")
@@ -105,29 +112,34 @@ def arm_of(folder: Path) -> str | None:
 
 
 def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -> RealImages:
-    """An even number of test images, and some of the training images; raises UserError."""
+    """An even number of images to measure on, and some training images; raises UserError.
+
+    Without held-out images half of the training images, at most, stand in for them.
+    """
+    split = shown_split(shards)
     try:
         manifest = dataset.read_manifest(shards)
         train = dataset.load_images(shards, "train", limit=MAX_TRAIN_IMAGES)
-        test = dataset.load_images(shards, "test", limit=config.num_samples)
+        test = dataset.load_images(shards, split, limit=config.num_samples)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} not found: run the stage preprocess first") from None
     except Exception as error:  # files from outside, as above
         raise UserError(f"{shards} is not readable ({error}): run preprocess again") from None
     check_size(test, model, shards=shards)
-    if len(test) < 2 or len(train) < 2:
-        raise UserError(
-            f"{shards} has {len(train)} train and {len(test)} test images, each needs two or more: "
-            "add images or raise preprocess.test_fraction"
-        )
-    order = np.random.default_rng(config.seed).permutation(len(test))[: len(test) // 2 * 2]
+    order = np.random.default_rng(config.seed).permutation(len(test))
+    others = np.arange(len(train))
+    if split == "train":
+        order = order[: len(train) // 2]
+        others = np.setdiff1d(others, order)
+    order = order[: len(order) // 2 * 2]
     known = {factor.name: factor for factor in FACTORS}
     factors = [known[name] for name in manifest["factors"] if name in known]
     return RealImages(
-        train=torch.from_numpy(train),
+        split=split,
+        train=torch.from_numpy(train[others]),
         test=torch.from_numpy(test[order]),
-        train_factors=read_factors(shards, "train", factors)[: len(train)],
-        test_factors=read_factors(shards, "test", factors)[: len(test)][order],
+        train_factors=read_factors(shards, "train", factors)[others],
+        test_factors=read_factors(shards, split, factors)[order],
         factors=factors,
     )
 
@@ -330,19 +342,19 @@ def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
     if name.startswith("factor_") and not real.factors:
         return "only the designed set's true factors are known"
     if len(real.test) < MIN_IMAGES:
-        return f"needs {MIN_IMAGES} test images, there are {len(real.test)}"
+        return f"needs {MIN_IMAGES} {real.split} images, there are {len(real.test)}"
     return "the figure is not finite"
 
 
-def draw_latents(z_hat: Tensor | None, file: Path) -> None:
-    """PNG: each dimension of the encoded test images [N, D] against the normal curve."""
+def draw_latents(z_hat: Tensor | None, file: Path, *, split: Split) -> None:
+    """PNG: each dimension of the encoded images of a split [N, D] against the normal curve."""
     from matplotlib.figure import Figure
 
     values = np.empty((0, 0)) if z_hat is None else z_hat.numpy()
     shown = min(values.shape[1], DIMENSIONS_SHOWN)
     rows = max(1, math.ceil(shown / COLUMNS))
     figure = Figure(figsize=(1.35 * COLUMNS, 1.15 * rows + 0.7), dpi=110, layout="constrained")
-    title = f"E(x) of {len(values)} test images (bars) and the prior N(0, 1) (line)"
+    title = f"E(x) of {len(values)} {split} images (bars) and the prior N(0, 1) (line)"
     if shown < values.shape[1]:
         title += f": the first {shown} of {values.shape[1]} dimensions"
     figure.suptitle(title if shown else "A plain GAN has no encoder: no latents", fontsize=10)

@@ -1,4 +1,4 @@
-"""Stage `interpolate`: pictures of what the trained model can do with images it has never seen.
+"""Stage `interpolate`: pictures of what the trained model can do, if possible with new images.
 
 Writes grids (PNG), animations (WebP, which every browser plays) and `index.json`, which names each
 picture with its title and caption. All come from the averaged weights and `interpolate.seed`.
@@ -13,16 +13,17 @@ from torch import Tensor
 
 import aegan
 from aegan import dataset
-from aegan.config import InterpolateConfig
+from aegan.config import InterpolateConfig, Split
 from aegan.images import enlarge, grid, save_animation, save_png
 from pipelines import locks, params
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, write_json
 from pipelines.outputs import FOLDERS, INTERPOLATE, SHARDS
-from pipelines.trained import check_size, load_model
+from pipelines.trained import STAND_INS, check_size, load_model, shown_split
 
 MODEL = Path("artifacts/train/model")
 
+MAX_IMAGES = 4000  # of the training images, where they stand in for held-out ones
 NUM_SAMPLES = 100
 NUM_RECONSTRUCTIONS = 50
 CANDIDATES_PER_PAIR = 3  # random pairs drawn for each one shown: those farthest apart are shown
@@ -34,13 +35,13 @@ GRID_TILE, MOVING_TILE, GAP = 64, 160, 4  # pixels; smaller images are enlarged 
 CAPTIONS = {  # name: title, caption
     "real_to_real": (
         "From one real image to another",
-        "Each row starts and ends with a real image the model was never trained on. Next to each "
+        "Each row starts and ends with a {unseen}. Next to each "
         "stands its reconstruction, and between the two the images along the path from one latent "
         "vector to the other. Of a random selection, the pairs that lie farthest apart are shown.",
     ),
     "mirror": (
         "From an image to its mirror image",
-        "The same between a held-out image and its mirror image. A blend of pixels would show both "
+        "The same between a {image} and its mirror image. A blend of pixels would show both "
         "at once, half transparent; a model that has understood its subject turns it round.",
     ),
     "random": (
@@ -50,7 +51,7 @@ CAPTIONS = {  # name: title, caption
     ),
     "reconstructions": (
         "Reconstructions",
-        "Random held-out images (left of each pair) and what the model makes of them (right): the "
+        "Random {image}s (left of each pair) and what the model makes of them (right): the "
         "encoder turns an image into a latent vector, the generator turns that back into an image.",
     ),
     "samples": (
@@ -58,6 +59,8 @@ CAPTIONS = {  # name: title, caption
         "Images the generator made from random latent vectors, none picked by hand.",
     ),
 }
+HELD_OUT = {"unseen": "real image the model was never trained on", "image": "held-out image"}
+OF_TRAINING = {"unseen": "training image", "image": "training image"}
 NO_ENCODER = (
     "This model was trained as a plain GAN (training.arm), which has no encoder. It cannot find "
     "the latent vector of a given image: no reconstructions, and no paths between real images."
@@ -74,11 +77,15 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
             f"{config.num_frames}; a path needs at least 1 pair and 2 frames"
         )
     model = load_model(model_folder)
+    split = None if model.encoder is None else shown_split(shards)
+    note = NO_ENCODER if split is None else STAND_INS[split]
+    if note:
+        logger.warning("warning: %s", note)
     with new_folder(output, written=FOLDERS[INTERPOLATE]) as aside:
         draw_samples(model, aside, config)
         draw_random(model, aside, config)
-        if model.encoder is not None:
-            images = held_out_images(shards, model, config)
+        if split is not None:
+            images = real_images(shards, split, model, config)
             draw_reconstructions(model, images, aside)
             draw_real_to_real(model, images, aside, config)
             draw_mirror(model, images, aside, config)
@@ -86,12 +93,13 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
             "weights": "ema",
             "path": config.path,
             "seed": config.seed,
-            "note": NO_ENCODER if model.encoder is None else "",
+            "split": split,
+            "note": note,
             "pictures": [
                 {
                     "name": name,
                     "title": title,
-                    "caption": caption,
+                    "caption": caption.format(**(OF_TRAINING if split == "train" else HELD_OUT)),
                     "grid": f"{name}.png",
                     "animation": f"{name}.webp" if (aside / f"{name}.webp").exists() else None,
                 }
@@ -102,18 +110,12 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
         write_json(index, aside / "index.json")
 
 
-def held_out_images(shards: Path, model: aegan.AEGAN, config: InterpolateConfig) -> Tensor:
-    """The test split in an order that the seed decides, uint8 [N, H, W, C]."""
-    try:
-        images = dataset.load_images(shards, "test")
-    except FileNotFoundError:
-        raise UserError(f"no shards in {shards}: run the stage preprocess first") from None
+def real_images(
+    shards: Path, split: Split, model: aegan.AEGAN, config: InterpolateConfig
+) -> Tensor:
+    """The images of a split in an order that the seed decides, uint8 [N, H, W, C]."""
+    images = dataset.load_images(shards, split, limit=MAX_IMAGES if split == "train" else None)
     check_size(images, model, shards=shards)
-    if len(images) < 2:
-        raise UserError(
-            f"the test split of {shards} has {len(images)} images and a path needs two: "
-            "add images or raise preprocess.test_fraction"
-        )
     return torch.from_numpy(images[np.random.default_rng(config.seed).permutation(len(images))])
 
 

@@ -34,6 +34,7 @@ OUTPUT = Path("report/index.html")
 
 MAX_PICTURE_PIXELS = 1200  # side; larger pictures are shrunk
 MAX_MOMENTS = 10  # of the film strip
+MAX_CLASSES = 50
 MAX_REASONS, MAX_EXAMPLES, MAX_TEXT = 20, 3, 120
 MAX_POINTS = 400  # of a curve; more are averaged
 ACCENT, BLACK = "#010203", "#000000"  # in the drawings, replaced by the page's own colours
@@ -130,6 +131,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
             f"{artifacts / 'train'} comes from other data than {shards}: run the stage train"
         )
     drawn = read_json(artifacts / "interpolate/index.json", stage="interpolate")
+    statistics = read_json(artifacts / "preprocess/statistics.json", stage="preprocess")
     return {
         "run": run,
         "manifest": manifest,
@@ -138,6 +140,9 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         "note": drawn["note"],
         "pictures": read_pictures(artifacts / "interpolate", drawn["pictures"]),
         "contact_sheet": embed(artifacts / "preprocess/contact_sheet.png", stage="preprocess"),
+        "classes": list(statistics["classes"].items())[:MAX_CLASSES],
+        "other_classes": max(0, len(statistics["classes"]) - MAX_CLASSES),
+        "warnings": statistics["warnings"],
         "quarantine": read_quarantine(artifacts / "preprocess/quarantine.csv"),
         "curves": draw_curves(artifacts / "train/curves.csv"),
         "moments": read_moments(artifacts / "train/samples"),

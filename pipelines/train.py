@@ -374,7 +374,8 @@ def publish(run_folder: Path, output: Path) -> None:
         _write_curves(rows, folder / "curves.csv")
         checkpoint.write_json(folder / "run.json", {**facts, **summary})
         checkpoint.write_json(folder / "metrics.json", {**losses, **scores, **summary})
-    log.info("trained %d steps; best checkpoint: step %d, in %s", last_step, chosen, output)
+    kind = "best" if best else "no validation images, so last"
+    log.info("trained %d steps; %s checkpoint: step %d, in %s", last_step, kind, chosen, output)
 
 
 def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:

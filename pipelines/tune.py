@@ -63,7 +63,13 @@ def tune(
     check(start, config)
     if not (SHARDS / "manifest.json").exists():
         raise UserError(f"{SHARDS} has no images: run `dvc repro preprocess` first")
-    dataset_sha256 = read_manifest(SHARDS)["dataset_sha256"]
+    manifest = read_manifest(SHARDS)
+    for split in ("validation", "test"):
+        if not manifest["splits"][split]["rows"]:
+            raise UserError(
+                f"there are no {split} images to tune on: set preprocess.{split}_fraction"
+            )
+    dataset_sha256 = manifest["dataset_sha256"]
     start = shortened(start, num_steps=config.num_steps, interval=config.grace_steps)
     name = search_name(start, config, dataset_sha256)
     folder = (RUNS / name).resolve()

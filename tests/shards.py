@@ -35,7 +35,7 @@ def write_shards(
             values = factors[split][name] if factors and split in factors else []
             columns[f"factor_{name}"] = pa.array(values, pa.float32())
         metadata = {"height": height, "width": width, "channels": channels}
-        metadata |= {"schema_version": 1, "preprocess_sha256": "0" * 64}
+        metadata |= {"schema_version": 2, "preprocess_sha256": "0" * 64}
         text = {key: str(value) for key, value in metadata.items()}
         file = folder / f"{split}-00000.parquet"
         pq.write_table(
@@ -51,7 +51,7 @@ def write_shards(
         splits[split] = {"rows": len(rows), "shards": [shard] if rows else []}
     hashes = [shard["sha256"] for split in splits.values() for shard in split["shards"]]
     manifest = {
-        "schema_version": 1,
+        "schema_version": 2,
         "image_size": height,
         "image_channels": channels,
         "fit": "crop",
@@ -60,6 +60,7 @@ def write_shards(
         "source": "test",
         "source_sha256": "0" * 64,
         "factors": names,
+        "classes": [],
         "splits": splits,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -16,6 +16,9 @@ from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
 from aegan.state import TrainingState, export_model
 from aegan.training_loop import DivergedError, train
+from pipelines.train import publish
+from tests.pictures import blocks
+from tests.shards import write_shards
 from tests.tiny import tiny_config, tiny_shards
 
 CPU = torch.device("cpu")
@@ -67,6 +70,22 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_th
     assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
     bests = [checkpoint.best(tmp_path / name / "checkpoints") for name in ("cut", "whole")]
     assert bests[0] == bests[1]
+
+
+def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_path):
+    shards = write_shards(tmp_path / "shards", {"train": blocks(40)})
+    run(tiny_config(), shards, tmp_path / "cut", should_stop=stop_at(5))
+    assert run(tiny_config(), shards, tmp_path / "cut").finished
+    run(tiny_config(), shards, tmp_path / "whole")
+    assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
+    assert checkpoint.best(tmp_path / "cut/checkpoints") is None
+    rows = [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    assert not any(name.startswith("validation_") for row in rows for name in row)
+    names = {file.name for file in (tmp_path / "cut/samples").iterdir()}
+    assert names == {"step-00000004-samples.png", "step-00000008-samples.png"}
+    (tmp_path / "cut/run.json").write_text(json.dumps({"params": {"training": {"batch_size": 8}}}))
+    publish(tmp_path / "cut", tmp_path / "published")
+    assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
 
 
 def test_the_authors_update_rule_resumes_exactly_within_a_round(shards, tmp_path):

@@ -18,6 +18,7 @@ from aegan.metrics import METRICS
 from aegan.networks import AEGAN
 from pipelines.errors import UserError
 from pipelines.evaluate import better_weights, evaluate, load_extractor
+from tests.pictures import blocks
 from tests.shards import write_shards
 
 CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
@@ -107,7 +108,9 @@ def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
     assert {"frechet_distance", "ms_ssim", "factor_joint_distance"} <= figures.keys()
     assert "reconstruction_mae" not in figures
     assert "no encoder" in figures["not_measured"]["latent_mmd"]
-    assert figures.keys() - METRICS.keys() == {"features", "num_images", "note", "not_measured"}
+    assert figures.keys() - METRICS.keys() == {
+        "features", "split", "num_images", "note", "not_measured",
+    }  # fmt: skip
 
 
 def test_an_autoencoders_samples_carry_a_warning(tmp_path: Path) -> None:
@@ -133,6 +136,30 @@ def test_a_handful_of_images_is_reconstructed_but_not_compared_as_a_set(tmp_path
     figures = run(write_model(tmp_path / "m"), shards, tmp_path / "out")
     assert "reconstruction_mae" in figures
     assert figures["not_measured"]["frechet_distance"] == "needs 8 test images, there are 2"
+
+
+def test_a_test_split_of_two_images_is_measured(tmp_path: Path) -> None:
+    figures = run(write_model(tmp_path / "m"), write_noise(tmp_path / "s", test=2), tmp_path / "o")
+    assert (figures["split"], figures["num_images"], figures["note"]) == ("test", 2, "")
+    assert "reconstruction_ssim" in figures
+
+
+def test_without_a_test_split_validation_images_stand_in_and_are_named(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "s", {"train": blocks(30), "validation": blocks(9, seed=1)})
+    figures = run(write_model(tmp_path / "m"), shards, tmp_path / "out")
+    assert (figures["split"], figures["num_images"]) == ("validation", 8)
+    assert "these are validation images, which have chosen the checkpoint" in figures["note"]
+
+
+def test_without_any_held_out_split_training_images_stand_in_and_are_no_floor_of_their_own(
+    tmp_path: Path,
+) -> None:
+    shards = write_shards(tmp_path / "s", {"train": blocks(31)})
+    figures = run(write_model(tmp_path / "m"), shards, tmp_path / "out")
+    assert (figures["split"], figures["num_images"]) == ("train", 14)
+    assert "nothing about new images" in figures["note"]
+    assert figures["reconstruction_mae"]["floor"] > 0.1  # the nearest image is another one
+    assert figures["features"] == "random_vgg_seed0"
 
 
 def test_no_more_than_num_samples_images_are_used(tmp_path: Path) -> None:
@@ -165,8 +192,8 @@ def test_what_a_user_can_cure_is_one_sentence(tmp_path: Path) -> None:
         evaluate(model, tmp_path / "none", output, CONFIG)
     with pytest.raises(UserError, match=r"holds \(32, 32, 3\) images, the model makes \(16, 16"):
         evaluate(model, write_noise(tmp_path / "s32", size=32), output, CONFIG)
-    with pytest.raises(UserError, match=r"1 test images.*preprocess.test_fraction"):
-        evaluate(model, write_noise(tmp_path / "s1", test=1), output, CONFIG)
+    with pytest.raises(UserError, match="fewer than 4 training images: add images"):
+        evaluate(model, write_shards(tmp_path / "s1", {"train": blocks(3)}), output, CONFIG)
     with pytest.raises(UserError, match=r"feature_weights.*not found"):
         evaluate(model, shards, output, with_weights(tmp_path / "inception.pth"))
     assert not output.exists()

@@ -203,13 +203,27 @@ def test_images_of_another_size_than_the_models_are_refused(project: Path) -> No
         draw(project)
 
 
-def test_a_test_split_too_small_for_a_path_is_refused_before_anything_is_replaced(
+@pytest.mark.parametrize(("split", "held_out"), [("validation", True), ("train", False)])
+def test_without_a_test_split_another_stands_in_and_captions_say_so(
+    project: Path, split: str, held_out: bool
+) -> None:
+    write_shards(project / "shards", {split: blocks(12)})
+    index = json.loads((draw(project) / "index.json").read_text())
+    assert index["split"] == split
+    assert f"{'validation' if held_out else 'training'} images" in index["note"]
+    captions = {picture["name"]: picture["caption"] for picture in index["pictures"]}
+    for name, words in (("real_to_real", "never trained on"), ("mirror", "held-out image")):
+        assert (words in captions[name]) == held_out
+        assert ("a training image" in captions[name]) == (not held_out)
+
+
+def test_a_split_too_small_for_a_path_is_refused_before_anything_is_replaced(
     project: Path,
 ) -> None:
     (project / "out").mkdir()
     (project / "out/earlier.png").touch()
-    write_shards(project / "shards", {"test": blocks(1)})
-    with pytest.raises(UserError, match=r"preprocess\.test_fraction"):
+    write_shards(project / "shards", {"train": blocks(3)})
+    with pytest.raises(UserError, match="fewer than 4 training images: add images"):
         draw(project)
     assert (project / "out/earlier.png").exists()
 

@@ -65,13 +65,15 @@ def write_inputs(root: Path, *, encoder: bool = True) -> Path:
         for name in METRICS
         if not name.startswith("factor_")
     }
-    figures |= {"features": "made-up features", "num_images": 8}
+    figures |= {"features": "made-up features", "split": "test", "num_images": 8, "note": ""}
     figures["not_measured"] = {
         name: "no factors known" for name in METRICS if name.startswith("factor_")
     }
     write_json(artifacts / "evaluate/metrics.json", figures)
     save_png(blocks(1)[0], artifacts / "evaluate/latent.png")
 
+    statistics = {"classes": {"cats": 20, "dogs": 1}, "warnings": ["Mind the splits."]}
+    write_json(artifacts / "preprocess/statistics.json", statistics)
     save_png(blocks(1)[0], artifacts / "preprocess/contact_sheet.png")
     with (artifacts / "preprocess/quarantine.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -136,6 +138,24 @@ def test_the_page_says_what_was_trained_on_what(page: str) -> None:
         "https://example.com/faces.zip",
     ):
         assert statement in text
+
+
+def test_the_page_shows_classes_and_what_is_to_be_known_about_the_splits(page: str) -> None:
+    text = Parsed(page).text
+    for statement in ("cats 20", "dogs 1", "Mind the splits.", "8 held-out images"):
+        assert statement in text
+
+
+def test_a_page_without_held_out_split_says_that_training_images_were_measured(
+    project: Path,
+) -> None:
+    file = project / "artifacts/evaluate/metrics.json"
+    figures = json.loads(file.read_text()) | {"split": "train", "note": "Nothing about new images."}
+    file.write_text(json.dumps(figures))
+    text = Parsed(report(project)).text
+    assert "Measured on 8 training images." in text
+    assert "Nothing about new images." in text
+    assert "never trained" not in text.partition("An AEGAN is")[0]
 
 
 def test_every_measured_metric_stands_there_with_its_explanation(page: str) -> None:
