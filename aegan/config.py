@@ -42,8 +42,8 @@ class PreprocessConfig:
     fit: Literal["crop", "pad"]  # centre-crop the longer side, or pad the shorter one
     max_pixels: int  # larger files are quarantined (decompression bombs)
     near_duplicate_distance: float  # root mean square difference [0, 255] below which two are one
-    validation_fraction: float
-    test_fraction: float
+    validation_fraction: float  # 0: none, the last checkpoint is chosen
+    test_fraction: float  # 0: none, nothing is measured on images that are new to the model
     rows_per_shard: int
     rows_per_row_group: int
 

@@ -213,8 +213,7 @@ def _warnings(config: PreprocessConfig, verdict: Verdict) -> list[str]:
     warnings = []
     for code, number in verdict.promoted.items():
         warnings.append(
-            f"chance gave the {SPLITS[code]} split {kept[code] - number} of the "
-            f"{LEAST_HELD_OUT[code]} images that it needs: {number} came from another split and "
+            f"the draw left too few {SPLITS[code]} images: {number} came from another split and "
             "may go back when the set grows"
         )
     if not config.validation_fraction:

@@ -178,7 +178,9 @@ def test_the_page_loads_nothing(page: str) -> None:
     assert policies[0].startswith("default-src 'none'; img-src data:;")
 
 
-def test_names_of_rejected_files_and_classes_are_text_and_nothing_else(page: str, project: Path) -> None:
+def test_names_of_rejected_files_and_classes_are_text_and_nothing_else(
+    page: str, project: Path
+) -> None:
     parsed = Parsed(page)
     for name in (*HOSTILE, "<b>dogs"):
         assert name in parsed.text
