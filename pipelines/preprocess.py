@@ -56,6 +56,7 @@ CONTACT_SHEET_IMAGES = 100
 LEAST_TRAINING_IMAGES = 4  # of which two can stand in for held-out ones
 UNLIKELY = 4.0  # standard deviations of a fair draw
 MUCH = 0.1  # of the images
+FEW = 8  # held-out images; evaluate compares no smaller sets
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,16 @@ def _warnings(config: PreprocessConfig, verdict: Verdict) -> list[str]:
         if not config.validation_fraction:
             stand_in = "training images: how the model does on new ones is not measured"
         warnings.append(f"preprocess.test_fraction is 0: evaluate and interpolate use {stand_in}")
+    if 0 < kept[splits.VALIDATION] < FEW:
+        warnings.append(
+            f"there are only {kept[splits.VALIDATION]} validation images: which checkpoint is "
+            "the best one is nearly chance"
+        )
+    if 0 < kept[splits.TEST] < FEW:
+        warnings.append(
+            f"there are only {kept[splits.TEST]} test images: evaluate measures reconstructions, "
+            f"and from {FEW} on also samples and latents"
+        )
     aside = int((verdict.fate == SET_ASIDE).sum())
     if aside > MUCH * (total + aside):
         warnings.append(
