@@ -172,9 +172,9 @@ def test_few_images_give_few_pairs_and_earlier_pictures_do_not_stay(tmp_path: Pa
     write_model(tmp_path / "model")
     write_shards(tmp_path / "shards", {"test": blocks(3)})
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/earlier.png").touch()
+    (tmp_path / "out/reconstructions.webp").touch()
     folder = draw(tmp_path)
-    assert not (folder / "earlier.png").exists()
+    assert not (folder / "reconstructions.webp").exists()
     assert len(tiles(folder / "real_to_real.png")) == 1
     assert len(tiles(folder / "mirror.png")) == 3
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from PIL import Image
 from aegan import dataset, manifold
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
 from pipelines import download as download_stage
+from pipelines import preprocess as preprocess_stage
 from pipelines.decode import decode_files, decode_snapshot
 from pipelines.download import download
 from pipelines.errors import UserError
@@ -420,6 +422,15 @@ def test_a_batch_larger_than_the_training_split_is_refused_with_the_setting_that
         run(raw, tmp_path, PROJECT_SPLITS, batch_size=32)
     assert not (tmp_path / "shards").exists()
     run(raw, tmp_path, PROJECT_SPLITS, batch_size=16)
+
+
+def test_the_stage_knows_the_batch_size_that_the_training_split_must_fill(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "images", blocks(33))
+    snapshot(folder, tmp_path / "artifacts")
+    shutil.copy("params.yaml", tmp_path)  # its training.batch_size is 32
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="training.batch_size is 32, but there are only"):
+        preprocess_stage.main()
 
 
 def test_a_set_of_one_picture_cannot_be_split_and_the_true_reason_is_said(tmp_path):

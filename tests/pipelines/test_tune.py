@@ -28,6 +28,7 @@ from aegan.config import (
 from pipelines import params, tracking, tune
 from pipelines.errors import UserError
 from pipelines.trial import OBJECTIVES, Task, Trial, judge, rounded, run_trial, shortened, train
+from tests.shards import write_shards
 from tests.tiny import PARAMS, tiny_config, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,6 +162,15 @@ def test_without_images_the_stage_says_what_to_run_first(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run `dvc repro preprocess` first"):
         tune.main()
     assert not Path("runs").exists()
+
+
+def test_without_a_validation_split_there_is_nothing_to_search_by(tmp_path, monkeypatch):
+    shutil.copy(PARAMS, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    images = np.zeros((40, 16, 16, 3), np.uint8)
+    write_shards(tune.SHARDS, {"train": images, "test": images[:2]})
+    with pytest.raises(UserError, match="no validation images.*preprocess.validation_fraction"):
+        tune.main()
 
 
 def test_the_searchs_name_changes_with_data_parameters_and_space_only():
