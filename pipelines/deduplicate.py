@@ -167,12 +167,12 @@ def _near_counts(search: NearDuplicates, images: Indices, among: Indices) -> Ind
 
 
 def _label(
-    fate: NDArray[np.int8], sources: pa.ChunkedArray, stated: pa.ChunkedArray | None
+    fate: NDArray[np.int8], sources: pa.ChunkedArray, stated: pa.ChunkedArray
 ) -> tuple[NDArray[np.int32], tuple[str, ...]]:
     """Position of each kept image's class among the names, or -1: as stated, else by folder."""
     kept = np.flatnonzero(fate < len(SPLITS))
     folders = pc.replace_substring_regex(sources, pattern="/?[^/]*$", replacement="")
-    if stated is None or stated.take(kept).null_count == len(kept):
+    if stated.take(kept).null_count == len(kept):
         stated = folders
     names = stated.combine_chunks().dictionary_encode()
     codes = names.indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -190,18 +190,17 @@ def _label(
 
 def _gather(
     parts: list[Path], thumbnails_file: Path
-) -> tuple[np.ndarray, Numbers, Numbers, Indices, pa.ChunkedArray, pa.ChunkedArray | None]:
-    """Ids, draws, turns, rows that are usable, sources and, where the source states them, labels.
+) -> tuple[np.ndarray, Numbers, Numbers, Indices, pa.ChunkedArray, pa.ChunkedArray]:
+    """Ids, draws, turns, rows that are usable, sources, and labels as far as the source states any.
 
     The thumbnails go to a file.
     """
     ids, draws, turns, usable, sources, labels = [], [], [], [], [], []
-    columns = ["source", "image_id", "draw", "turn", "thumbnail", "reason"]
-    if parts and "label" in pq.read_schema(parts[0]).names:
-        columns.append("label")
+    columns = ["source", "image_id", "draw", "turn", "thumbnail", "reason", "label"]
     with thumbnails_file.open("wb") as out:
         for part in progress(parts, "comparing", unit="parts", total=len(parts)):
-            table = pq.read_table(part, columns=columns)
+            there = pq.read_schema(part).names  # of a source with classes, some parts have none
+            table = pq.read_table(part, columns=[name for name in columns if name in there])
             out.write(b"".join(table.column("thumbnail").to_pylist()))
             # 128 bits of the hash tell any number of images apart, in half the memory.
             ids.append(np.array(table.column("image_id").to_pylist(), "S32"))
@@ -209,13 +208,13 @@ def _gather(
             turns.append(table.column("turn").to_numpy())
             usable.append(table.column("reason").is_null().to_numpy())
             sources.append(pa.array(table.column("source").to_pylist(), pa.string()))
-            if "label" in columns:
-                labels.append(pa.array(table.column("label").to_pylist(), pa.string()))
+            stated = table.column("label").to_pylist() if "label" in there else [None] * len(table)
+            labels.append(pa.array(stated, pa.string()))
     return (
         np.concatenate(ids),
         np.concatenate(draws),
         np.concatenate(turns),
         np.flatnonzero(np.concatenate(usable)),
         pa.chunked_array(sources),
-        pa.chunked_array(labels) if labels else None,
+        pa.chunked_array(labels),
     )

@@ -13,7 +13,7 @@ def folder_classes(folders: Sequence[str], *, images: int) -> list[str | None]:
     (`train/cats`), and a copy of the set within itself (`set/set/cats`), are looked through. One
     folder makes no classes, nor does a folder for nearly every image.
     """
-    paths = [folder.split("/") if folder else [] for folder in folders]
+    paths = [[name for name in folder.split("/") if name] for folder in folders]
     ends = zip(min(paths), max(paths), strict=False)  # what these share, all between them share
     shared = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], ends)]
     ignored = SPLIT_FOLDERS | {folder.lower() for folder in shared[-1:]}

@@ -26,6 +26,7 @@ from aegan.metrics import METRICS
 from pipelines import locks
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file
+from pipelines.names import shown
 from pipelines.web import without_secrets
 
 ARTIFACTS = Path("artifacts")
@@ -140,7 +141,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         "note": drawn["note"],
         "pictures": read_pictures(artifacts / "interpolate", drawn["pictures"]),
         "contact_sheet": embed(artifacts / "preprocess/contact_sheet.png", stage="preprocess"),
-        "classes": list(statistics["classes"].items())[:MAX_CLASSES],
+        "classes": [(shown(name), n) for name, n in statistics["classes"].items()][:MAX_CLASSES],
         "other_classes": max(0, len(statistics["classes"]) - MAX_CLASSES),
         "warnings": statistics["warnings"],
         "quarantine": read_quarantine(artifacts / "preprocess/quarantine.csv"),

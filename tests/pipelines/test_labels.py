@@ -14,6 +14,7 @@ from pipelines.labels import folder_classes
         (["set/cats", "set/dogs", "set/set/trucks"], ["cats", "dogs", "trucks"]),
         (["data", "data/data"], [None, None]),
         (["photos", "photos/more"], [None, None]),
+        (["/set/cats", "/set/dogs"], ["cats", "dogs"]),
         ([""], [None]),
     ],
 )

@@ -429,7 +429,7 @@ def test_the_stage_knows_the_batch_size_that_the_training_split_must_fill(tmp_pa
     snapshot(folder, tmp_path / "artifacts")
     shutil.copy("params.yaml", tmp_path)  # its training.batch_size is 32
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="training.batch_size is 32, but there are only"):
+    with pytest.raises(UserError, match=r"training.batch_size is 32, but there are only"):
         preprocess_stage.main()
 
 
@@ -508,12 +508,17 @@ def test_classes_that_a_source_states_count_more_than_folders(tmp_path):
     raw = snapshot(tmp_path / "images", tmp_path)
     file = raw / "files-00000.parquet"
     table = pq.read_table(file)
-    stated = ["ship", None, *["boat"] * 18]
-    pq.write_table(table.append_column("label", pa.array(stated, pa.string())), file)
+    stated = pa.array(["ship", None, *["boat"] * 13], pa.string())
+    other = file.with_name("files-00001.parquet")  # a later shard, in which no image has a class
+    pq.write_table(table.slice(0, 15).append_column("label", stated), file)
+    pq.write_table(table.slice(15), other)
     manifest = json.loads((raw / "manifest.json").read_text())
-    manifest["shards"][0]["bytes"] = file.stat().st_size
+    manifest["shards"] = [
+        {"file": path.name, "bytes": path.stat().st_size} for path in (file, other)
+    ]
     (raw / "manifest.json").write_text(json.dumps(manifest))
-    assert run(raw, tmp_path)["classes"] == {"boat": 18, "ship": 1}
+    assert run(raw, tmp_path)["classes"] == {"boat": 13, "ship": 1}
+    assert labels(tmp_path)["b/0009.png"] is None
     assert labels(tmp_path)["a/0001.png"] is None
 
 

@@ -169,7 +169,7 @@ def test_without_a_validation_split_there_is_nothing_to_search_by(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     images = np.zeros((40, 16, 16, 3), np.uint8)
     write_shards(tune.SHARDS, {"train": images, "test": images[:2]})
-    with pytest.raises(UserError, match="no validation images.*preprocess.validation_fraction"):
+    with pytest.raises(UserError, match=r"no validation images.*preprocess.validation_fraction"):
         tune.main()
 
 
