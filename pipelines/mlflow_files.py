@@ -29,7 +29,10 @@ def adopt(file: Path) -> None:
     if not file.exists():
         return
     with closing(sqlite3.connect(file)) as database, database:
+        known = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
         for table, column in PLACES:
+            if table not in known:  # a store that MLflow has not filled yet
+                continue
             rows = database.execute(f"SELECT DISTINCT {column} FROM {table}")
             for (place,) in rows.fetchall():
                 if place and (here := _moved(place, file.parent)):
