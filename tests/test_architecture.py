@@ -52,7 +52,9 @@ NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is know
     "aegan/file_kinds.py": "words for files that are no images",
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
     "pipelines/files.py": "how the finished folder comes into place",
+    "pipelines/serving.py": "pipelines/tracking.py registers it",
     "pipelines/storage.py": "how bytes travel",
+    "pipelines/tracking.py": "fetches weights to start from; their hash is in the run's name",
 }
 
 
