@@ -6,7 +6,7 @@ from torch import nn
 RAMP = 0.1  # the half-life never exceeds this share of the images shown, so early weights fade
 
 
-def ema_decay(batch_size: int, half_life_images: float, images_shown: float) -> float:
+def ema_decay(batch_size: int, half_life_images: float, images_shown: int) -> float:
     """Decay of one update after `batch_size` more images, `images_shown` before them."""
     half_life = min(half_life_images, RAMP * images_shown)
     return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0

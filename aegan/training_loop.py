@@ -151,8 +151,8 @@ def train(
             fresh = read_batch(2 * step + len(ROUND) - step % len(ROUND))
             state.log.add(update["encoder_generator"](*fresh))
 
-        # Update the averages; ones that a run started from are no early weights that should fade.
-        images_shown = step * options.batch_size if state.start is None else float("inf")
+        # Update the averages.
+        images_shown = step * options.batch_size
         decay = ema_decay(options.batch_size, options.ema_half_life_images, images_shown)
         update_ema(state.ema, state.model, decay)
         state.step += 1

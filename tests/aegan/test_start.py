@@ -101,19 +101,14 @@ def test_weights_and_averages_are_the_source_of_a_run_and_optimisers_start_fresh
     assert state["start"]["address"] == "models:/x/1"
 
 
-def test_the_loop_trains_on_from_a_source_and_every_checkpoint_names_it(
-    shards, tmp_path, model, trained
-):
+def test_the_loop_trains_on_from_a_source_and_every_checkpoint_names_it(shards, tmp_path, model):
     config = tiny_config(num_steps=1, start_from="models:/x/1")
     begun(model, config, shards, tmp_path)
     training_loop.train(config, shards=shards, run_folder=tmp_path, device=CPU)
     tensors, state = checkpoint.load(checkpoint.path_of(tmp_path / "checkpoints", 1))
     assert state["start"]["sha256"] == start.read(model, config, read_manifest(shards)).sha256
-    source, _ = checkpoint.load(trained)
-    # Averages go on from those of the source: one step moves them a little, not to the weights.
-    name = "generator.stem.weight"
-    before, now, weights = source[f"ema.{name}"], tensors[f"ema.{name}"], tensors[f"model.{name}"]
-    assert 0 < (now - before).norm() < 0.01 * (weights - before).norm()
+    assert state["step"] == 1
+    assert of(tensors, "optimizer.")
 
 
 def test_without_its_first_checkpoint_a_run_from_a_source_never_starts_at_random(shards, tmp_path):
