@@ -1,8 +1,9 @@
 """Checkpoints: a folder of named tensors and plain JSON, safe to load from anyone, whole or absent.
 
 checkpoints/step-00000500/state.safetensors   networks, averages, optimiser moments
-                          state.json          step, configuration, hash of the tensors
-checkpoints/scores.json                       how good each judged step is
+                          state.json          step, configuration, log, hashes of both files
+
+One checkpoint is all that a run needs to go on, and to be published.
 
 CheckpointError
 |-- ConfigChangedError    the run folder belongs to another configuration
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-TENSORS, STATE, SCORES = "state.safetensors", "state.json", "scores.json"
+TENSORS, STATE = "state.safetensors", "state.json"
 
 
 class CheckpointError(Exception):
@@ -33,36 +34,75 @@ class ConfigChangedError(CheckpointError):
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write one checkpoint aside, flush it to the disk, then rename it into place."""
-    final = folder / f"step-{step:08d}"
+    final = path_of(folder, step)
     aside = folder / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     aside.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
-    digest = sha256(aside / TENSORS)
-    (aside / STATE).write_text(json.dumps({**state, "step": step, "sha256": digest}, indent=1))
-    for file in (aside / TENSORS, aside / STATE, aside):
-        _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_tensors(contiguous, aside / TENSORS)
+        whole = {**state, "step": step, "sha256": sha256(aside / TENSORS)}
+        text = json.dumps({**whole, "state_sha256": _sha256_of_state(whole)}, indent=1)
+        (aside / STATE).write_text(text, encoding="utf-8")
+        for file in (aside / TENSORS, aside / STATE, aside):
+            _flush(file)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, room for saying so
+        raise
+    _remove(final)
     aside.rename(final)
     _flush(folder)
     return final
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file; a disk that refuses is an OSError, as with any other file."""
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        reason = re.search(r"os error (\d+)", str(error))
+        if reason is None:
+            raise
+        raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(file)) from None
+
+
 def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of one checkpoint, verified against its hash; raises CheckpointError."""
+    """Tensors and state of one checkpoint, verified against its hashes; raises CheckpointError."""
+    state = verify(checkpoint)
+    try:
+        return load_file(checkpoint / TENSORS), state
+    except SafetensorError as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The state of one checkpoint both of whose files are as written; raises CheckpointError."""
+    state = read_state(checkpoint)
+    try:
+        if sha256(checkpoint / TENSORS) != state["sha256"]:
+            raise ValueError(f"the hash of {TENSORS} is not the one recorded when it was written")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
+    return state
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state alone, without a look at the tensors; raises CheckpointError."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if sha256(checkpoint / TENSORS) != state["sha256"]:
-            raise SafetensorError("the hash differs from the one recorded when it was written")
-        return load_file(checkpoint / TENSORS), state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        cure = "delete this folder to go on from the checkpoint before it"
-        raise CheckpointError(f"{checkpoint} is damaged ({error}); {cure}") from error
+        if state["state_sha256"] != _sha256_of_state(state):
+            raise ValueError(f"{STATE} is not as it was written")
+    except (
+        *(FileNotFoundError, NotADirectoryError, IsADirectoryError),  # but not: no permission
+        *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    ) as error:
+        raise _damaged(checkpoint, error) from error
+    return state
 
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, ascending; a name without dot is a whole one."""
-    names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
+    names = [path.name for path in folder.glob("step-*") if path.is_dir()]
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
 
 
@@ -71,53 +111,43 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def latest(folder: Path, *, interval: int = 1) -> Path | None:
-    """The newest checkpoint, of those at multiples of `interval`, if there is one."""
-    found = [step for step in steps(folder) if step % interval == 0]
-    return path_of(folder, found[-1]) if found else None
+    """The newest sound checkpoint, of those at multiples of `interval`, if there is one.
 
-
-def best(folder: Path) -> tuple[int, float] | None:
-    """Step and score of the best checkpoint, the first of equals; raises CheckpointError."""
-    scores = _scores(folder)
-    step = min(scores, key=lambda step: (scores[step], step), default=None)
-    return None if step is None else (step, scores[step])
-
-
-def record_score(folder: Path, step: int, score: float) -> None:
-    """Remember how good a checkpoint is; lower is better."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SCORES, {**_scores(folder), step: score})
+    Damaged ones are passed over: training reaches their steps again. Raises CheckpointError if
+    there are no others.
+    """
+    problem: CheckpointError | None = None
+    for step in reversed([step for step in steps(folder) if step % interval == 0]):
+        path = path_of(folder, step)
+        try:
+            if verify(path)["step"] == step:
+                return path
+            raise CheckpointError(f"{path} is a checkpoint of another step")
+        except CheckpointError as error:
+            problem = problem or error
+    if problem is not None:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is sound ({problem}); put one back from a copy, or delete "
+            f"{folder.parent} to train anew"
+        )
+    return None
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Drop checkpoints and scores of steps that a run which goes on from `step` reaches again."""
+    """Drop checkpoints of steps that a run which goes on from `step` reaches again."""
     for later in steps(folder):
         if later > step:
-            shutil.rmtree(path_of(folder, later))
-    scores = _scores(folder)
-    kept = {scored: score for scored, score in scores.items() if scored <= step}
-    if kept != scores:
-        write_json(folder / SCORES, kept)
+            _remove(path_of(folder, later))
+    for half_written in folder.glob(".step-*.tmp"):
+        _remove(half_written)
 
 
-def prune(folder: Path, *, kept: int, interval: int) -> None:
+def prune(folder: Path, *, kept: int, interval: int, best: int | None) -> None:
     """Delete all but the newest one, the best one and the newest `kept` multiples of `interval`."""
     found = steps(folder)
-    marked = best(folder)
     regular = [step for step in found if step % interval == 0]
-    needed = {*found[-1:], *regular[-kept:], *([marked[0]] if marked else [])}
-    for step in set(found) - needed:
-        shutil.rmtree(path_of(folder, step))
-
-
-def _scores(folder: Path) -> dict[int, float]:
-    try:
-        text = (folder / SCORES).read_text(encoding="utf-8")
-        return {int(step): float(score) for step, score in json.loads(text).items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / SCORES} is damaged ({error}); delete it") from error
+    for step in set(found) - {*found[-1:], *regular[-kept:], best}:
+        _remove(path_of(folder, step))
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -151,6 +181,28 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
+
+
+def _damaged(checkpoint: Path, reason: Exception) -> CheckpointError:
+    text = str(reason)
+    if isinstance(reason, KeyError):
+        text = f"{STATE} lacks {reason.args[0]}"
+    if isinstance(reason, FileNotFoundError):
+        text = f"{Path(reason.filename).name} is missing"
+    return CheckpointError(f"{checkpoint} is damaged ({text})")
+
+
+def _remove(path: Path) -> None:
+    """A file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sha256_of_state(state: dict[str, Any]) -> str:
+    content = {key: value for key, value in state.items() if key != "state_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

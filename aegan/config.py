@@ -4,8 +4,8 @@
 Allowed values are declared as `Literal` types and checked there.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -76,7 +76,8 @@ class TrainingConfig:
     """The loop: what is optimised, for how long, how often it reports."""
 
     arm: Arm  # which terms of the objective are used
-    num_steps: int  # encoder/generator updates
+    num_steps: int  # encoder/generator updates; may be raised later
+    start_from: str  # a model folder, a checkpoint, models:/name@alias; empty: random weights
     batch_size: int  # over all workers
     update_rule: Literal["shared", "reference"]  # one batch for all updates, or the author's rounds
     precision: Precision  # of the networks' products; tf32 is float32 anywhere but on a GPU
@@ -98,11 +99,36 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that determines the weights; a checkpoint belongs to one such configuration."""
+    """Everything that determines the weights; a checkpoint belongs to one `identity` of it."""
 
     model: ModelConfig
     loss: LossConfig
     training: TrainingConfig
+
+
+# What says for how long a run goes on and how often it is looked at: no update depends on it, so it
+# may change while the run goes on. A schedule that depended on `num_steps` would end that.
+CHANGEABLE = frozenset(
+    {
+        "num_steps",
+        "log_interval_steps",
+        "sample_interval_steps",
+        "checkpoint_interval_steps",
+        "checkpoints_kept",
+        "max_rollbacks",
+    }
+)
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What determines the weights after any step, besides data and the weights started from.
+
+    Of those their content counts, not the address in `start_from`, where it may change.
+    """
+    sections = asdict(config)
+    for key in (*CHANGEABLE, "start_from"):
+        del sections["training"][key]
+    return sections
 
 
 @dataclass(frozen=True, kw_only=True)

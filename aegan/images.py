@@ -72,6 +72,16 @@ def save_png(image: np.ndarray | Tensor, path: str | os.PathLike[str], *, scale:
     aside.replace(path)
 
 
+def is_sound_png(path: Path) -> bool:
+    """Whether a file is there and a PNG as it was written; its pixels are not decoded."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError):  # whatever Pillow makes of a damaged file
+        return False
+    return True
+
+
 def enlarge(images: np.ndarray, *, size: int) -> np.ndarray:
     """uint8 [..., H, W, C] => [..., size, size, C], smoothly, for people to look at."""
     *batch, height, width, channels = images.shape

@@ -1,18 +1,17 @@
 """Everything a checkpoint holds: networks, averages, optimisers, and how far training is."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aegan import checkpoint
-from aegan.config import TrainConfig
+from aegan.config import TrainConfig, identity
 from aegan.losses import ARMS
 from aegan.networks import AEGAN
+from aegan.training_log import TrainingLog
 
 
 class TrainingState:
@@ -23,7 +22,8 @@ class TrainingState:
 
     def __init__(self, config: TrainConfig, manifest: dict[str, Any], device: torch.device) -> None:
         options, terms = config.training, ARMS[config.training.arm]
-        self._config = {**asdict(config), "dataset_sha256": manifest["dataset_sha256"]}
+        self._device = device
+        self._config = {**identity(config), "dataset_sha256": manifest["dataset_sha256"]}
         self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
         self._fit = manifest["fit"]
         encoder = options.arm != "gan"
@@ -68,6 +68,8 @@ class TrainingState:
         self.step = 0  # encoder/generator updates done
         self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
         self.seconds = 0.0  # of training
+        self.log = TrainingLog()
+        self.start: dict[str, Any] | None = None  # whose weights it began with, if not random ones
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this moment; see `aegan.checkpoint`."""
@@ -77,6 +79,8 @@ class TrainingState:
             "fit": self._fit,
             "attempt": self.attempt,
             "seconds": self.seconds,
+            "log": self.log.as_json(),
+            "start": self.start,
             "torch": torch.__version__,
         }
         return checkpoint.save(folder, self.step, self._tensors(), state)
@@ -101,6 +105,8 @@ class TrainingState:
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.attempt = int(state["step"]), int(state["attempt"])
         self.seconds = float(state["seconds"])
+        self.log = TrainingLog.from_json(state["log"], self._device)
+        self.start = state["start"]
 
     def is_finite(self) -> bool:
         """Whether every weight is a finite number."""
@@ -120,7 +126,7 @@ class TrainingState:
 def export_model(path: Path, folder: Path) -> dict[str, Any]:
     """Write a checkpoint's generator and encoder as a model that `aegan.load` reads.
 
-    Returns the model's description (config.json). Raises CheckpointError.
+    Returns the model's description (config.json). Raises CheckpointError, OSError.
     """
     tensors, state = checkpoint.load(path)
     used = {
@@ -144,7 +150,7 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {"model": folder / "weights.safetensors", "ema": folder / "ema.safetensors"}
     for name, file in files.items():
-        save_file(used[name], file)
+        checkpoint.save_tensors(used[name], file)
     description["sha256"] = {file.name: checkpoint.sha256(file) for file in files.values()}
     checkpoint.write_json(folder / "config.json", description)
     return description

@@ -4,8 +4,6 @@ Everything random in a step follows from (seed, attempt, step, rank), so the ste
 whole state of every random generator and of the reader: to resume, run the same command again.
 """
 
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan import checkpoint, distributed
+from aegan import checkpoint, distributed, training_log
+from aegan.checkpoint import CheckpointError
 from aegan.config import ConfigError, TrainConfig
 from aegan.dataset import load_images, read_manifest
 from aegan.ema import ema_decay, update_ema
 from aegan.graphs import Graphed
-from aegan.images import grid, save_png, to_float
-from aegan.losses import ARMS, Terms
+from aegan.images import grid, is_sound_png, save_png, to_float
+from aegan.losses import Terms
 from aegan.reader import resident_reader, streamed_reader
 from aegan.sampling import decode, random_latents, reconstruct
 from aegan.state import TrainingState
+from aegan.training_log import Row
 from aegan.updates import ROUND, Updates
-from aegan.validation import validate
+from aegan.validation import selected_by, validate
 
 VALIDATION_IMAGES = 512  # how many judge a checkpoint
 STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
@@ -62,14 +62,18 @@ def train(
 ) -> Outcome:
     """Train until `num_steps`, going on from the newest checkpoint in `run_folder` if there is one.
 
+    So a finished run with a larger `num_steps` goes on, as if that had been asked for at once.
+
     A worker's share of a batch goes through the networks in parts of `micro_batch_size` (0: whole).
     `cuda_graphs` needs a GPU and a single worker.
     The process group, if any, is up already. Rank 0 reads and writes `run_folder`: checkpoints,
     `metrics.jsonl`, sample pictures; the other ranks get the checkpoint from it. Every rank calls
-    `report` at every checkpoint and asks `should_stop` every few steps.
-    Raises ConfigError, CheckpointError, DivergedError.
+    `report` at every checkpoint and asks `should_stop` every few steps. A run whose log, pictures
+    or newest checkpoint were damaged is whole again at the end.
+    Raises ConfigError, CheckpointError, DivergedError, and OSError on every rank if rank 0 cannot
+    write.
     """
-    options, terms = config.training, ARMS[config.training.arm]
+    options = config.training
     manifest = read_manifest(shards)
     if options.batch_size < world_size:
         raise ConfigError(
@@ -110,15 +114,16 @@ def train(
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
-    checkpoints, log = run_folder / "checkpoints", run_folder / "metrics.jsonl"
+    checkpoints = run_folder / "checkpoints"
     newest = distributed.from_rank_0(lambda: _load_newest(checkpoints), device)
     if newest is not None:
         state.restore(*newest)
-    if rank == 0:
-        if newest is None:
-            state.save(checkpoints)
-        checkpoint.forget_after(checkpoints, state.step)
-        _forget_rows_after(log, state.step)
+    elif options.start_from:
+        raise CheckpointError(
+            f"{checkpoints} lacks step 0, which holds the weights of training.start_from "
+            "(aegan.start.begin writes it)"
+        )
+    distributed.from_rank_0(partial(_begin, state, config, run_folder, anew=newest is None), device)
 
     # Train.
     updates = Updates(
@@ -130,23 +135,21 @@ def train(
         compile_networks=compile_networks,
     )
     update = _update_functions(updates, cuda_graphs)
-    realism = "x_hat" in terms  # does the arm train samples, or reconstructions only?
-    selected_by = f"validation_{'frechet_distance' if realism else 'image_reconstruction'}"
-    losses = _LossLog()
     clock, clock_step = time.perf_counter(), state.step
+    speed = options.batch_size * state.step / state.seconds if state.seconds else 0.0
     while state.step < options.num_steps:
         step = state.step
         torch.manual_seed(_seed(options.seed, state.attempt, step, rank + 1))  # networks' noise
 
         # Update the networks.
         if options.update_rule == "shared":
-            losses.add(update["all"](*read_batch(step)))
+            state.log.add(update["all"](*read_batch(step)))
         else:  # the author's rule: rounds of updates, each on a fresh batch
             if step % len(ROUND) == 0:
                 for turn, kind in enumerate(ROUND):
-                    losses.add(update[kind](*read_batch(2 * step + turn)))
+                    state.log.add(update[kind](*read_batch(2 * step + turn)))
             fresh = read_batch(2 * step + len(ROUND) - step % len(ROUND))
-            losses.add(update["encoder_generator"](*fresh))
+            state.log.add(update["encoder_generator"](*fresh))
 
         # Update the averages.
         images_shown = step * options.batch_size
@@ -156,19 +159,20 @@ def train(
 
         # Every so often: look at the losses, save pictures, keep the state.
         last = state.step == options.num_steps
-        judge_due = last or state.step % options.checkpoint_interval_steps == 0
-        pictures_due = last or state.step % options.sample_interval_steps == 0
+        judge_due = state.step % options.checkpoint_interval_steps == 0
+        pictures_due = state.step % options.sample_interval_steps == 0
+        row_due = judge_due or pictures_due or state.step % options.log_interval_steps == 0
         stop = state.step % STOP_INTERVAL_STEPS == 0 and distributed.any_rank(should_stop(), device)
-        save_due = judge_due or stop
-        if not (save_due or pictures_due or state.step % options.log_interval_steps == 0):
+        if not (row_due or stop or last):
             continue
 
         # A non-finite loss or weight: go back to the last good checkpoint, draw other numbers.
-        row = losses.take_means()
-        good = all(np.isfinite(list(row.values()))) and (not save_due or state.is_finite())
+        means = state.log.means()
+        save_due = judge_due or stop or last
+        good = all(np.isfinite(list(means.values()))) and (not save_due or state.is_finite())
         if distributed.any_rank(not good, device):
-            if state.attempt == options.max_rollbacks:
-                raise DivergedError(_divergence_report(state, row))
+            if state.attempt >= options.max_rollbacks:
+                raise DivergedError(_divergence_report(state, means))
             attempt = state.attempt + 1
             # Not one of an early stop: where a run goes back to must not depend on stops.
             regular = distributed.from_rank_0(
@@ -178,39 +182,36 @@ def train(
             state.restore(*regular)
             state.attempt = attempt
             update = _update_functions(updates, cuda_graphs)
-            if rank == 0:
-                checkpoint.forget_after(checkpoints, state.step)
-                _forget_rows_after(log, state.step)
+            distributed.from_rank_0(partial(_begin, state, config, run_folder), device)
             clock, clock_step = time.perf_counter(), state.step
             continue
 
         elapsed = time.perf_counter() - clock
         speed = (state.step - clock_step) * options.batch_size / elapsed
         state.seconds += elapsed
+        row = _row(state, speed, means)
+        if row_due:
+            state.log.append(row)
+        keep = partial(
+            _keep,
+            *(state, row, config, run_folder, validation),
+            judge=judge_due,
+            pictures=pictures_due and not last,  # of the end, see below
+            log=row_due,
+            save=save_due and not last,
+        )
+        row = distributed.from_rank_0(keep, device)
         clock, clock_step = time.perf_counter(), state.step
-        if rank == 0:
-            if pictures_due:
-                _save_pictures(state, validation, run_folder / "samples")
-            # But not an early stop: the best one must not depend on stops.
-            if judge_due and len(validation):
-                scores = validate(state.ema, validation, seed=options.seed)
-                checkpoint.record_score(checkpoints, state.step, scores[selected_by])
-                row |= scores
-            state.seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-            timing = {"seconds": state.seconds, "images_per_second": speed}
-            _append(log, {"step": state.step, "time": time.time(), **timing, **row})
-            if save_due:
-                state.save(checkpoints)
-                checkpoint.prune(
-                    checkpoints,
-                    kept=options.checkpoints_kept,
-                    interval=options.checkpoint_interval_steps,
-                )
-        if save_due:
-            report({"step": state.step, "images_per_second": speed, **row})
+        if save_due and not last:
+            report(_reported(row))
         if stop and not last:
             return Outcome(finished=False, step=state.step)
+
+    # The end: a row, a score and pictures, due or not; only a run that goes on forgets them.
+    end = partial(_end, state, config, run_folder, validation, speed)
+    ending = distributed.from_rank_0(end, device)
+    if ending is not None:
+        report(_reported(ending))
     return Outcome(finished=True, step=state.step)
 
 
@@ -228,35 +229,101 @@ def _update_functions(
     }
 
 
-class _LossLog:
-    """Means of the loss terms since they were last taken, kept on the device: no hidden waiting.
-
-    A non-finite loss stays visible in the mean.
-    """
-
-    def __init__(self) -> None:
-        self._sums: Terms = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, values: Terms) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def take_means(self) -> dict[str, float]:
-        sums = torch.stack([value.float() for value in self._sums.values()]).tolist()
-        means = {
-            name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)
-        }
-        self._sums, self._counts = {}, {}
-        return means
-
-
 def _load_newest(
     checkpoints: Path, interval: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    newest = checkpoint.latest(checkpoints, interval=interval)
+    """The newest one at a multiple of `interval`; any if the interval was another one before."""
+    newest = checkpoint.latest(checkpoints, interval=interval) or checkpoint.latest(checkpoints)
     return None if newest is None else checkpoint.load(newest)
+
+
+# -- what rank 0 does to the run folder; each raises OSError --------------------------------------
+
+
+def _begin(
+    state: TrainingState, config: TrainConfig, run_folder: Path, *, anew: bool = False
+) -> None:
+    """Make the folder that of a run at this step, whatever was there beyond it."""
+    checkpoints = run_folder / "checkpoints"
+    if anew:
+        state.save(checkpoints)
+    checkpoint.forget_after(checkpoints, state.step)
+    if state.step < config.training.num_steps:
+        state.log.ending = None
+    training_log.write(run_folder / "metrics.jsonl", training_log.all_rows(state.log.as_json()))
+
+
+def _keep(
+    state: TrainingState,
+    row: Row,
+    config: TrainConfig,
+    run_folder: Path,
+    validation: Tensor,
+    *,
+    judge: bool,
+    pictures: bool,
+    log: bool,
+    save: bool,
+) -> Row:
+    """Keep what is due at this moment; returns the row, to which scores were added."""
+    clock = time.perf_counter()
+    if pictures:
+        _save_pictures(state, validation, run_folder)
+    if judge and len(validation):  # but not an early stop: the best one must not depend on stops
+        row |= validate(state.ema, validation, seed=config.training.seed)
+    state.seconds += time.perf_counter() - clock
+    row["seconds"] = state.seconds
+    if log:
+        training_log.append(run_folder / "metrics.jsonl", row)
+    if save:
+        _save(state, config, run_folder)
+    return row
+
+
+def _end(
+    state: TrainingState, config: TrainConfig, run_folder: Path, validation: Tensor, speed: float
+) -> Row | None:
+    """Complete a finished run; returns its last row, or None if it was complete already."""
+    log = state.log
+    if log.ending is not None and all(map(is_sound_png, _pictures(state, validation, run_folder))):
+        return None
+    _save_pictures(state, validation, run_folder)
+    if log.ending is None:
+        logged = bool(log.rows) and log.rows[-1]["step"] == state.step
+        row = dict(log.rows[-1]) if logged else _row(state, speed, log.means())
+        if selected_by(config.training.arm) not in row and len(validation):
+            row |= validate(state.ema, validation, seed=config.training.seed)
+        log.ending = row
+        _save(state, config, run_folder)
+        training_log.write(run_folder / "metrics.jsonl", training_log.all_rows(log.as_json()))
+    return log.ending
+
+
+def _save(state: TrainingState, config: TrainConfig, run_folder: Path) -> None:
+    options, checkpoints = config.training, run_folder / "checkpoints"
+    state.save(checkpoints)
+    checkpoint.prune(
+        checkpoints,
+        kept=options.checkpoints_kept,
+        interval=options.checkpoint_interval_steps,
+        best=training_log.best_step(state.log.rows, selected_by(options.arm)),
+    )
+
+
+def _row(state: TrainingState, speed: float, means: Row) -> Row:
+    timing = {"time": time.time(), "seconds": state.seconds, "images_per_second": speed}
+    return {"step": state.step, **timing, **means}
+
+
+def _reported(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in ("time", "seconds")}
+
+
+def _pictures(state: TrainingState, validation: Tensor, run_folder: Path) -> list[Path]:
+    """The files of this step's pictures."""
+    reconstructed = state.ema.encoder is not None and len(validation) > 0
+    kinds = ["samples"] + ["reconstructions"] * reconstructed
+    return [run_folder / "samples" / f"step-{state.step:08d}-{kind}.png" for kind in kinds]
 
 
 def _seed(*key: int) -> int:
@@ -264,38 +331,15 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _save_pictures(state: TrainingState, validation: Tensor, folder: Path) -> None:
+def _save_pictures(state: TrainingState, validation: Tensor, run_folder: Path) -> None:
     """8x8 grids: fixed prior draws; validation images, if any, beside their reconstructions."""
-    name = f"step-{state.step:08d}"
+    samples, *reconstructions = _pictures(state, validation, run_folder)
     latents = random_latents(64, state.model.latent_dim, seed=0)
-    save_png(grid(decode(state.ema, latents).numpy(), columns=8), folder / f"{name}-samples.png")
-    if state.ema.encoder is not None and len(validation):
+    save_png(grid(decode(state.ema, latents).numpy(), columns=8), samples)
+    for file in reconstructions:
         real = validation[:32]
         pairs = torch.stack([real, reconstruct(state.ema, real)], dim=1).flatten(0, 1)
-        save_png(grid(pairs.numpy(), columns=8), folder / f"{name}-reconstructions.png")
-
-
-def _append(log: Path, row: dict[str, float]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # a row must not be lost when its checkpoint is not
-
-
-def _forget_rows_after(log: Path, step: int) -> None:
-    """Drop what a run that was cut off logged beyond the checkpoint it goes on from."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
-    aside = log.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    aside.replace(log)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:  # cut off in the middle of a line
-        return float("inf")
+        save_png(grid(pairs.numpy(), columns=8), file)
 
 
 def _divergence_report(state: TrainingState, row: dict[str, float]) -> str:

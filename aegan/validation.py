@@ -2,10 +2,18 @@
 
 from torch import Tensor
 
+from aegan.config import Arm
+from aegan.losses import ARMS
 from aegan.metrics.features import extract, random_features
 from aegan.metrics.frechet import frechet_distance
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
+
+
+def selected_by(arm: Arm) -> str:
+    """The score that chooses the best checkpoint: of samples, if the arm trains them at all."""
+    realism = "x_hat" in ARMS[arm]
+    return f"validation_{'frechet_distance' if realism else 'image_reconstruction'}"
 
 
 def validate(model: AEGAN, images: Tensor, *, seed: int) -> dict[str, float]:

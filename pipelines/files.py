@@ -88,5 +88,8 @@ def clear_disk_errors(place: Path) -> Iterator[None]:
             ) from None
         if error.errno in _NO_PERMISSION:
             where = error.filename or place
-            raise UserError(f"not allowed to write {where}: check its owner and mode") from None
+            raise UserError(
+                f"not allowed to write {where}: check its owner and mode, and that its disk is "
+                "not mounted read-only"
+            ) from None
         raise

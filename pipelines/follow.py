@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class _View:
         now = time.monotonic()
         if now - self._last_system > SYSTEM_INTERVAL_SECONDS:
             self._last_system = now
-            _record_system(self._system)
+            with suppress(OSError):  # a full disk: for the workers to say
+                _record_system(self._system)
         row = self._rows.newest()
         if row is None:
             return

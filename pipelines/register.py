@@ -69,6 +69,8 @@ def collect() -> tracking.Record:
         "model_sha256": hash_files([MODEL]),
         "dataset_sha256": run["dataset_sha256"],
     }
+    if start := run.get("start"):
+        identity |= {"start_from": start["address"], "start_sha256": start["sha256"]}
     code = [Path(aegan.__file__).parent, tracking.SERVING_SCRIPT]
     settings = {**params.read(), **run["params"]}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]

@@ -4,8 +4,7 @@
     driver.json               which driver the run belongs to, and whether it asks to stop
     progress.json             the newest row of metrics.jsonl, for the driver to show
     outcome.json              how the run ended
-    metrics.jsonl  samples/   as in the run folder
-    checkpoints/scores.json
+    run.json  metrics.jsonl  samples/   as in the run folder
     checkpoints/step-00000500/<sha256 of the tensors>.safetensors
                               state.json, written last: it names the tensors by their hash
 
@@ -28,7 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aegan import checkpoint
+from aegan import checkpoint, training_log
+from aegan.checkpoint import CheckpointError
 from pipelines.errors import UserError
 from pipelines.storage import (
     StorageError,
@@ -42,8 +42,7 @@ from pipelines.storage import (
 )
 
 POLL_SECONDS = 2.0
-CHECKPOINTS, LOG, SAMPLES = "checkpoints", "metrics.jsonl", "samples"
-SCORES = f"{CHECKPOINTS}/{checkpoint.SCORES}"
+CHECKPOINTS, LOG, SAMPLES, FACTS = "checkpoints", "metrics.jsonl", "samples", "run.json"
 DRIVER, PROGRESS, OUTCOME, STOP = "driver.json", "progress.json", "outcome.json", "stop"
 OUTBOX = "outbox"  # in the run folder: what is on its way into the store
 
@@ -56,6 +55,7 @@ class RunStore:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._names: set[str] = set()  # of its objects, as far as known
+        self._states: dict[int, str] = {}  # hashes of the checkpoints' states, as far as known
 
     def look(self) -> None:
         """Ask the bucket what is there."""
@@ -66,10 +66,14 @@ class RunStore:
         """The steps that have a whole checkpoint, ascending."""
         return [step for step in self._all_steps() if _state_of(step) in self._names]
 
-    def read(self, name: str) -> Any:
-        """The value of a JSON object; None if there is none."""
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; None if there is none, or a damaged one."""
         content = read_object_if_any(f"{self.url}/{name}")
-        return None if content is None else json.loads(content)
+        try:
+            value = None if content is None else json.loads(content)
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
 
     def write(self, name: str, value: Any) -> None:
         write_object(f"{self.url}/{name}", json.dumps(value).encode())
@@ -78,27 +82,34 @@ class RunStore:
         """Bring store and run folder to the same state: that of the newer checkpoint."""
         shutil.rmtree(folder / OUTBOX, ignore_errors=True)
         self.look()
-        local, stored = checkpoint.steps(folder / CHECKPOINTS), self.steps()
-        if local and local[-1] > max(stored, default=-1):
-            self.send(self.pack(folder), local)
+        local, stored = sound_step(folder), self.steps()
+        if local > max(stored, default=-1):
+            checkpoint.forget_after(folder / CHECKPOINTS, local)  # damaged ones
+            self.send(self.pack(folder), checkpoint.steps(folder / CHECKPOINTS))
         elif stored:
             self.fetch(folder)
 
     def fetch(self, folder: Path) -> None:
-        """Make the run folder what is stored: its whole checkpoints, scores, log and pictures."""
+        """Make the run folder what is stored: its whole checkpoints, its facts and pictures.
+
+        A stored checkpoint that turns out to be damaged is deleted.
+        """
         checkpoints = folder / CHECKPOINTS
         shutil.rmtree(checkpoints / ".fetched", ignore_errors=True)
         for step in {*checkpoint.steps(checkpoints), *self.steps()}:
             final = checkpoint.path_of(checkpoints, step)
-            if not final.exists() or not self._is_stored(final):
+            if not (_is_sound(final) and self._is_stored(final)):
                 shutil.rmtree(final, ignore_errors=True)
                 if step in self.steps():
                     self._fetch_checkpoint(step, checkpoints / ".fetched", final)
         for name in sorted(self._names):
-            file = folder / name
-            picture = name.startswith(f"{SAMPLES}/")
-            if name in (LOG, SCORES) or (picture and not file.exists()):
-                self._download(name, file)
+            wanted = name == FACTS or name.startswith(f"{SAMPLES}/")
+            if wanted and not (folder / name).exists():
+                self._download(name, folder / name)
+
+    def discard(self, name: str) -> None:
+        """Delete an object, to be uploaded anew."""
+        self._delete({name})
 
     def pack(self, folder: Path) -> Path:
         """Set aside what the store lacks, as it is now: files stay there when they are pruned."""
@@ -107,25 +118,25 @@ class RunStore:
         (outbox / CHECKPOINTS).mkdir(parents=True)
         for step in checkpoint.steps(folder / CHECKPOINTS):
             path = checkpoint.path_of(folder / CHECKPOINTS, step)
-            if not self._is_stored(path):
+            if _has_state(path) and not self._is_stored(path):
                 shutil.copytree(path, outbox / CHECKPOINTS / path.name, copy_function=os.link)
         pictures = (folder / SAMPLES).glob("*.png")
-        names = [LOG, SCORES, *(f"{SAMPLES}/{picture.name}" for picture in pictures)]
-        for name in names:
-            if (folder / name).exists() and (name in (LOG, SCORES) or name not in self._names):
+        for name in [LOG, *(f"{SAMPLES}/{picture.name}" for picture in pictures)]:
+            if (folder / name).exists() and (name == LOG or name not in self._names):
                 (outbox / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, outbox / name)
         return outbox
 
     def send(self, outbox: Path, kept: list[int]) -> None:
         """Upload what was packed, a checkpoint's state last; then delete those not in `kept`."""
-        for name in (LOG, SCORES, *(f"{SAMPLES}/{path.name}" for path in _files(outbox / SAMPLES))):
+        for name in (LOG, *(f"{SAMPLES}/{path.name}" for path in _files(outbox / SAMPLES))):
             if (outbox / name).exists():
                 self._upload(outbox / name, name)
         for step in checkpoint.steps(outbox / CHECKPOINTS):
             path = checkpoint.path_of(outbox / CHECKPOINTS, step)
             self._upload(path / checkpoint.TENSORS, _tensors_of(path))
             self._upload(path / checkpoint.STATE, _state_of(step))
+            self._states[step] = checkpoint.read_state(path)["state_sha256"]
             self._delete(self._names_at(step) - {_tensors_of(path), _state_of(step)})
         for step in set(self._all_steps()) - set(kept):
             self._delete({_state_of(step)})  # first: a checkpoint without it does not count
@@ -134,21 +145,29 @@ class RunStore:
 
     def _is_stored(self, path: Path) -> bool:
         """Whether this very checkpoint, and no other of its step, is in the store."""
-        step = int(path.name[5:])
-        return self._names_at(step) == {_tensors_of(path), _state_of(step)}
+        state, step = checkpoint.read_state(path), int(path.name[5:])
+        if self._names_at(step) != {_tensors_of(path), _state_of(step)}:
+            return False
+        if step not in self._states:
+            stored = patiently(partial(self.read, _state_of(step))) or {}
+            self._states[step] = str(stored.get("state_sha256"))
+        return bool(self._states[step] == state["state_sha256"])
 
     def _fetch_checkpoint(self, step: int, aside: Path, final: Path) -> None:
         aside.mkdir(parents=True)
-        self._download(_state_of(step), aside / checkpoint.STATE)
         try:
+            self._download(_state_of(step), aside / checkpoint.STATE)
+            checkpoint.read_state(aside)
             self._download(_tensors_of(aside), aside / checkpoint.TENSORS)
-            checkpoint.load(aside)
-        except (StorageError, checkpoint.CheckpointError) as error:
+            checkpoint.verify(aside)
+        except (StorageError, CheckpointError) as error:
             if isinstance(error, StorageError) and error.code not in ("NoSuchKey", "404"):
                 raise
             log.warning("checkpoint %d in %s is left out: %s", step, self.url, error)
             shutil.rmtree(aside)
+            self._delete({_state_of(step)})
         else:
+            self._states[step] = checkpoint.read_state(aside)["state_sha256"]
             aside.rename(final)
 
     def _download(self, name: str, file: Path) -> None:
@@ -226,15 +245,15 @@ class Uploader:
 
     def _watch(self) -> None:
         """Progress out, a request to stop in; what fails here is tried again, and harms nothing."""
-        shown = None
+        shown: dict[str, Any] | None = None
         while not self._closed.wait(POLL_SECONDS):
             try:
                 if check_driver(self._store, self._driver)["stop"]:
                     self._stop.set()
-                row = _last_row(self._folder / LOG)
-                if row != shown:
-                    self._store.write(PROGRESS, row)
-                    shown = row
+                rows = training_log.read(self._folder / LOG)
+                if rows and rows[-1] != shown:
+                    self._store.write(PROGRESS, rows[-1])
+                    shown = rows[-1]
             except StorageError as error:
                 log.warning("progress is not shown: %s", error)
             except UserError:  # another driver took over: what the next upload will say
@@ -282,7 +301,7 @@ def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]
                 outcome = store.read(OUTCOME)
                 if outcome is not None and outcome["driver"] == driver:
                     checkpoint.write_json(folder / OUTCOME, outcome)
-            except StorageError as error:
+            except (OSError, StorageError) as error:
                 log.warning("progress is not shown: %s", error)
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
@@ -292,6 +311,31 @@ def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]
     finally:
         ended.set()
         thread.join(timeout=POLL_SECONDS)
+
+
+def sound_step(folder: Path) -> int:
+    """The step of a run folder's newest sound checkpoint; -1 without one."""
+    try:
+        newest = checkpoint.latest(folder / CHECKPOINTS)
+    except CheckpointError:
+        return -1
+    return -1 if newest is None else int(newest.name[5:])
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        checkpoint.verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _has_state(path: Path) -> bool:
+    try:
+        checkpoint.read_state(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _folder_of(step: int) -> str:
@@ -304,15 +348,9 @@ def _state_of(step: int) -> str:
 
 def _tensors_of(path: Path) -> str:
     """The stored name of a local checkpoint's tensors."""
-    state = json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
+    state = checkpoint.read_state(path)
     return f"{_folder_of(int(state['step']))}/{state['sha256']}.safetensors"
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
-
-
-def _last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a JSON-lines file."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return dict(json.loads(lines[-1])) if lines else None

@@ -168,11 +168,20 @@ def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan
     Raises UserError.
     """
     with _readable_errors(), TemporaryDirectory() as folder:
-        if not str(uri).startswith(("models:/", "runs:/")):
-            return aegan.load(uri, weights=weights)
-        artifacts = _import_mlflow(writing=False).artifacts
-        path = artifacts.download_artifacts(f"{uri}/artifacts/model", dst_path=folder)
+        path = fetch_model(str(uri), Path(folder)) if is_address(str(uri)) else uri
         return aegan.load(path, weights=weights)
+
+
+def is_address(uri: str) -> bool:
+    """Whether a model's address is one of MLflow."""
+    return uri.startswith(("models:/", "runs:/"))
+
+
+def fetch_model(uri: str, folder: Path) -> Path:
+    """Download the model folder of `models:/aegan@candidate` below a folder; raises UserError."""
+    with _readable_errors():
+        artifacts = _import_mlflow(writing=False).artifacts
+        return Path(artifacts.download_artifacts(f"{uri}/artifacts/model", dst_path=str(folder)))
 
 
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:

@@ -1,24 +1,23 @@
 """Stage `train`: run the training loop under Ray Train and publish the best checkpoint's model.
 
 Works in runs/<name>/, where the name is a hash of data, parameters and code: the same command
-resumes, a changed one starts afresh. With `compute.storage: s3://...` the run lives in the bucket
-and comes into that folder at the end. See docs/architecture.md, docs/cluster.md.
+resumes, one with a larger num_steps goes on, a changed one starts afresh. With
+`compute.storage: s3://...` the run lives in the bucket and comes into that folder at the end.
+See docs/architecture.md, docs/cluster.md, docs/training.md.
 """
 
 import ast
-import csv
 import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,29 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aegan import checkpoint
-from aegan.config import ComputeConfig, TrainConfig
+from aegan.checkpoint import CheckpointError
+from aegan.config import ComputeConfig, TrainConfig, identity
 from aegan.dataset import read_manifest
+from aegan.start import Start, begin, record
 from pipelines import locks, params
 from pipelines.cluster import ray_session, shipped_environment, uses_gpu
 from pipelines.errors import UserError, run_stage
-from pipelines.files import new_folder
+from pipelines.files import clear_disk_errors
 from pipelines.follow import follow
-from pipelines.outputs import FOLDERS, SHARDS, TRAIN
-from pipelines.run_store import CHECKPOINTS, LOG, OUTCOME, STOP, RunStore, claim, shown_progress
+from pipelines.outputs import SHARDS, TRAIN
+from pipelines.run_folder import is_complete, keep_facts, publish, write_log
+from pipelines.run_store import (
+    CHECKPOINTS,
+    FACTS,
+    OUTCOME,
+    STOP,
+    RunStore,
+    claim,
+    shown_progress,
+    sound_step,
+)
 from pipelines.shard_store import send_shards
+from pipelines.start_from import read_start
 from pipelines.storage import is_s3
 
 RUNS = Path("runs")
@@ -54,7 +66,9 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "networks.py",
     "reader.py",
     "sampling.py",
+    "start.py",
     "state.py",
+    "training_log.py",
     "training_loop.py",
     "updates.py",
     "validation.py",
@@ -79,23 +93,39 @@ def main() -> None:
         raise KeyboardInterrupt
 
 
-def train(config: TrainConfig, compute: ComputeConfig, *, shards: Path, runs: Path) -> Path:
+def train(
+    config: TrainConfig,
+    compute: ComputeConfig,
+    *,
+    shards: Path,
+    runs: Path,
+    run_workers: Callable[..., dict[str, Any]] | None = None,
+) -> Path:
     """Train to the end and return the run's folder; an interrupted run is resumed.
 
-    Raises UserError; KeyboardInterrupt after a checkpoint was saved.
+    `run_workers` stands in for Ray. Raises UserError; KeyboardInterrupt after a checkpoint was
+    saved.
     """
     _check(config, compute)
     if not (shards / "manifest.json").exists():
         raise UserError(f"{shards} has no images: run `dvc repro preprocess` first")
     manifest = read_manifest(shards)
-    run_folder = (runs / run_name(config, manifest["dataset_sha256"])).resolve()
-    run_folder.mkdir(parents=True, exist_ok=True)
+    start = read_start(config, manifest, output=TRAIN)
+    name = run_name(config, manifest["dataset_sha256"], start_sha256=start.sha256 if start else "")
+    run_folder = (runs / name).resolve()
     try:
-        with FileLock(run_folder / "driver.lock", timeout=0):
-            _clear(run_folder)
-            _train(config, compute, manifest, shards=shards.resolve(), run_folder=run_folder)
+        with clear_disk_errors(run_folder):
+            run_folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(run_folder / "driver.lock", timeout=0):
+                _clear(run_folder)
+                _train(
+                    *(config, compute, manifest, start, shards.resolve(), run_folder),
+                    run_workers=run_workers or _run,
+                )
     except Timeout:
         raise UserError(f"another training works in {run_folder}: wait for it or end it") from None
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
     return run_folder
 
 
@@ -103,37 +133,48 @@ def _train(
     config: TrainConfig,
     compute: ComputeConfig,
     manifest: dict[str, Any],
-    *,
+    start: Start | None,
     shards: Path,
     run_folder: Path,
+    *,
+    run_workers: Callable[..., dict[str, Any]],
 ) -> None:
+    num_steps = config.training.num_steps
     store = _open_store(compute.storage, shards=shards, run_folder=run_folder)
-    done = store.steps() if store else checkpoint.steps(run_folder / CHECKPOINTS)
-    if done and done[-1] == config.training.num_steps:
+    if store and max(store.steps(), default=-1) >= num_steps:  # finished elsewhere
+        store.fetch(run_folder)
+    done = _step_to_go_on_from(run_folder, store)
+    facts = _facts(config, compute, manifest, start, run_folder.name)
+    if done is not None and done > num_steps:
+        raise UserError(
+            f"training.num_steps is {num_steps}, but {run_folder} was trained for {done} steps "
+            f"already: set it to {done} or more, or take another training.seed for a run of its "
+            "own, or delete that folder to train anew"
+            + (f" (with everything below {store.url})" if store else "")
+        )
+    if done == num_steps and is_complete(run_folder, config, store):
         log.info("run %s is complete already", run_folder.name)
-        if store:
-            store.fetch(run_folder)
+        keep_facts(facts, run_folder, store)
         return
-    if done:
-        log.info("resuming at step %d of run %s", done[-1], run_folder.name)
+    if done == num_steps:
+        log.info("run %s is trained, but lacks a last piece: making it anew", run_folder.name)
+        keep_facts(facts, run_folder, store)
     else:
-        images, arm = manifest["splits"]["train"]["rows"], config.training.arm
-        log.info("starting run %s: %d images, arm %s", run_folder.name, images, arm)
-    facts = {
-        "run_name": run_folder.name,
-        "dataset_sha256": manifest["dataset_sha256"],
-        "code_sha256": code_sha256(),
-        "params": params.as_dict(config.model, config.loss, config.training, compute),
-        "world_size": compute.num_workers,
-        "git_commit": _git_commit(),
-        "versions": {package: version(package) for package in ("torch", "ray", "numpy")},
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-    }
-    checkpoint.write_json(run_folder / "run.json", facts)
+        if done is not None:
+            log.info("resuming at step %d of run %s", done, run_folder.name)
+        else:
+            images, arm = manifest["splits"]["train"]["rows"], config.training.arm
+            log.info("starting run %s: %d images, arm %s", run_folder.name, images, arm)
+            if start is not None:
+                _begin(start, config, manifest, run_folder, store)
+        checkpoint.write_json(run_folder / FACTS, facts)
+        if store:
+            store.write(FACTS, facts)
     reached = -1
     while True:
-        outcome = _run(config, compute, facts, shards=shards, run_folder=run_folder, store=store)
+        outcome = run_workers(
+            config, compute, facts, shards=shards, run_folder=run_folder, store=store
+        )
         if "error" in outcome:
             raise UserError(outcome["error"])
         if outcome["finished"]:
@@ -148,6 +189,61 @@ def _train(
     if store:
         store.look()
         store.fetch(run_folder)
+        write_log(run_folder)
+
+
+def _facts(
+    config: TrainConfig,
+    compute: ComputeConfig,
+    manifest: dict[str, Any],
+    start: Start | None,
+    name: str,
+) -> dict[str, Any]:
+    """What is known of a run before it is trained: run.json."""
+    return {
+        "run_name": name,
+        "dataset_sha256": manifest["dataset_sha256"],
+        "code_sha256": code_sha256(),
+        "params": params.as_dict(config.model, config.loss, config.training, compute),
+        "start": record(start, config.training.start_from) if start else None,
+        "world_size": compute.num_workers,
+        "git_commit": _git_commit(),
+        "versions": {package: version(package) for package in ("torch", "ray", "numpy")},
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+    }
+
+
+def _begin(
+    start: Start,
+    config: TrainConfig,
+    manifest: dict[str, Any],
+    run_folder: Path,
+    store: RunStore | None,
+) -> None:
+    """Put the weights to start from where the workers find them: into the checkpoint of step 0."""
+    address = config.training.start_from
+    begin(start, config, manifest, run_folder, address=address)
+    taken = ", ".join(name.replace("_", " ") for name in start.networks)
+    log.info("starting from %s (sha256 %s): its %s", address, start.sha256[:12], taken)
+    if not any("discriminator" in name for name in start.networks):
+        log.info("a model has no discriminators (a checkpoint has): they start from random weights")
+    if store:
+        store.exchange(run_folder)
+
+
+def _step_to_go_on_from(run_folder: Path, store: RunStore | None) -> int | None:
+    """The newest step that a sound checkpoint has, here or in the store; None for a new run."""
+    checkpoints, stored = run_folder / CHECKPOINTS, store.steps() if store else []
+    newest = max(sound_step(run_folder), *stored, -1)
+    if newest == -1:
+        checkpoint.latest(checkpoints)  # raises if there are damaged ones
+        return None
+    for step in checkpoint.steps(checkpoints):
+        if step > newest:
+            path = checkpoint.path_of(checkpoints, step)
+            log.warning("%s is damaged: going on from step %d", path, newest)
+    return newest
 
 
 def _open_store(storage: str, *, shards: Path, run_folder: Path) -> RunStore | None:
@@ -157,8 +253,7 @@ def _open_store(storage: str, *, shards: Path, run_folder: Path) -> RunStore | N
     send_shards(shards, storage)
     store = RunStore(f"{storage.rstrip('/')}/runs/{run_folder.name}")
     store.look()
-    local = checkpoint.steps(run_folder / CHECKPOINTS)
-    if local and local[-1] > max(store.steps(), default=-1):  # trained here before
+    if sound_step(run_folder) > max(store.steps(), default=-1):  # trained here before
         store.exchange(run_folder)
     return store
 
@@ -209,9 +304,12 @@ def _check(config: TrainConfig, compute: ComputeConfig) -> None:
         )
 
 
-def run_name(config: TrainConfig, dataset_sha256: str) -> str:
-    """A name that changes with data, parameters, code and PyTorch, and with nothing else."""
-    content = [asdict(config), dataset_sha256, code_sha256(), version("torch")]
+def run_name(config: TrainConfig, dataset_sha256: str, *, start_sha256: str = "") -> str:
+    """A name that changes with what determines the weights after any step, and nothing else.
+
+    That is data, parameters, code, PyTorch, and the weights started from; not how many steps.
+    """
+    content = [identity(config), dataset_sha256, start_sha256, code_sha256(), version("torch")]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{config.training.arm}-{digest[:12]}"
 
@@ -338,52 +436,6 @@ def _scaling(compute: ComputeConfig, *, local: bool) -> Any:
         use_gpu=use_gpu,
         resources_per_worker={"CPU": 1, "GPU": share} if use_gpu else None,
     )
-
-
-def publish(run_folder: Path, output: Path) -> None:
-    """Copy what the later stages use out of the run's folder: best model, curves, pictures."""
-    from aegan.state import export_model
-
-    checkpoints = run_folder / CHECKPOINTS
-    last_step = checkpoint.steps(checkpoints)[-1]
-    best = checkpoint.best(checkpoints)
-    chosen = best[0] if best else last_step
-    rows = [json.loads(line) for line in (run_folder / LOG).read_text().splitlines()]
-    facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
-    _, last_state = checkpoint.load(checkpoint.path_of(checkpoints, last_step))
-    summary = {
-        "step": last_step,
-        "chosen_step": chosen,
-        "images_shown": last_step * facts["params"]["training"]["batch_size"],
-        "seconds": rows[-1]["seconds"],
-        "images_per_second": statistics.median(row["images_per_second"] for row in rows),
-        "rollbacks": last_state["attempt"],
-    }
-    # Losses are those of the last step, scores those of the chosen one.
-    losses = {key: value for key, value in rows[-1].items() if key not in ("time", "seconds")}
-    scores = {
-        key: value
-        for row in rows
-        if row["step"] == chosen
-        for key, value in row.items()
-        if key.startswith("validation_")
-    }
-    with new_folder(output, written=FOLDERS[TRAIN]) as folder:
-        export_model(checkpoint.path_of(checkpoints, chosen), folder / "model")
-        shutil.copytree(run_folder / "samples", folder / "samples")
-        _write_curves(rows, folder / "curves.csv")
-        checkpoint.write_json(folder / "run.json", {**facts, **summary})
-        checkpoint.write_json(folder / "metrics.json", {**losses, **scores, **summary})
-    kind = "best" if best else "no validation images, so last"
-    log.info("trained %d steps; %s checkpoint: step %d, in %s", last_step, kind, chosen, output)
-
-
-def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "time"))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows({key: row[key] for key in row if key in columns} for row in rows)
 
 
 def _git_commit() -> str:

@@ -3,7 +3,6 @@
 `pipelines/search.py` decides which trials run, and where.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from filelock import FileLock
 
 import aegan
-from aegan import checkpoint, training_loop
+from aegan import checkpoint, training_log, training_loop
 from aegan.checkpoint import CheckpointError
 from aegan.config import ConfigError, Split, TrainConfig
 from aegan.dataset import load_images, read_manifest
@@ -188,6 +187,4 @@ def scores_in(row: Mapping[str, float]) -> Scores:
 
 def curves(task: Task, config: TrainConfig) -> list[dict[str, float]]:
     """The rows that a trial has logged so far."""
-    log = task.run_folder(config) / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return training_log.read(task.run_folder(config) / "metrics.jsonl")

@@ -197,6 +197,10 @@ def check(start: TrainConfig, config: TuneConfig) -> None:
             f"params.yaml: tune.objective is {config.objective}, but training.arm: gan has no "
             "encoder to reconstruct with; use frechet_distance"
         )
+    if start.training.start_from:
+        raise UserError(
+            "params.yaml: tune trains from random weights; empty training.start_from for it"
+        )
     if not config.search:
         raise UserError("params.yaml: tune.search names no settings")
     valid = [

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from aegan.training_loop import train as training_loop
 from pipelines import metrics_export
 from pipelines.cluster import ORPHAN_WAIT_SECONDS, cpus_of_this_node, execution
 from pipelines.errors import UserError
+from pipelines.files import clear_disk_errors
 from pipelines.process_group import told_to_end
 from pipelines.run_store import OUTCOME, STOP, RunStore, Uploader
 from pipelines.shard_store import fetch_shards, node_folder
@@ -51,7 +53,8 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
     )
     place: _Place | None = None
     try:
-        place = _Place(assignment, rank)
+        with clear_disk_errors(assignment.run_folder):
+            place = _Place(assignment, rank)
         problem = ""
     except UserError as error:
         problem = str(error)
@@ -60,24 +63,27 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
     dist.all_gather_object(problems, problem)
     if place is None or any(problems):
         return {"error": next(filter(None, problems))}
-    outcome: dict[str, Any]
-    try:
-        outcome = asdict(
-            training_loop(
-                assignment.config,
-                shards=place.shards,
-                run_folder=place.run_folder,
-                device=ray.train.torch.get_device(),
-                rank=rank,
-                world_size=context.get_world_size(),
-                **execution(compute),
-                report=place.report,
-                should_stop=place.should_stop,
-            )
-        )
-    except (CheckpointError, ConfigError, DivergedError) as error:
-        outcome = {"error": str(error)}
+    outcome = train_here(
+        assignment.config,
+        shards=place.shards,
+        run_folder=place.run_folder,
+        device=ray.train.torch.get_device(),
+        rank=rank,
+        world_size=context.get_world_size(),
+        **execution(compute),
+        report=place.report,
+        should_stop=place.should_stop,
+    )
     return place.leave(outcome)
+
+
+def train_here(config: TrainConfig, *, run_folder: Path, **keywords: Any) -> dict[str, Any]:
+    """Call the training loop; an error that no retry can cure becomes part of the outcome."""
+    try:
+        with clear_disk_errors(run_folder):
+            return asdict(training_loop(config, run_folder=run_folder, **keywords))
+    except (CheckpointError, ConfigError, DivergedError, UserError) as error:
+        return {"error": str(error)}
 
 
 class _Place:
@@ -138,6 +144,7 @@ class _Place:
             except UserError as error:
                 outcome = {"error": str(error)}
         else:
-            checkpoint.write_json(self.run_folder / OUTCOME, outcome)
+            with suppress(OSError):  # a full disk: the returned value says the same
+                checkpoint.write_json(self.run_folder / OUTCOME, outcome)
         self._lock.release()
         return outcome

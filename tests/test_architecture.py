@@ -51,8 +51,11 @@ NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on,
 NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is known of them
     "aegan/file_kinds.py": "words for files that are no images",
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
+    "aegan/model_files.py": "pipelines/tracking.py loads models; training has checkpoints",
     "pipelines/files.py": "how the finished folder comes into place",
+    "pipelines/serving.py": "pipelines/tracking.py registers it",
     "pipelines/storage.py": "how bytes travel",
+    "pipelines/tracking.py": "fetches weights to start from; their hash is in the run's name",
 }
 
 

@@ -69,34 +69,50 @@ def test_no_file_of_a_checkpoint_holds_a_pickle(tmp_path):
     assert header[8:9] == b"{"  # safetensors: a length, then JSON
 
 
-def test_the_best_is_the_lowest_score_and_the_first_of_equals(tmp_path):
-    assert checkpoint.best(tmp_path) is None
-    for step, score in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 5.0)):
-        checkpoint.record_score(tmp_path, step, score)
-    assert checkpoint.best(tmp_path) == (2, 2.0)
-
-
-def test_going_back_forgets_what_lies_ahead(tmp_path):
-    for step, score in ((1, 3.0), (2, 2.0), (3, 1.0)):
+def test_going_back_forgets_what_lies_ahead_and_what_was_half_written(tmp_path):
+    for step in (1, 2, 3):
         save(tmp_path, step)
-        checkpoint.record_score(tmp_path, step, score)
+    (tmp_path / ".step-00000002.tmp").mkdir()
     checkpoint.forget_after(tmp_path, 2)
-    assert checkpoint.best(tmp_path) == (2, 2.0)
-    assert checkpoint.steps(tmp_path) == [1, 2]
-
-
-def test_damaged_scores_are_named(tmp_path):
-    (tmp_path / checkpoint.SCORES).write_text("")
-    with pytest.raises(checkpoint.CheckpointError, match=r"scores.json is damaged .* delete it"):
-        checkpoint.best(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_pruning_keeps_the_best_the_newest_and_the_newest_regular_ones(tmp_path):
     for step in (0, 10, 20, 30, 40, 43, 47):  # the last two from early stops
         save(tmp_path, step)
-    checkpoint.record_score(tmp_path, 10, 1.0)
-    checkpoint.prune(tmp_path, kept=2, interval=10)
+    checkpoint.prune(tmp_path, kept=2, interval=10, best=10)
     assert checkpoint.steps(tmp_path) == [10, 30, 40, 47]
+
+
+def test_to_resume_the_newest_sound_checkpoint_is_taken_and_damaged_ones_passed_over(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (checkpoint.path_of(tmp_path, 3) / checkpoint.TENSORS).write_bytes(b"")
+    assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 2)
+    state = checkpoint.path_of(tmp_path, 2) / checkpoint.STATE
+    state.write_text(state.read_text().replace('"b": 1', '"b": 2'))  # sound JSON, but not ours
+    assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 1)
+    (checkpoint.path_of(tmp_path, 1) / checkpoint.STATE).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint in .* delete .* anew"):
+        checkpoint.latest(tmp_path)
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]  # nothing is deleted
+
+
+def test_to_resume_stray_files_among_the_checkpoints_do_not_count(tmp_path):
+    save(tmp_path, 5)
+    for name in ("step-00000009", "step-00000007.zip", "notes.txt", ".DS_Store"):
+        (tmp_path / name).write_text("x")
+    assert checkpoint.steps(tmp_path) == [5]
+    save(tmp_path, 9)
+    assert checkpoint.steps(tmp_path) == [5, 9]
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", "5", '{"state_sha256": 1}', "[" * 99_999])
+def test_a_state_of_another_kind_is_a_damaged_one_when_a_run_resumes(tmp_path, content):
+    path = save(tmp_path, 5)
+    (path / checkpoint.STATE).write_text(content)
+    with pytest.raises(checkpoint.CheckpointError, match="step-00000005 is damaged"):
+        checkpoint.load(path)
 
 
 def test_a_changed_configuration_is_refused_with_every_difference_listed():

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aegan import checkpoint, training_loop, updates
+from aegan import checkpoint, training_log, training_loop, updates
 from aegan.config import TrainConfig
 from aegan.losses import ARMS
 from aegan.model_files import load
@@ -47,6 +47,31 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert not different
 
 
+TIMES = ("time", "seconds", "images_per_second")
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: row[name] for name in row if name not in TIMES} for row in rows]
+
+
+def log_at(run_folder: Path, step: int) -> list[dict[str, float]]:
+    """The whole log that a checkpoint holds, without what depends on the time of day."""
+    state = checkpoint.read_state(checkpoint.path_of(run_folder / "checkpoints", step))
+    return without_times(training_log.all_rows(state["log"]))
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Same checkpoints to the last bit, moments and scores included, and same log."""
+    folders = [folder / "checkpoints" for folder in (first, second)]
+    steps = checkpoint.steps(folders[0])
+    assert steps == checkpoint.steps(folders[1])
+    for step in steps:
+        assert_same(tensors_at(first, step), tensors_at(second, step))
+        assert log_at(first, step) == log_at(second, step)
+    logs = [without_times(training_log.read(run / "metrics.jsonl")) for run in (first, second)]
+    assert logs[0] == logs[1] == log_at(first, steps[-1])
+
+
 def run(config: TrainConfig, shards: Path, folder: Path, **keywords):
     return train(config, shards=shards, run_folder=folder, device=CPU, **keywords)
 
@@ -67,9 +92,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_th
     outcome = run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
     assert (outcome.finished, outcome.step) == (False, 3)  # epochs have 5 batches
     assert run(config, shards, tmp_path / "cut").finished
-    assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
-    bests = [checkpoint.best(tmp_path / name / "checkpoints") for name in ("cut", "whole")]
-    assert bests[0] == bests[1]
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_path):
@@ -125,6 +148,77 @@ def test_the_log_has_one_row_an_interval_also_after_a_run_was_cut_off(shards, tm
         file.write('{"step": 7, "x": 1}\n{"ste')  # logged after the checkpoint, then killed
     run(config, shards, tmp_path)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6, 8]
+
+
+# Intervals that divide the first end, that do not, and the author's rule of rounds.
+LONGER = [
+    {"log_interval_steps": 2, "checkpoint_interval_steps": 4, "sample_interval_steps": 4},
+    {"log_interval_steps": 3, "checkpoint_interval_steps": 7, "sample_interval_steps": 6},
+    {"log_interval_steps": 5, "checkpoint_interval_steps": 8, "sample_interval_steps": 50},
+    {"log_interval_steps": 50, "checkpoint_interval_steps": 50, "sample_interval_steps": 50},
+    {"update_rule": "reference", "checkpoint_interval_steps": 6, "checkpoints_kept": 1},
+]
+
+
+@pytest.mark.parametrize("options", LONGER)
+def test_to_resume_with_more_steps_is_to_have_asked_for_them_at_once(shards, tmp_path, options):
+    for num_steps in (20, 40):
+        assert run(tiny_config(**options, num_steps=num_steps), shards, tmp_path / "a").finished
+    assert run(tiny_config(**options, num_steps=40), shards, tmp_path / "b").finished
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    pictures = [
+        {path.name: path.read_bytes() for path in (tmp_path / side / "samples").iterdir()}
+        for side in "ab"
+    ]
+    # The one thing that stays of the first end: its pictures, which are two more of the film.
+    kinds = ("samples", "reconstructions")
+    ends = {name: pictures[0].pop(name, b"") for name in [f"step-00000020-{k}.png" for k in kinds]}
+    due = 20 % tiny_config(**options).training.sample_interval_steps == 0
+    assert all(ends.values())
+    assert pictures[0] == {name: pictures[1][name] for name in pictures[1].keys() - ends.keys()}
+    assert all(pictures[1].get(name) == (ends[name] if due else None) for name in ends)
+
+
+def test_the_end_of_a_shorter_run_chooses_nothing_after_a_resume(shards, tmp_path):
+    """Its score is one that a longer run would not have; what was best before is still there."""
+    options = {"checkpoint_interval_steps": 2, "checkpoints_kept": 1}
+    run(tiny_config(**options, num_steps=5), shards, tmp_path)
+    assert [row["step"] for row in log_at(tmp_path, 5) if "validation_frechet_distance" in row] == [
+        2, 4, 5,
+    ]  # fmt: skip
+    run(tiny_config(**options, num_steps=6), shards, tmp_path)
+    assert [row["step"] for row in log_at(tmp_path, 6) if "validation_frechet_distance" in row] == [
+        2, 4, 6,
+    ]  # fmt: skip
+
+
+def test_a_resume_with_other_intervals_trains_on_to_the_same_weights(shards, tmp_path):
+    """What only says how often a run is looked at, or how often it may go back, can change."""
+    run(tiny_config(num_steps=9), shards, tmp_path / "a", should_stop=stop_at(5))
+    changed = tiny_config(
+        num_steps=12,
+        log_interval_steps=3,
+        sample_interval_steps=5,
+        checkpoint_interval_steps=7,
+        checkpoints_kept=1,
+        max_rollbacks=5,
+    )
+    assert run(changed, shards, tmp_path / "a").finished
+    run(tiny_config(num_steps=12), shards, tmp_path / "b")
+    assert_same(tensors_at(tmp_path / "a", 12), tensors_at(tmp_path / "b", 12))
+    assert 4 in [row["step"] for row in log_at(tmp_path / "a", 12)]  # what was logged stays
+
+
+def test_a_run_that_diverges_after_a_resume_with_another_interval_goes_back(
+    shards, tmp_path, monkeypatch
+):
+    run(tiny_config(num_steps=8), shards, tmp_path)
+    calls = iter(range(1, 1000))
+    spoil = poisoned(updates.encoder_generator_loss, when=lambda: next(calls) == 1)
+    monkeypatch.setattr(updates, "encoder_generator_loss", spoil)
+    assert run(tiny_config(num_steps=12, checkpoint_interval_steps=5), shards, tmp_path).finished
+    _, state = checkpoint.load(checkpoint.path_of(tmp_path / "checkpoints", 12))
+    assert state["attempt"] == 1
 
 
 def test_resuming_under_changed_settings_is_refused_and_says_which(shards, tmp_path):
@@ -216,7 +310,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize(
     "name",
-    ["checkpoint.save", "checkpoint.record_score", "checkpoint.prune", "_append", "_save_pictures"],
+    ["checkpoint.save", "checkpoint.prune", "training_log.append", "_keep", "_save_pictures"],
 )
 def test_a_run_killed_at_any_moment_ends_with_the_weights_and_the_best_of_one_that_was_not(
     shards, tmp_path, monkeypatch, name, call, moment
@@ -224,8 +318,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_and_the_best_of_one_th
     config = tiny_config(checkpoint_interval_steps=2, sample_interval_steps=2)
     run(config, shards, tmp_path / "whole")
     owner, attribute = training_loop, name
-    if name.startswith("checkpoint."):
-        owner, attribute = checkpoint, name.removeprefix("checkpoint.")
+    if "." in name:
+        owner, attribute = getattr(training_loop, name.split(".")[0]), name.split(".")[1]
     original = getattr(owner, attribute)
     calls = iter(range(1, 1000))
 
@@ -243,14 +337,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_and_the_best_of_one_th
         with pytest.raises(KilledError):
             run(config, shards, tmp_path / "cut")
     assert run(config, shards, tmp_path / "cut").finished
-    assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
-    folders = [tmp_path / side / "checkpoints" for side in ("cut", "whole")]
-    assert checkpoint.best(folders[0]) == checkpoint.best(folders[1])
-    assert checkpoint.steps(folders[0]) == checkpoint.steps(folders[1])
-    logs = [(folder.parent / "metrics.jsonl").read_text().splitlines() for folder in folders]
-    assert [json.loads(row)["step"] for row in logs[0]] == [
-        json.loads(row)["step"] for row in logs[1]
-    ]
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_going_back_leads_to_the_same_weights_whether_or_not_the_run_was_stopped_before(

@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import boto3
 import pytest
 import torch
 
-from aegan import checkpoint, training_loop
+from aegan import checkpoint, training_log, training_loop
+from aegan.config import ComputeConfig, TrainConfig
 from aegan.training_loop import Outcome, train
-from pipelines import run_store, shard_store, storage
+from pipelines import params, run_store, shard_store, storage
+from pipelines import train as driver
 from pipelines.errors import UserError
+from pipelines.run_folder import publish
 from pipelines.run_store import RunStore, Uploader, claim
-from tests.tiny import tiny_config
+from tests.tiny import PARAMS, tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -77,12 +81,13 @@ def work(url: str, folder: Path, shards: Path, **keywords: Any) -> Outcome:
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    """The log's checkpoints, without what depends on the time of day or on where a run stopped."""
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    judged = [row for row in read if row["step"] % 2 == 0]
+    """The log in the newest checkpoint, without what depends on the time of day."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is not None
+    times = ("time", "seconds", "images_per_second")
     return [
-        {key: row[key] for key in row if key == "step" or key.startswith("validation_")}
-        for row in judged
+        {key: row[key] for key in row if key not in times}
+        for row in training_log.all_rows(checkpoint.read_state(newest)["log"])
     ]
 
 
@@ -93,7 +98,6 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert [
             key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])
         ] == []
-    assert checkpoint.best(folders[0]) == checkpoint.best(folders[1])
     assert rows(first) == rows(second)
     pictures = [
         {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
@@ -252,7 +256,94 @@ def test_a_request_to_stop_reaches_the_training_and_progress_the_driver(bucket, 
 
         outcome = work(store.url, tmp_path / "a", shards, driver=driver, also=stop_after_progress)
     assert not outcome.finished
-    assert rows(tmp_path / "driver")[-1]["step"] >= 2
+    assert training_log.read(tmp_path / "driver/metrics.jsonl")[-1]["step"] >= 2
+
+
+def command(bucket: str, clone: Path, shards: Path, config: TrainConfig = CONFIG) -> Path:
+    """What the stage does in a clone of the project, its worker on a machine of its own."""
+
+    def run_workers(config: Any, *others: Any, store: RunStore, **keywords: Any) -> dict[str, Any]:
+        outcome = work(store.url, clone / "node", shards, config=config)
+        return {"finished": outcome.finished, "step": outcome.step}
+
+    compute = replace(params.load(ComputeConfig, PARAMS), storage=bucket)
+    run_folder = driver.train(
+        config, compute, shards=shards, runs=clone / "runs", run_workers=run_workers
+    )
+    publish(run_folder, clone / "artifacts/train")
+    return run_folder
+
+
+def model_of(clone: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (clone / "artifacts/train/model").iterdir()}
+
+
+@pytest.fixture
+def stored(bucket, shards, tmp_path, s3) -> tuple[str, Any]:
+    """A finished run in the bucket, trained in clone `a`: its key there, and a client."""
+    folder = command(bucket, tmp_path / "a", shards)
+    return f"runs/{folder.name}", boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", None),
+        ("run.json", b""),
+        ("driver.json", b"{"),
+        ("outcome.json", b"{"),
+        ("progress.json", b"null"),
+        ("metrics.jsonl", b"garbage"),
+        ("samples/step-00000008-samples.png", None),
+        ("samples/step-00000008-samples.png", b""),
+        ("checkpoints/step-00000008/state.json", None),
+        ("checkpoints/step-00000008/state.json", b"null"),
+        ("checkpoints/step-00000008/state.json", b"{"),
+    ],
+)
+def test_a_finished_run_of_which_the_bucket_lost_a_piece_is_whole_after_a_resume_elsewhere(
+    bucket, shards, tmp_path, stored, name, content
+):
+    key, client = stored
+    place = {"Bucket": bucket.removeprefix("s3://"), "Key": f"{key}/{name}"}
+    client.delete_object(**place) if content is None else client.put_object(**place, Body=content)
+    for clone in ("b", "c"):  # the second finds what the first has mended
+        folder = command(bucket, tmp_path / clone, shards)
+        assert model_of(tmp_path / clone) == model_of(tmp_path / "a")
+        assert rows(folder) == rows(tmp_path / "a" / "runs" / folder.name)
+        assert (tmp_path / clone / "artifacts/train/samples/step-00000008-samples.png").exists()
+    facts = RunStore(f"{bucket}/{key}").read("run.json")
+    assert facts is not None
+    assert facts["params"]["training"]["num_steps"] == 8
+    assert ("note" in facts) == (name == "run.json")
+
+
+def test_a_longer_run_is_a_resume_in_another_clone_too(bucket, shards, tmp_path, stored):
+    longer = replace(CONFIG, training=replace(CONFIG.training, num_steps=11))
+    folder = command(bucket, tmp_path / "b", shards, longer)
+    train(longer, shards=shards, run_folder=tmp_path / "once", device=torch.device("cpu"))
+    assert rows(folder) == rows(tmp_path / "once")
+    tensors = [
+        checkpoint.load(checkpoint.path_of(run / "checkpoints", 11))[0]
+        for run in (folder, tmp_path / "once")
+    ]
+    assert [
+        name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])
+    ] == []
+    with pytest.raises(UserError, match=r"num_steps is 8, but .* trained for 11 steps .* s3://"):
+        command(bucket, tmp_path / "c", shards)
+
+
+def test_a_source_of_weights_reaches_the_workers_through_the_bucket(
+    bucket, shards, tmp_path, stored
+):
+    training = replace(
+        CONFIG.training, num_steps=2, start_from=str(tmp_path / "a/artifacts/train/model")
+    )
+    folder = command(bucket, tmp_path / "b", shards, replace(CONFIG, training=training))
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is not None
+    assert checkpoint.read_state(newest)["start"]["networks"] == ["generator", "encoder"]
 
 
 def test_shards_are_uploaded_once_and_fetched_once_per_node(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from aegan import checkpoint
+from tests.disks import small_disk
 from tests.project import finish, make_project, run_folder, start, train_workers
 from tests.tiny import tiny_shards
 
@@ -147,14 +148,46 @@ def test_a_second_training_of_the_same_run_is_refused_while_the_first_works(proj
     finish(first, expected=130)
 
 
-def test_a_finished_run_is_not_run_again(project):
+def set_num_steps(project: Path, before: int, after: int) -> None:
     parameters = project / "params.yaml"
-    text = parameters.read_text().replace(f"num_steps: {NUM_STEPS}", "num_steps: 4")
+    text, count = re.subn(rf"num_steps: {before}\b", f"num_steps: {after}", parameters.read_text())
+    assert count == 1
     parameters.write_text(text)
+
+
+def test_a_finished_run_is_not_run_again_but_a_longer_one_is_its_resume(project):
+    set_num_steps(project, NUM_STEPS, 4)
     finish(start(project))
     (project / "artifacts/train/metrics.json").unlink()
     assert "is complete already" in finish(start(project))
     assert (project / "artifacts/train/metrics.json").exists()
+    set_num_steps(project, 4, 8)
+    assert "resuming at step 4" in finish(start(project))
+    assert json.loads((project / "artifacts/train/metrics.json").read_text())["step"] == 8
+    set_num_steps(project, 8, 6)
+    assert "error: training.num_steps is 6, but " in finish(start(project), expected=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_without_a_retry_and_the_same_command_a_resume(
+    tmp_path, shards, workers
+):
+    project = make(
+        tmp_path / "project",
+        shards,
+        training__num_steps=8,
+        training__checkpoint_interval_steps=2,
+        compute__num_workers=workers,
+    )
+    with small_disk(project / "runs", 2_000):  # kilobytes: a checkpoint or two
+        output = finish(start(project), expected=1)
+        assert re.search(r"^error: no space left for .*/runs/aegan-", output, re.MULTILINE), output
+        assert "Traceback" not in output
+        saved = checkpoint.steps(run_folder(project) / "checkpoints")
+        assert saved
+        subprocess.run(["mount", "-o", "remount,size=40000k", str(project / "runs")], check=True)
+        finish(start(project))
+        assert checkpoint.steps(run_folder(project) / "checkpoints")[-1] == 8
 
 
 def test_two_workers_end_with_the_weights_of_one(tmp_path, shards):

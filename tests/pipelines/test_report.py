@@ -309,3 +309,12 @@ def test_a_duration_in_words_is_right_to_its_smallest_unit(seconds: float) -> No
     parts = re.findall(r"(\d+) (h|min|s)\b", in_words(seconds))
     total = sum(int(number) * units[unit] for number, unit in parts)
     assert abs(total - seconds) <= units[parts[-1][1]]
+
+
+def test_the_source_of_a_trainings_first_weights_is_named(project, page):
+    file = project / "artifacts/train/run.json"
+    start = {"address": "models:/<b>@best", "sha256": "ab" * 32, "networks": ["generator"]}
+    write_json(file, {**json.loads(file.read_text()), "start": start})
+    text = Parsed(report(project)).text
+    assert "began with weights of models:/<b>@best (sha256 abababababab): generator." in text
+    assert "began with weights" not in Parsed(page).text

@@ -1,0 +1,142 @@
+"""300 new pictures: going on from a model of 12,000 others, against training anew.
+
+    .venv/bin/python -m benchmarks.fine_tuning --json FILE
+
+The model has learnt the designed faces. The new pictures are of a kind that it has not seen: faces
+that look far to one side, with red and blue exchanged. Both ways take the same steps on the same
+pictures; their averaged networks are judged on pictures of the new kind that neither was given.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import aegan
+from aegan import checkpoint, manifold, start, training_loop
+from aegan.config import TrainConfig
+from aegan.dataset import read_manifest
+from aegan.state import export_model
+from aegan.validation import validate
+from benchmarks.machine import describe
+from pipelines import params
+from tests.shards import write_shards
+
+IMAGE_SIZE = 32
+LARGE, SMALL, JUDGES = 12_000, 300, 1_000  # images
+FIRST_STEPS = 1_000  # of the model that is gone on from
+STEPS = (50, 100, 200, 300)  # after which both are judged
+SEEDS = (1, 2, 3)
+MANIFOLD_SEED = 0
+WAYS = ("anew", "from the model")
+SCORES = ("frechet_distance", "image_reconstruction")
+
+Row = dict[str, float | str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--keep", type=Path, help="folder for the runs, to look at")
+    options = parser.parse_args()
+    began, machine = time.perf_counter(), describe("torch", "numpy")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = compare(options.keep or Path(scratch))
+    result = {"machine": machine, "minutes": (time.perf_counter() - began) / 60, "rows": rows}
+    options.json.write_text(json.dumps(result, indent=1))
+    print(table(rows))
+    print(f"{machine['cpu']}, {result['minutes']:.0f} minutes")
+
+
+def compare(folder: Path) -> list[Row]:
+    """A row for each way, seed and number of steps."""
+    config = params.load_train_config()
+    old, new = folder / "old", folder / "new"
+    write_shards(old, {"train": faces(LARGE), "validation": faces(100, start=LARGE)})
+    some = new_kind(SMALL + 2 * JUDGES)
+    write_shards(new, {"train": some[:SMALL], "validation": some[SMALL : SMALL + JUDGES]})
+    judges = torch.from_numpy(some[SMALL + JUDGES :])
+
+    first = shortened(config, num_steps=FIRST_STEPS, interval=FIRST_STEPS)
+    train(first, old, folder / "first")
+    model = folder / "model"
+    export_model(checkpoint.path_of(folder / "first/checkpoints", FIRST_STEPS), model)
+    rows = []
+    for seed in SEEDS:
+        for way in WAYS:
+            one = shortened(config, num_steps=STEPS[-1], interval=STEPS[0], seed=seed)
+            run_folder = folder / f"{way.replace(' ', '-')}-{seed}"
+            if way != "anew":
+                manifest = read_manifest(new)
+                found = start.read(model, one, manifest)
+                start.begin(found, one, manifest, run_folder, address=str(model))
+            train(one, new, run_folder)
+            for step in STEPS:
+                export_model(
+                    checkpoint.path_of(run_folder / "checkpoints", step), run_folder / "model"
+                )
+                for weights in ("ema", "raw"):
+                    networks = aegan.load(run_folder / "model", weights=weights)
+                    scores = validate(networks, judges, seed=0)
+                    rows.append({"way": way, "seed": seed, "steps": step, "weights": weights})
+                    rows[-1] |= {key.removeprefix("validation_"): scores[key] for key in scores}
+    return rows
+
+
+def faces(count: int, *, start: int = 0) -> np.ndarray:
+    """Faces as the pipeline draws them, uint8 [N, H, W, 3]."""
+    return manifold.generate(start, count, seed=MANIFOLD_SEED, image_size=IMAGE_SIZE)[0]
+
+
+def new_kind(count: int) -> np.ndarray:
+    """Faces that look far to the right, with red and blue exchanged."""
+    names = [factor.name for factor in manifold.FACTORS]
+    factors = manifold.sample_factors(np.arange(count), seed=MANIFOLD_SEED + 1)
+    yaw = factors[:, names.index("yaw")]
+    factors[:, names.index("yaw")] = 0.3 + 0.2 * (yaw + 0.5)
+    return np.ascontiguousarray(manifold.render(factors, image_size=IMAGE_SIZE)[..., ::-1])
+
+
+def shortened(config: TrainConfig, *, num_steps: int, interval: int, seed: int = 0) -> TrainConfig:
+    """The project's own settings, without mirrored pictures: the new kind looks to one side."""
+    training = replace(
+        config.training,
+        num_steps=num_steps,
+        seed=seed,
+        horizontal_flip=False,
+        checkpoint_interval_steps=interval,
+        checkpoints_kept=len(STEPS) * STEPS[-1],
+        sample_interval_steps=num_steps,
+    )
+    return replace(config, training=training)
+
+
+def train(config: TrainConfig, shards: Path, run_folder: Path) -> None:
+    training_loop.train(config, shards=shards, run_folder=run_folder, device=torch.device("cpu"))
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each number of steps: mean and, in brackets, lowest and highest of the seeds."""
+    lines = []
+    for weights, steps in itertools.product(("ema", "raw"), STEPS):
+        cells = []
+        for score, way in itertools.product(SCORES, WAYS):
+            key = (way, steps, weights)
+            values = [
+                float(row[score])
+                for row in rows
+                if (row["way"], row["steps"], row["weights"]) == key
+            ]
+            cells.append(f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
+        lines.append(f"| {weights} | {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
