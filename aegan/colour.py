@@ -35,7 +35,9 @@ PRIMARIES: dict[int, Chromaticities] = {  # ITU-T H.273, table 2
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),  # Display P3
     22: (0.3127, 0.3290, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),  # EBU 3213
 }
-_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+_BRADFORD = np.array(
+    [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+)
 _D50 = np.array([0.9642, 1.0, 0.8249])  # the white of ICC profiles
 
 
@@ -71,7 +73,9 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image if image.mode == "L" else image.convert("RGB")
 
 
-def _applied(transform: ImageCms.ImageCmsTransform | None, image: Image.Image) -> Image.Image | None:
+def _applied(
+    transform: ImageCms.ImageCmsTransform | None, image: Image.Image
+) -> Image.Image | None:
     try:
         return ImageCms.applyTransform(image, transform) if transform else None
     except (ImageCms.PyCMSError, ValueError):
@@ -184,7 +188,7 @@ def _tone_mapped(light: np.ndarray) -> np.ndarray:
     """As it is up to half of white, Reinhard's curve above: HDR's highlights keep their shades."""
     above, most = (np.maximum(2 * each / SDR_WHITE - 1, 0) for each in (light, HDR_PEAK))
     rolled = np.minimum(above * (1 + above / most**2) / (1 + above), 1)
-    return np.minimum(light / SDR_WHITE, 0.5) + rolled / 2
+    return np.asarray(np.minimum(light / SDR_WHITE, 0.5) + rolled / 2)
 
 
 CURVES: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # ITU-T H.273, table 3: values => light
@@ -210,13 +214,18 @@ def _profile(
         to_xyz = np.column_stack(primaries) * np.linalg.solve(np.column_stack(primaries), white)
     except np.linalg.LinAlgError:
         return None
-    adapted = np.linalg.inv(_BRADFORD) @ np.diag((_BRADFORD @ _D50) / (_BRADFORD @ white)) @ _BRADFORD
+    adapted = (
+        np.linalg.inv(_BRADFORD) @ np.diag((_BRADFORD @ _D50) / (_BRADFORD @ white)) @ _BRADFORD
+    )
     columns = (adapted @ to_xyz).T
     if not (np.abs(columns) < 4).all():
         return None
     points = np.round(curve(np.linspace(0, 1, CURVE_POINTS)) * 65535).astype(">u2").tobytes()
     tags = {b"wtpt": _xyz(_D50)}
-    tags |= {name: _xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns)}
+    tags |= {
+        name: _xyz(column)
+        for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)
+    }
     curve_tag = b"curv\0\0\0\0" + struct.pack(">I", CURVE_POINTS) + points
     table, body = b"", b"".join(tags.values())
     at = 128 + 4 + 12 * 7

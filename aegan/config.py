@@ -41,6 +41,8 @@ class PreprocessConfig:
     image_channels: int  # 3 (RGB) or 1 (gray)
     fit: Literal["crop", "pad"]  # centre-crop the longer side, or pad the shorter one
     max_pixels: int  # larger files are quarantined (decompression bombs)
+    frames: Literal["first", "all"]  # of animations and of files with pages
+    value_range: str  # of samples deeper than 8 bits: full, or black..white as in 0..4095
     near_duplicate_distance: float  # root mean square difference [0, 255] below which two are one
     validation_fraction: float  # 0: none, the last checkpoint is chosen
     test_fraction: float  # 0: none, nothing is measured on images that are new to the model

@@ -6,7 +6,6 @@ lack of memory, which is no fault of the file, stays a MemoryError.
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -194,7 +193,7 @@ class _Reader:
                 )
 
     def _check_frames(self, file: ImageFile.ImageFile, numbers: list[int]) -> None:
-        count, pixels = len(numbers), len(numbers) * file.width * file.height
+        count = len(numbers)
         size = self.image_size**2 * self.image_channels
         most = min(
             MAX_FRAMES,

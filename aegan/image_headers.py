@@ -68,7 +68,7 @@ def tiff_pages(content: bytes) -> list[int]:
     """Numbers of the pages of a TIFF, without thumbnails, pyramid levels and masks."""
     order = "<" if content[:2] == b"II" else ">"
     big = content[2:4] in (b"+\0", b"\0+")
-    pointer, size, entry = ("Q", 8, 20) if big else ("I", 4, 12)
+    pointer, entry = ("Q", 20) if big else ("I", 12)
     pages, seen, number = [], set[int](), 0
     try:
         (at,) = struct.unpack_from(order + pointer, content, 8 if big else 4)
@@ -121,7 +121,7 @@ def jpeg2000_size(content: bytes) -> tuple[int, int, int]:
 
 
 def is_tga(content: bytes) -> bool:
-    """Whether a file is a Targa picture: by its footer, else by a header without a contradiction."""
+    """Whether a file is a Targa picture: by its footer, else by a header that fits the file."""
     if len(content) < 18:
         return False
     mapped, kind, map_length, map_bits = content[1], content[2], content[5:7], content[7]

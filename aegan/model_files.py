@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aegan.config import ConfigError, ModelConfig
 from aegan.networks import AEGAN
+from aegan.sample_depth import ValueRange
 
 Weights = Literal["ema", "raw"]
 
@@ -89,6 +90,11 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     fit = field(config, "fit", str, "a name")
     if fit not in FITS:
         raise _damaged(file, f"fit is {_shown(fit)}, expected {' or '.join(FITS)}")
+    value_range = field({"value_range": "full"} | config, "value_range", str, "a range")
+    try:
+        ValueRange.parse(value_range)
+    except ValueError as error:
+        raise _damaged(file, f"value_range: {error}") from None
     try:
         with torch.device("meta"):
             model = AEGAN(
@@ -103,7 +109,7 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
-    model.fit = fit
+    model.fit, model.value_range = fit, value_range
     return model
 
 

@@ -48,6 +48,7 @@ class AEGAN(nn.Module):
         self.image_size = image_size
         self.image_channels = image_channels
         self.fit: Literal["crop", "pad"] = "crop"  # how an image becomes square
+        self.value_range = "full"  # and how samples deeper than 8 bits become grey levels
         sizes = (image_size, image_channels, config.latent_dim, config.base_channels)
         paper = config.preset == "paper"
         self.generator = (PaperGenerator if paper else DemoGenerator)(*sizes)

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from aegan.image_headers import png_header
 
-TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_FORMAT = 258, 262, 339
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def to_8_bits(
                 f"16-bit {'colours' if file.mode == 'RGB' else 'samples'} of this kind have no "
                 "value_range: store them as PNG without transparency, or as 8 bits"
             )
-        highest = [high for _, high in file.getextrema()[:3]]
-        largest = max(highest) * 256 + 255  # at most: Pillow keeps the upper half
+        colours = np.asarray(file.convert("RGB") if file.mode == "RGBA" else file)
+        largest = int(colours.max()) * 256 + 255  # at most: Pillow keeps the upper half
     if key and kind == 0 and file.mode == "L":
         wanted = int.from_bytes(key[:2], "big") * 255 // ((1 << depth) - 1)
         image = Image.fromarray(np.asarray(file))
@@ -90,6 +90,8 @@ def _deep_grey(
 ) -> tuple[Image.Image, int | None]:
     """Grey values of more than 8 bits, signed, or floating-point."""
     values = np.asarray(file)
+    if file.format == "TIFF" and 32 in _tag(file, TIFF_BITS) and _tag(file, TIFF_FORMAT, 1) == (1,):
+        values = values.view(np.uint32)
     inverted = file.format == "TIFF" and _tag(file, TIFF_PHOTOMETRIC) == (0,) and file.mode != "F"
     most = 65535
     if file.format == "TIFF" and file.mode.startswith("I;16"):
@@ -118,19 +120,20 @@ def _deep_grey(
 def _scaled(values: np.ndarray, value_range: ValueRange, most: int) -> np.ndarray:
     """Any values => uint8: the upper 8 bits of a whole range, rounded where a range was given."""
     if value_range.is_full:
-        return (values >> (most.bit_length() - 8)).astype(np.uint8)
+        return np.asarray(values >> (most.bit_length() - 8), np.uint8)
     scale = 255 / (value_range.high - value_range.low)
     if values.dtype.itemsize == 2:
         levels = (np.arange(65536) - value_range.low) * scale
-        return np.clip(np.round(levels), 0, 255).astype(np.uint8)[values]
+        return np.asarray(np.clip(np.round(levels), 0, 255).astype(np.uint8)[values])
     levels = values.astype(np.float32)
     levels -= value_range.low
     levels *= scale
-    return np.clip(np.nan_to_num(np.round(levels, out=levels), copy=False), 0, 255).astype(np.uint8)
+    np.nan_to_num(np.round(levels, out=levels), copy=False)
+    return np.asarray(np.clip(levels, 0, 255), np.uint8)
 
 
 def _deep_rgb(content: bytes) -> np.ndarray:
-    """A 16-bit RGB PNG => [H, W, 3]: the decoder keeps one byte of each sample, so it runs twice."""
+    """A 16-bit RGB PNG => [H, W, 3], decoded twice: Pillow keeps one byte of a sample."""
     halves = []
     for layout in ("RGB;16B", "RGB;16L"):
         with PngImagePlugin.PngImageFile(BytesIO(content)) as file:
@@ -149,6 +152,6 @@ def _mask(solid: np.ndarray) -> Image.Image:
     return Image.fromarray(solid.astype(np.uint8) * np.uint8(255))
 
 
-def _tag(file: Image.Image, number: int) -> tuple[int, ...]:
-    found = getattr(file, "tag_v2", {}).get(number, (8,))
+def _tag(file: Image.Image, number: int, default: int = 8) -> tuple[int, ...]:
+    found = getattr(file, "tag_v2", {}).get(number, (default,))
     return found if isinstance(found, tuple) else (found,)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan.image_files import UnusableImageError, decode_image
+from aegan.image_files import MAX_PIXELS, UnusableImageError, decode_image
 from aegan.images import to_float, to_uint8, whole_number
 from aegan.networks import AEGAN
 
@@ -25,7 +25,9 @@ Array = Tensor | np.ndarray
 InterpolationPath = Literal["slerp", "linear"]
 
 
-def read_images(paths: Iterable[str | os.PathLike[str]], model: AEGAN) -> Tensor:
+def read_images(
+    paths: Iterable[str | os.PathLike[str]], model: AEGAN, *, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Image files, prepared as the model's training images were => uint8 [N, H, W, C].
 
     Raises UnusableImageError, which names the file, for one that is missing or no usable image.
@@ -33,19 +35,22 @@ def read_images(paths: Iterable[str | os.PathLike[str]], model: AEGAN) -> Tensor
     if isinstance(paths, str | bytes | os.PathLike):
         raise ValueError(f"paths is one path, {os.fsdecode(paths)}; expected a list of paths")
     _check_model(model)
-    images = [_read_image(Path(path), model) for path in paths]
+    max_pixels = whole_number("max_pixels", max_pixels, lowest=1)
+    images = [_read_image(Path(path), model, max_pixels) for path in paths]
     if not images:
         raise ValueError("paths is empty; expected at least one image file")
     return torch.from_numpy(np.stack(images))
 
 
-def _read_image(path: Path, model: AEGAN) -> np.ndarray:
+def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
     try:
         return decode_image(
             path.read_bytes(),
             image_size=model.image_size,
             image_channels=model.image_channels,
             fit=model.fit,
+            max_pixels=max_pixels,
+            value_range=model.value_range,
         )
     except UnusableImageError as error:
         raise UnusableImageError(f"{path}: {error}") from None

@@ -25,7 +25,7 @@ class TrainingState:
         self._device = device
         self._config = {**identity(config), "dataset_sha256": manifest["dataset_sha256"]}
         self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
-        self._fit = manifest["fit"]
+        self._reading = {"fit": manifest["fit"], "value_range": manifest.get("value_range", "full")}
         encoder = options.arm != "gan"
         adversarial = {kind: any(term.startswith(f"{kind}_") for term in terms) for kind in "xz"}
         torch.manual_seed(options.seed)
@@ -76,7 +76,7 @@ class TrainingState:
         state = {
             "config": self._config,
             **self._sizes,
-            "fit": self._fit,
+            **self._reading,
             "attempt": self.attempt,
             "seconds": self.seconds,
             "log": self.log.as_json(),
@@ -142,6 +142,7 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         "image_size": state["image_size"],
         "image_channels": state["image_channels"],
         "fit": state["fit"],
+        "value_range": state.get("value_range", "full"),
         "has_encoder": any(key.startswith("encoder.") for key in used["ema"]),
         "arm": state["config"]["training"]["arm"],
         "step": state["step"],

@@ -25,12 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aegan.config import PreprocessConfig
-from aegan.image_files import UnusableImageError, decode_image
+from aegan.image_files import Decoded, UnusableImageError, decode_file
 from pipelines.errors import UserError
 from pipelines.near_duplicates import thumbnails
 from pipelines.progress import progress
 from pipelines.shards import write_parquet
-from pipelines.splits import draw
+from pipelines.splits import draw_frames
+
+TABLE_BYTES = 64 * 1024**2  # of images decoded before they are written
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def _plan(raw: Path, shards: list[dict[str, Any]], work: Path) -> Iterator[Piece
 def _is_complete(piece: Piece) -> bool:
     """Whether an earlier run finished this part (parts are renamed into place when whole)."""
     try:
-        return bool(pq.read_metadata(piece.part).num_rows == piece.rows)
+        return bool(pq.read_metadata(piece.part).num_rows >= piece.rows)  # a row a frame
     except (FileNotFoundError, pa.ArrowInvalid):  # the latter after a power cut
         return False
 
@@ -139,44 +141,97 @@ def _decode_row_group(config: PreprocessConfig, piece: Piece) -> None:
     write_parquet(decode_rows(found, config), piece.part)
 
 
-def decode_rows(found: pa.Table, config: PreprocessConfig) -> pa.Table:
-    """`decode_files` of the column `content`, beside the other columns."""
-    decoded = decode_files(found.column("content"), config)
-    for name in found.column_names:
-        if name != "content":
-            decoded = decoded.append_column(name, found.column(name))
-    return decoded
+def decode_rows(found: pa.Table, config: PreprocessConfig) -> Iterator[pa.Table]:
+    """`decode_files` of the column `content`, beside the other columns; raises UserError.
+
+    Several tables, since all frames of all files may be more than memory holds.
+    """
+    size = config.image_size**2 * config.image_channels
+    files = max(1, TABLE_BYTES // size) if config.frames == "first" else 1
+    tables: list[pa.Table] = []
+    for start in range(0, len(found), files):
+        rows = found.slice(start, files)
+        try:
+            decoded = decode_files(rows.column("content"), config)
+        except MemoryError:
+            names = rows.column("source").to_pylist()
+            raise UserError(
+                f"not enough memory to decode {names[0]}"
+                + (f" or one of the {len(names) - 1} files after it" if len(names) > 1 else "")
+                + ": lower preprocess.max_pixels or free some, then run the same command again"
+            ) from None
+        file = decoded.column("file")
+        for name in rows.column_names:
+            if name != "content":
+                decoded = decoded.append_column(name, rows.column(name).take(file))
+        if config.frames == "all":
+            decoded = _with_numbers(decoded)
+        tables.append(decoded)
+        if sum(map(len, tables)) * size >= TABLE_BYTES:
+            yield pa.concat_tables(tables).combine_chunks()
+            tables = []
+    if tables:
+        yield pa.concat_tables(tables).combine_chunks()
+
+
+def _with_numbers(decoded: pa.Table) -> pa.Table:
+    """Later frames of a file get names of their own: `name#2`, ..."""
+    names = [
+        f"{name}#{frame + 1}" if frame else name
+        for name, frame in zip(
+            decoded.column("source").to_pylist(), decoded.column("frame").to_pylist(), strict=True
+        )
+    ]
+    place = decoded.column_names.index("source")
+    return decoded.set_column(place, "source", pa.array(names, pa.string()))
 
 
 def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Table:
-    """A row for each file, which depends on the file's bytes and `config` alone.
+    """A row for each file or frame, which depends on the file's bytes and `config` alone.
 
-    `image_id`, `image`, `thumbnail`, `draw`, `turn`; if the file is no usable image, only `reason`
-    counts.
+    `file` (its position in `contents`), `frame`, `image_id`, `image`, `thumbnail`, `draw`, `turn`,
+    `frames_left_out`, `largest_value`; only `reason` counts if the file is no usable image.
     """
     size, channels = config.image_size, config.image_channels
-    images = np.zeros((len(contents), size, size, channels), np.uint8)
-    reasons: list[str | None] = [None] * len(images)
-    for row, content in enumerate(contents):
+    blank = np.zeros((size, size, channels), np.uint8)
+    found: list[tuple[int, int, np.ndarray]] = []
+    reasons: list[str | None] = []
+    left_out: list[int] = []
+    largest: list[int | None] = []
+    draws: list[tuple[int, int]] = []
+    for file, content in enumerate(contents):
+        reason = None
         try:
-            images[row] = decode_image(
+            decoded = decode_file(
                 content.as_py(),
                 image_size=size,
                 image_channels=channels,
                 fit=config.fit,
                 max_pixels=config.max_pixels,
+                value_range=config.value_range,
+                frames=config.frames,
             )
         except UnusableImageError as error:
-            reasons[row] = str(error)
-    draws = [draw(content.as_py()) for content in contents]
+            decoded, reason = Decoded([blank], 0, None), str(error)
+        draws += draw_frames(content.as_py(), len(decoded.images))
+        for frame, image in enumerate(decoded.images):
+            found.append((file, frame, image))
+            reasons.append(reason)
+            left_out.append(0 if frame else decoded.left_out)
+            largest.append(decoded.largest_value)
+    images = np.array([image for _, _, image in found], np.uint8).reshape(-1, size, size, channels)
     return pa.table(
         {
+            "file": pa.array([file for file, _, _ in found], pa.int64()),
+            "frame": pa.array([frame for _, frame, _ in found], pa.int32()),
             "image_id": pa.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images]),
             "image": _as_column(images),
             "thumbnail": _as_column(thumbnails(images)),
             "draw": pa.array([place for place, _ in draws], pa.uint64()),
             "turn": pa.array([turn for _, turn in draws], pa.uint64()),
             "reason": pa.array(reasons, pa.string()),
+            "frames_left_out": pa.array(left_out, pa.int32()),
+            "largest_value": pa.array(largest, pa.int32()),
         }
     )
 

@@ -7,6 +7,7 @@ driver writes the same part files as `decode.py` would, in whatever order the pi
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import PIL
 import pyarrow as pa
@@ -44,7 +45,7 @@ def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[Non
                 if error.as_py():
                     raise UserError(error.as_py())
                 table = pa.ipc.open_stream(part.as_buffer()).read_all()
-                write_parquet(table, pieces[number.as_py()].part)
+                write_parquet(iter([table]), pieces[number.as_py()].part)
                 yield
 
 
@@ -66,9 +67,11 @@ def _decode_piece(listing: pa.Table, config: PreprocessConfig, pillow: str) -> p
                 f"a node of the cluster decodes with Pillow {PIL.__version__}, this machine has "
                 f"{pillow}: install the same, or pixels may depend on the node"
             )
-        decoded = decode_rows(_fetch(listing), config)
-        with pa.ipc.new_stream(part, decoded.schema) as stream:
-            stream.write_table(decoded)
+        tables = decode_rows(_fetch(listing), config)
+        first = next(tables)
+        with pa.ipc.new_stream(part, first.schema) as stream:
+            for decoded in chain([first], tables):
+                stream.write_table(decoded)
     except UserError as problem:
         error = str(problem)
     content = pa.array([part.getvalue().to_pybytes()], pa.large_binary())

@@ -29,9 +29,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from aegan import image_files
+from aegan import colour, image_files, image_headers, sample_depth
 from aegan.config import IMAGE_SIZES, SPLITS, PreprocessConfig, Split, TrainingConfig
 from aegan.images import grid, save_png
+from aegan.sample_depth import ValueRange
 from pipelines import decode, locks, near_duplicates, params, splits
 from pipelines.deduplicate import (
     DUPLICATE,
@@ -91,6 +92,7 @@ def preprocess(
             left_out = _left_out(snapshot, parts, verdict)
             reasons = write_quarantine(left_out, reports / "quarantine.csv")
             statistics = _statistics(config, snapshot, verdict, reasons) | kept.pixel_statistics()
+            statistics |= _of_files(config, parts)
             write_json(statistics, reports / "statistics.json")
             _draw(kept.sheet, reports / "contact_sheet.png")
     log.info(
@@ -127,6 +129,10 @@ def _check(config: PreprocessConfig) -> None:
     for requirement, holds in requirements.items():
         if not holds:
             raise UserError(f"params.yaml: preprocess.{requirement}")
+    try:
+        ValueRange.parse(config.value_range)
+    except ValueError as error:
+        raise UserError(f"params.yaml: preprocess.value_range: {error}") from None
 
 
 def _read_snapshot(raw: Path) -> dict[str, Any]:
@@ -143,7 +149,9 @@ def _hash(value: Any) -> str:
 
 def _fingerprint(config: PreprocessConfig, snapshot: dict[str, Any]) -> str:
     """Of all that a part file depends on: parameters, files, code and decoder."""
-    modules = (image_files, near_duplicates, decode, splits)
+    modules = (
+        colour, image_files, image_headers, sample_depth, near_duplicates, decode, splits,
+    )  # fmt: skip
     code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules]
     return _hash([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
 
@@ -382,6 +390,7 @@ def _write_shards(
         "image_size": config.image_size,
         "image_channels": config.image_channels,
         "fit": config.fit,
+        "value_range": config.value_range,
         "preprocess_sha256": _hash(dataclasses.asdict(config)),
         "dataset_sha256": hashlib.sha256(
             "".join(entry["sha256"] for entry in entries).encode()
@@ -466,6 +475,33 @@ def _statistics(
         "classes": dict(zip(verdict.classes, images_of_class, strict=True)),
         "warnings": _warnings(config, verdict),
     }
+
+
+def _of_files(config: PreprocessConfig, parts: list[Path]) -> dict[str, Any]:
+    """What files hold besides the images taken, and what a user should know about it."""
+    files = frames = 0
+    largest: list[int] = []
+    for part in parts:
+        table = pq.read_table(part, columns=["frames_left_out", "largest_value"])
+        counts = table.column("frames_left_out").to_numpy()
+        files, frames = files + int(np.count_nonzero(counts)), frames + int(counts.sum())
+        largest += [table.column("largest_value").drop_null().to_numpy().max(initial=-1)]
+    found = int(max(largest))
+    warnings = []
+    if frames:
+        warnings.append(
+            f"{frames:,} further pages or frames in {files:,} file{'s' * (files > 1)} were left "
+            "out: preprocess.frames: all takes them"
+        )
+    bits = max(8, found.bit_length())
+    if found >= 0 and bits < 15 and config.value_range == "full":
+        warnings.append(
+            f"the 16-bit files hold no value above {found:,}, of 65,535: their images are dark. "
+            f"If their samples have {bits} bits, set preprocess.value_range: 0..{2**bits - 1}"
+        )
+    return {"files_with_more_frames": files, "frames_left_out": frames, "warnings": warnings} | (
+        {"largest_16_bit_value": found} if found >= 0 else {}
+    )
 
 
 def _draw(images: list[np.ndarray], file: Path) -> None:

@@ -25,7 +25,7 @@ from aegan.image_files import UnusableImageError, decode_image
 from aegan.images import to_pil
 
 MAX_IMAGES = 1024  # rows of a request, and images of a response
-MAX_PIXELS = 4096 * 4096  # of one image received
+MAX_PIXELS = 4096 * 4096  # of one image received, and of a JPEG after its reduction
 MAX_LATENT = 1e6  # largest magnitude of a coordinate: beyond it float32 squares overflow
 PATHS = ("slerp", "linear")
 
@@ -146,6 +146,7 @@ def _read_image(text: Any, row: int, model: aegan.AEGAN) -> np.ndarray:
             image_channels=model.image_channels,
             fit=model.fit,
             max_pixels=MAX_PIXELS,
+            value_range=model.value_range,
         )
     except UnusableImageError as error:
         raise ValueError(f"row {row}: image is {error}") from None

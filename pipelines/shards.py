@@ -1,5 +1,7 @@
 """Writing Parquet shards and their hashes."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import pyarrow.parquet as pq
 from pipelines.files import new_file, sha256_of
 
 
-def write_parquet(table: pa.Table, file: Path) -> None:
-    """One table as one row group, written aside and renamed."""
-    with new_file(file) as aside, _writer(aside, table.schema) as writer:
-        writer.write_table(table, row_group_size=max(1, len(table)))
+def write_parquet(tables: Iterator[pa.Table], file: Path) -> None:
+    """One table or more, each as one row group, written aside and renamed."""
+    first = next(tables)
+    with new_file(file) as aside, _writer(aside, first.schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table, row_group_size=max(1, len(table)))
 
 
 def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:

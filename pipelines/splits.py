@@ -17,10 +17,16 @@ Numbers = NDArray[np.uint64]
 
 def draw(content: bytes, frame: int = 0) -> tuple[int, int]:
     """Two independent 64-bit numbers of a frame of a file: where it falls, and its turn."""
-    digest = hashlib.sha256(content).digest()
-    if frame:
-        digest = hashlib.sha256(digest + frame.to_bytes(8)).digest()
-    return int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
+    return draw_frames(content, frame + 1)[frame]
+
+
+def draw_frames(content: bytes, count: int) -> list[tuple[int, int]]:
+    """`draw` of a file's first frames."""
+    file = hashlib.sha256(content).digest()
+    later = [hashlib.sha256(file + frame.to_bytes(8)).digest() for frame in range(1, count)]
+    return [
+        (int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])) for digest in (file, *later)
+    ]
 
 
 def fractions(config: PreprocessConfig) -> tuple[float, float, float]:

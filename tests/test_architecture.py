@@ -49,8 +49,11 @@ NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on,
     "pipelines/shard_store.py": "where shards are kept; each is verified by its hash",
 }
 NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is known of them
+    "aegan/colour.py": "how aegan/image_files.py reads",
     "aegan/file_kinds.py": "words for files that are no images",
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
+    "aegan/image_headers.py": "how aegan/image_files.py reads",
+    "aegan/sample_depth.py": "how aegan/image_files.py reads",
     "aegan/model_files.py": "pipelines/tracking.py loads models; training has checkpoints",
     "pipelines/files.py": "how the finished folder comes into place",
     "pipelines/serving.py": "pipelines/tracking.py registers it",

@@ -9,6 +9,7 @@ from PIL import Image
 
 import aegan
 from aegan.config import ModelConfig
+from aegan.image_files import UnusableImageError
 from aegan.images import to_float, to_uint8
 from aegan.networks import AEGAN
 from aegan.sampling import BATCH_SIZE
@@ -101,6 +102,20 @@ def test_image_files_become_one_batch_prepared_as_the_models_training_images(mod
     )
     padded.fit = "pad"
     assert aegan.read_images([tmp_path / "wide.png"], padded)[0, 0].min() == 255  # white above
+
+
+def test_the_library_reads_deep_files_and_large_ones_as_it_is_told(model, tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 16
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert aegan.read_images([tmp_path / "deep.png"], model).max() == 15
+    model.value_range = "0..4095"
+    try:
+        found = aegan.read_images([tmp_path / "deep.png"], model)[0, ..., 0]
+    finally:
+        model.value_range = "full"
+    assert (found.int() - torch.arange(256).view(16, 16)).abs().max() <= 1
+    with pytest.raises(UnusableImageError, match="too many pixels"):
+        aegan.read_images([tmp_path / "deep.png"], model, max_pixels=255)
 
 
 def test_a_grid_holds_every_image_in_reading_order():
