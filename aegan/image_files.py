@@ -5,6 +5,7 @@ before any pixel is decoded, and whatever a decoder raises becomes an `UnusableI
 lack of memory, which is no fault of the file, stays a MemoryError.
 """
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ FORMATS = (
 )  # fmt: skip
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 50_000_000
-MAX_SCANS = 500  # of a JPEG; encoders write about ten, and each costs a walk over all blocks
+MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each costs a walk over all blocks
 MAX_TILES = 4096  # of a JPEG 2000
 MAX_FRAMES = 10_000  # taken from one file
 MAX_FRAME_PIXELS = 20  # and of so many times `max_pixels` together
@@ -239,12 +240,15 @@ class _Reader:
         if not content.startswith(b"\xff\xd8\xff"):
             return None
         content = content.removesuffix(b"\xff")
-        seen = []
-        for filler in (b"", bytes(4096), b"\x5a\xa5" * 2048):
-            with _open(content + filler + _END_OF_JPEG) as file:
-                self._check(file, content)
-                seen.append(file.convert("RGB").tobytes())
-        return content + _END_OF_JPEG if len({*seen}) == 1 else None
+        seen = set()
+        try:
+            for filler in (b"", bytes(4096), b"\x5a\xa5" * 2048):
+                with _open(content + filler + _END_OF_JPEG) as file:
+                    self._check(file, content)
+                    seen.add(hashlib.sha256(file.convert("RGB").tobytes()).digest())
+        except OSError:
+            return None
+        return content + _END_OF_JPEG if len(seen) == 1 else None
 
 
 def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -81,7 +81,7 @@ def tiff_pages(content: bytes) -> list[int]:
                 pages.append(number)
             (at,) = struct.unpack_from(order + pointer, content, first + entries * entry)
             number += 1
-    except struct.error:  # the file ends
+    except (struct.error, OverflowError):  # beyond the file's end
         pass
     return pages or [0]
 

@@ -1,6 +1,8 @@
 """Small made-up pictures for tests: far apart from each other, cheap, the same every time."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,36 @@ def write_folder(folder: Path, images: np.ndarray) -> Path:
     for index, image in enumerate(images):
         (folder / f"{index:04d}.png").write_bytes(encode(image))
     return folder
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png(samples: np.ndarray, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
+    """A PNG written by hand: samples [H, W, ...] as they lie in the file, and further chunks."""
+    height, width = samples.shape[:2]
+    if depth < 8:
+        bits = np.unpackbits(samples.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth :]
+        rows = np.packbits(bits.reshape(height, -1), axis=-1)
+    else:
+        rows = samples.reshape(height, -1).astype(">u2" if depth == 16 else np.uint8)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    middle = (*chunks, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(middle)
+
+
+def tiff(samples: np.ndarray, *tags: tuple[int, int], order: str = "<") -> bytes:
+    """A TIFF of one strip written by hand: samples [H, W] and short tags besides the size's."""
+    data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
+    height, width = samples.shape[:2]
+    strip = {256: width, 257: height, 273: 8, 278: height, 279: len(data)}
+    entries = sorted([*strip.items(), *tags])
+    directory = struct.pack(order + "H", len(entries))
+    for tag, value in entries:
+        directory += struct.pack(order + "HHII", tag, 4, 1, value)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(order + "I", 8 + len(data)) + data + directory + bytes(4)

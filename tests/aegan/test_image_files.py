@@ -1,16 +1,19 @@
 import contextlib
+import importlib.util
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aegan.image_files import UnusableImageError, decode_image
-from tests.pictures import blocks, encode
+from aegan.image_files import UnusableImageError, decode_file, decode_image
+from tests.pictures import blocks, chunk, encode, png
 
 
 def decode(content: bytes, **options) -> np.ndarray:
@@ -130,16 +133,170 @@ def test_the_content_and_not_the_name_says_what_a_file_is():
     assert reason(icon).startswith("not an image")
 
 
-def test_too_many_pixels_are_refused_before_any_is_decoded():
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+LOSSLESS = {
+    "PNG": {}, "BMP": {}, "TIFF": {}, "PPM": {}, "TGA": {}, "JPEG2000": {},
+    "WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_every_format_of_a_source_is_read(format):
+    found = decode(encode(PICTURE, format, **LOSSLESS[format])).astype(int)
+    assert np.abs(found - PICTURE).max() <= (2 if format == "AVIF" else 0)
+    grey = encode(PICTURE[..., :1], format, **LOSSLESS[format])
+    assert np.abs(decode(grey).astype(int) - PICTURE[..., :1]).max() <= 2
+
+
+def test_portable_maps_in_a_source_are_read_in_all_their_kinds():
+    grey = PICTURE[..., 0]
+    numbers = b" ".join(b"%d" % value for value in grey.ravel())
+    stripes = np.tile(np.array([255, 0], np.uint8), (16, 8))
+    kinds = [
+        (b"P2\n# made by hand\n16 16 255\n" + numbers, grey),
+        (b"P5 16 16 255 " + grey.tobytes(), grey),
+        (b"P5 16 16 4095 " + (grey * np.uint16(16)).astype(">u2").tobytes(), grey),
+        (b"P1 16 16 " + b"01" * 128, stripes),
+        (b"P4 16 16 " + b"\x55" * 32, stripes),
+        (b"P6 16 16 255\n" + PICTURE.tobytes(), PICTURE),
+    ]
+    for content, expected in kinds:
+        channels = 1 if expected.ndim == 2 else 3
+        found = decode(content, image_channels=channels).squeeze()
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tga_rle"}])
+def test_a_targa_picture_of_a_source_needs_no_footer(options):
+    content = encode(PICTURE, "TGA", **options)
+    assert content.endswith(b"TRUEVISION-XFILE.\0")
+    bare = content[:-26]
+    np.testing.assert_array_equal(decode(bare), PICTURE)
+    if not options:
+        assert reason(bare[:-1]).startswith("not an image")
+
+
+def test_heic_in_a_source_is_named_with_the_cure():
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    if importlib.util.find_spec("pillow_heif"):
+        assert reason(heic).startswith("cannot be decoded")
+    else:
+        assert reason(heic).startswith("not an image: HEIC is read with the extra heic")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_source_that_lacks_only_its_end_is_read(progressive):
+    whole = encode(blocks(1, size=64)[0], "JPEG", progressive=progressive)
+    assert whole.endswith(b"\xff\xd9")
+    for cut in (1, 2):
+        np.testing.assert_array_equal(decode(whole[:-cut]), decode(whole))
+    too_early = "cannot be decoded: the file ends too early"
+    assert reason(whole[: len(whole) * 3 // 4]) == too_early
+    assert reason(whole[: len(whole) * 3 // 4] + b"\xff") == too_early
+
+
+def test_too_many_pixels_are_refused_before_any_is_decoded():
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels
     assert reason(bomb).startswith("too many pixels")
     assert reason(encode(PICTURE), max_pixels=255).startswith("too many pixels: 16x16")
     assert decode(encode(PICTURE), max_pixels=256).shape == (16, 16, 3)
+
+
+def halves(width: int, height: int) -> bytes:
+    """A PNG of one bit a pixel, its left half white."""
+    row = b"\0" + b"\xff" * (width // 16) + bytes(width // 16)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(row * height))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def test_max_pixels_of_a_source_means_what_it_says_above_the_decoders_own_limit():
+    width, height = 24_000, 8_000
+    assert width * height > 178_956_970
+    found = decode(halves(width, height), max_pixels=width * height, fit="pad")
+    assert found[8, :7].min() >= 254
+    assert found[8, 9:].max() <= 1
+    said = reason(halves(width, height), max_pixels=width * height - 1)
+    assert said.startswith("too many pixels: 24000x8000")
+
+
+def test_a_large_jpeg_of_a_source_is_read_at_a_reduced_scale():
+    content = encode(np.full((512, 1024, 3), (200, 30, 90), np.uint8), "JPEG", quality=95)
+    assert np.abs(decode(content, max_pixels=10_000).astype(int) - (200, 30, 90)).max() <= 4
+    assert reason(content, max_pixels=5_000).startswith("too many pixels: 1024x512")
+    progressive = encode(PICTURE.repeat(16, axis=0).repeat(32, axis=1), "JPEG", progressive=True)
+    assert reason(progressive, max_pixels=20_000).startswith("too many pixels: 512x256 in a prog")
+
+
+def test_a_jpeg_source_of_thousands_of_scans_is_refused():
+    content = encode(PICTURE, "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    scan = content[last:-2]
+    assert reason(content[:-2] + scan * 5000 + content[-2:]).startswith("too many scans")
+    assert decode(content[:-2] + scan * 20 + content[-2:]).shape == (16, 16, 3)
+    np.testing.assert_array_equal(  # as if a video were behind the picture, as phones write
+        decode(content + b"\xff\xda" * 5000), decode(content)
+    )
+
+
+def test_long_texts_and_profiles_in_a_png_source_do_not_lose_the_picture():
+    bomb = zlib.compress(bytes(4 * 2**20))
+    for extra in (chunk(b"zTXt", b"key\0\0" + bomb), chunk(b"iCCP", b"key\0\0" + bomb)):
+        np.testing.assert_array_equal(decode(png(PICTURE, extra)), PICTURE)
+
+
+def test_a_jpeg2000_source_that_belies_its_size_is_refused():
+    content = bytearray(encode(PICTURE, "JPEG2000"))
+    at = content.index(b"\xff\x4f\xff\x51") + 8
+    struct.pack_into(">II", content, at, 60_000, 60_000)
+    struct.pack_into(">II", content, at + 16, 60_000, 60_000)
+    assert "60000x60000" in reason(bytes(content))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_all_frames_of_a_source_are_taken_when_asked_for_and_counted_else(format):
+    pictures = [Image.fromarray(image) for image in blocks(4)]
+    content = encode(
+        pictures[0], format, save_all=True, append_images=pictures[1:], **LOSSLESS.get(format, {})
+    )
+    options = {"image_size": 16, "image_channels": 3}
+    first = decode_file(content, **options)
+    assert len(first.images) == 1
+    assert first.left_out == 3
+    every = decode_file(content, **options, frames="all")
+    assert len(every.images) == 4
+    assert every.left_out == 0
+    np.testing.assert_array_equal(every.images[0], first.images[0])
+    for found, picture in zip(every.images, blocks(4), strict=True):
+        assert np.abs(found.astype(int) - picture).mean() < 4
+
+
+def test_more_frames_of_a_source_than_one_file_may_cost_are_refused():
+    pictures = [Image.fromarray(image) for image in blocks(30)]
+    content = encode(pictures[0], "TIFF", save_all=True, append_images=pictures[1:])
+    with pytest.raises(UnusableImageError, match="too many frames: 30 of 16x16, at most 20"):
+        decode_file(content, image_size=16, image_channels=3, max_pixels=256, frames="all")
+    assert decode(content, max_pixels=256).shape == (16, 16, 3)
+
+
+def test_lack_of_memory_is_no_fault_of_the_source(tmp_path):
+    script = """
+import resource, sys
+from aegan.image_files import decode_image
+content = open(sys.argv[1], "rb").read()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000,) * 2)
+try:
+    decode_image(content, image_size=16, image_channels=3)
+except MemoryError:
+    print("MemoryError")
+"""
+    for format in ("PNG", "BMP", "TIFF"):
+        (tmp_path / "large").write_bytes(encode(Image.new("RGB", (6000, 6000)), format))
+        command = [sys.executable, "-c", script, str(tmp_path / "large")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.stdout == "MemoryError\n", (format, result.stderr)
 
 
 def test_values_of_unknown_range_are_refused():
@@ -156,10 +313,23 @@ def test_a_truncated_file_is_refused(format):
     )
 
 
-@given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]), st.data())
+@settings(deadline=None)
+@given(st.sampled_from([*LOSSLESS, "JPEG", "GIF"]), st.data())
 def test_a_damaged_file_gives_an_image_or_a_reason_and_never_another_error(format, data):
     content = bytearray(encode(PICTURE, format))
     for position in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=8)):
         content[position] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UnusableImageError):
         assert decode(bytes(content)).shape == (16, 16, 3)
+        assert decode_file(bytes(content), image_size=16, image_channels=3, frames="all").images
+
+
+@given(st.binary(max_size=300))
+def test_the_reason_for_a_damaged_source_is_a_plain_sentence(noise):
+    for start in (encode(PICTURE, format)[:30] for format in ("PNG", "PPM", "TIFF", "GIF", "BMP")):
+        with contextlib.suppress(UnusableImageError):
+            decode(start + noise)
+            continue
+        said = reason(start + noise)
+        assert "Error" not in said
+        assert "b'" not in said
