@@ -7,6 +7,7 @@ lack of memory, which is no fault of the file, stays a MemoryError.
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -31,7 +32,7 @@ from PIL import (
 
 from aegan import colour, image_headers
 from aegan.file_kinds import START_BYTES, kind_of
-from aegan.sample_depth import UnknownRangeError, ValueRange, to_8_bits
+from aegan.sample_depth import UnknownRangeError, ValueRange, tiff_tag, to_8_bits
 
 FORMATS = (
     "JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP", "JPEG 2000", "PGM/PPM/PBM", "TGA",
@@ -39,6 +40,7 @@ FORMATS = (
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each costs a walk over all blocks
+MAX_PARTS = 100_000  # chunks of a PNG, segments of a JPEG: the decoder keeps those it skips
 MAX_TILES = 4096  # of a JPEG 2000
 MAX_FRAMES = 10_000  # taken from one file
 MAX_FRAME_PIXELS = 20  # and of so many times `max_pixels` together
@@ -176,6 +178,12 @@ class _Reader:
                     f"cannot be decoded: a JPEG 2000 of {width}x{height} in {tiles} tiles that "
                     f"calls itself {size[0]}x{size[1]}; at most {MAX_TILES} tiles are read"
                 )
+        elif file.format == "TIFF":
+            wide, high = (tiff_tag(file, tag, 1)[0] for tag in (322, 323))
+            if wide * high > max(self.max_pixels, 1 << 24) or len(file.tile) > MAX_PARTS:
+                raise UnusableImageError(
+                    f"cannot be decoded: it has {len(file.tile)} strips or tiles of {wide}x{high}"
+                )
         if file.width * file.height > self.max_pixels:
             raise UnusableImageError(
                 f"too many pixels: {size[0]}x{size[1]}, at most {self.max_pixels}"
@@ -193,7 +201,7 @@ class _Reader:
                     f"at most {4 * self.max_pixels}"
                 )
 
-    def _check_frames(self, file: ImageFile.ImageFile, numbers: list[int]) -> None:
+    def _check_frames(self, file: ImageFile.ImageFile, numbers: Sequence[int]) -> None:
         count = len(numbers)
         size = self.image_size**2 * self.image_channels
         most = min(
@@ -268,6 +276,8 @@ def _open(content: bytes) -> ImageFile.ImageFile:
 
     Not `Image.open`, whose limit of pixels is the process's own and comes before ours.
     """
+    if image_headers.has_more_parts(content, MAX_PARTS):
+        raise UnusableImageError(f"cannot be decoded: it has more than {MAX_PARTS} parts")
     stream = BytesIO(content)
     if content.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.jpeg_factory(stream)
@@ -309,17 +319,17 @@ def _open_heif(content: bytes, stream: BytesIO) -> ImageFile.ImageFile:
     return file
 
 
-def _frames(file: ImageFile.ImageFile, content: bytes) -> list[int]:
+def _frames(file: ImageFile.ImageFile, content: bytes) -> Sequence[int]:
     """Numbers of the pages or frames. A phone's JPEG holds gain maps and previews besides: one."""
     match file.format:
         case "TIFF":
             return image_headers.tiff_pages(content)
         case "GIF":
-            return list(range(image_headers.gif_frames(content)))
+            return range(image_headers.gif_frames(content))
         case "PNG":
-            return list(range(image_headers.png_frames(content)))
-        case "WEBP" | "AVIF":
-            return list(range(file.n_frames))  # type: ignore[attr-defined]
+            return range(image_headers.png_frames(content))
+        case "WEBP" | "AVIF" | "HEIF":
+            return range(file.n_frames)  # type: ignore[attr-defined]
         case _:
             return [0]
 
@@ -337,7 +347,7 @@ def _without_metadata(content: bytes) -> bytes:
 
 def _in_words(error: Exception) -> str:
     """What a decoder says, without the parts that are for programmers."""
-    text = str(error)
-    if "truncated" in text or "not enough" in text.lower() or isinstance(error, EOFError):
+    text = str(error).lower()
+    if "truncated" in text or "not enough" in text or isinstance(error, EOFError):
         return "the file ends too early"
     return "its data are damaged"

@@ -7,6 +7,7 @@ here raises, allocates or takes longer than a walk over the bytes, whatever they
 import re
 import struct
 from collections.abc import Iterator
+from itertools import islice
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan: neither data nor restart
 _MAX_PAGES = 100_000  # of a TIFF that are followed: a chain may go on for ever
@@ -19,6 +20,24 @@ def png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         (length,) = struct.unpack_from(">I", content, at)
         yield content[at + 4 : at + 8], at + 8, at + 8 + length
         at += 12 + length
+
+
+def has_more_parts(content: bytes, most: int) -> bool:
+    """Whether a PNG has more chunks, a TIFF more strips, a JPEG more segments before its pixels."""
+    if len(content) < 4 * most:
+        return False
+    if content.startswith((b"II", b"MM")):
+        return tiff_strips(content) > most
+    if content.startswith(b"\x89PNG"):
+        return next(islice(png_chunks(content), most, None), None) is not None
+    at, parts = 2, 0
+    while content.startswith(b"\xff\xd8") and parts <= most and at + 4 <= len(content):
+        marker, length = struct.unpack_from(">HH", content, at)
+        if marker < 0xFF01 or marker == 0xFFDA:  # no marker, or the pixels
+            break
+        at += 2 + length if marker != 0xFFFF else 1
+        parts += 1
+    return parts > most
 
 
 def png_header(content: bytes) -> dict[bytes, bytes]:
@@ -64,11 +83,31 @@ def gif_frames(content: bytes) -> int:
     return max(1, frames)
 
 
-def tiff_pages(content: bytes) -> list[int]:
-    """Numbers of the pages of a TIFF, without thumbnails, pyramid levels and masks."""
+def _tiff_layout(content: bytes) -> tuple[str, bool, str, int]:
+    """Byte order, whether it is a BigTIFF, format of a pointer, bytes of an entry."""
     order = "<" if content[:2] == b"II" else ">"
     big = content[2:4] in (b"+\0", b"\0+")
-    pointer, entry = ("Q", 20) if big else ("I", 12)
+    return (order, big, "Q", 20) if big else (order, big, "I", 12)
+
+
+def tiff_strips(content: bytes) -> int:
+    """Strips or tiles of the first page of a TIFF."""
+    order, big, pointer, entry = _tiff_layout(content)
+    try:
+        (at,) = struct.unpack_from(order + pointer, content, 8 if big else 4)
+        (entries,) = struct.unpack_from(order + ("Q" if big else "H"), content, at)
+        for first in range(at + (8 if big else 2), len(content), entry)[: min(entries, 1 << 16)]:
+            tag, _, count = struct.unpack_from(order + "HH" + pointer, content, first)
+            if tag in (273, 324):
+                return int(count)
+    except (struct.error, OverflowError):  # beyond the file's end
+        pass
+    return 0
+
+
+def tiff_pages(content: bytes) -> list[int]:
+    """Numbers of the pages of a TIFF, without thumbnails, pyramid levels and masks."""
+    order, big, pointer, entry = _tiff_layout(content)
     pages, seen, number = [], set[int](), 0
     try:
         (at,) = struct.unpack_from(order + pointer, content, 8 if big else 4)

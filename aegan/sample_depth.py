@@ -65,7 +65,7 @@ def to_8_bits(
     if file.mode.startswith("I") or file.mode == "F":
         return _deep_grey(file, key, value_range)
     largest = None
-    if depth == 16 or (file.format == "TIFF" and max(_tag(file, TIFF_BITS)) == 16):
+    if depth == 16 or (file.format == "TIFF" and max(tiff_tag(file, TIFF_BITS)) == 16):
         if not value_range.is_full:
             raise UnknownRangeError(
                 f"16-bit {'colours' if file.mode == 'RGB' else 'samples'} of this kind have no "
@@ -90,12 +90,18 @@ def _deep_grey(
 ) -> tuple[Image.Image, int | None]:
     """Grey values of more than 8 bits, signed, or floating-point."""
     values = np.asarray(file)
-    if file.format == "TIFF" and 32 in _tag(file, TIFF_BITS) and _tag(file, TIFF_FORMAT, 1) == (1,):
+    if (
+        file.format == "TIFF"
+        and 32 in tiff_tag(file, TIFF_BITS)
+        and tiff_tag(file, TIFF_FORMAT, 1) == (1,)
+    ):
         values = values.view(np.uint32)
-    inverted = file.format == "TIFF" and _tag(file, TIFF_PHOTOMETRIC) == (0,) and file.mode != "F"
+    inverted = (
+        file.format == "TIFF" and tiff_tag(file, TIFF_PHOTOMETRIC) == (0,) and file.mode != "F"
+    )
     most = 65535
     if file.format == "TIFF" and file.mode.startswith("I;16"):
-        most = (1 << max(_tag(file, TIFF_BITS))) - 1  # 12 bits lie in 16 unscaled
+        most = (1 << max(tiff_tag(file, TIFF_BITS))) - 1  # 12 bits lie in 16 unscaled
     largest = None
     if file.mode == "F":
         if value_range.is_full:
@@ -152,6 +158,7 @@ def _mask(solid: np.ndarray) -> Image.Image:
     return Image.fromarray(solid.astype(np.uint8) * np.uint8(255))
 
 
-def _tag(file: Image.Image, number: int, default: int = 8) -> tuple[int, ...]:
+def tiff_tag(file: Image.Image, number: int, default: int = 8) -> tuple[int, ...]:
+    """The numbers that a TIFF says under a tag."""
     found = getattr(file, "tag_v2", {}).get(number, (default,))
     return found if isinstance(found, tuple) else (found,)

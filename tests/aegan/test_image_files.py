@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aegan.image_files import UnusableImageError, decode_file, decode_image
-from tests.pictures import blocks, chunk, encode, png
+from tests.pictures import blocks, chunk, encode, png, tiff
 
 
 def decode(content: bytes, **options) -> np.ndarray:
@@ -240,6 +240,26 @@ def test_a_jpeg_source_of_thousands_of_scans_is_refused():
     )
 
 
+def test_a_source_file_of_a_hundred_thousand_parts_is_refused_before_it_is_opened():
+    jpeg, part = encode(PICTURE, "JPEG"), b"\xff\xe5\0\2"
+    assert reason(jpeg[:2] + part * 110_000 + jpeg[2:]).endswith("more than 100000 parts")
+    assert reason(png(PICTURE, chunk(b"prVt", b"") * 110_000)).endswith("more than 100000 parts")
+    np.testing.assert_array_equal(
+        decode(jpeg[:2] + part * 1000 + jpeg[2:] + bytes(10**6)), decode(jpeg)
+    )
+
+
+def test_a_tiff_source_of_costly_strips_or_tiles_is_refused():
+    grey = ((258, 8), (259, 1), (262, 1))
+    content = tiff(np.zeros((16, 16), np.uint8), *grey)
+    np.testing.assert_array_equal(decode(content), 0)
+    at = content.index(struct.pack("<HHI", 273, 4, 1))
+    strips = content[: at + 4] + struct.pack("<II", 10**7, 8) + content[at + 12 :]
+    assert reason(strips + bytes(10**6)).endswith("more than 100000 parts")
+    tiles = tiff(np.zeros((16, 16), np.uint8), *grey, (322, 40_000), (323, 40_000), (324, 8))
+    assert "40000x40000" in reason(tiles)
+
+
 def test_long_texts_and_profiles_in_a_png_source_do_not_lose_the_picture():
     bomb = zlib.compress(bytes(4 * 2**20))
     for extra in (chunk(b"zTXt", b"key\0\0" + bomb), chunk(b"iCCP", b"key\0\0" + bomb)):
@@ -324,6 +344,7 @@ def test_a_damaged_file_gives_an_image_or_a_reason_and_never_another_error(forma
         assert decode_file(bytes(content), image_size=16, image_channels=3, frames="all").images
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_the_reason_for_a_damaged_source_is_a_plain_sentence(noise):
     for start in (encode(PICTURE, format)[:30] for format in ("PNG", "PPM", "TIFF", "GIF", "BMP")):

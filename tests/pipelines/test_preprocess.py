@@ -27,9 +27,10 @@ from PIL import Image
 
 from aegan import dataset, manifold
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
+from pipelines import decode as decode_module
 from pipelines import download as download_stage
 from pipelines import preprocess as preprocess_stage
-from pipelines.decode import decode_files, decode_snapshot
+from pipelines.decode import decode_files, decode_rows, decode_snapshot
 from pipelines.download import download
 from pipelines.errors import UserError
 from pipelines.names import shown
@@ -252,6 +253,105 @@ def test_a_decoding_process_loads_neither_torch_nor_scipy():
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert result.stdout == "set()\n"
+
+
+def stack(count: int) -> bytes:
+    """A TIFF of as many pages."""
+    pages = [Image.fromarray(image) for image in blocks(count, seed=5)]
+    return encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+
+
+def test_pages_of_a_source_beyond_the_first_are_counted_and_said(tmp_path, caplog):
+    folder = write_folder(tmp_path / "images", blocks(40))
+    (folder / "stack.tif").write_bytes(stack(40))
+    statistics = run(snapshot(folder, tmp_path), tmp_path)
+    assert statistics["kept"] == 41
+    assert (statistics["files_with_more_frames"], statistics["frames_left_out"]) == (1, 39)
+    (said,) = [text for text in statistics["warnings"] if "pages" in text]
+    assert said == (
+        "39 further pages or frames in 1 file were left out: preprocess.frames: all takes them"
+    )
+    assert f"warning: {said}" in caplog.text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_pages_of_a_source_become_images_when_asked_for(tmp_path, processes):
+    folder = write_folder(tmp_path / "images", blocks(20))
+    (folder / "stack.tif").write_bytes(stack(40))
+    (folder / "text.png").write_text("no image")
+    config = dataclasses.replace(CONFIG, frames="all")
+    statistics = run(snapshot(folder, tmp_path), tmp_path, config, processes)
+    assert statistics["kept"] == 60
+    assert statistics["frames_left_out"] == 0
+    found = {}
+    for split in SPLITS:
+        sources = dataset.load_columns(tmp_path / "shards", split, ["source"])["source"]
+        found |= dict(zip(sources, dataset.load_images(tmp_path / "shards", split), strict=True))
+    assert quarantine(tmp_path).keys() == {"text.png"}
+    names = ["stack.tif", *(f"stack.tif#{page}" for page in range(2, 41))]
+    for name, page in zip(names, blocks(40, seed=5), strict=True):
+        np.testing.assert_array_equal(found[name], page)
+
+
+def test_decoded_frames_of_a_source_come_in_tables_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(decode_module, "TABLE_BYTES", 10 * 768)
+    contents = pa.array([stack(15), b"no image", stack(3)], pa.large_binary())
+    rows = pa.table({"source": ["a", "b", "c"], "content": contents})
+    for frames, sizes in (("all", [15, 4]), ("first", [3])):
+        tables = list(decode_rows(rows, dataclasses.replace(CONFIG, frames=frames)))
+        assert [len(table) for table in tables] == sizes
+    assert tables[0]["source"].to_pylist() == ["a", "b", "c"]
+
+
+def test_a_source_of_12_bits_in_16_gets_a_warning_with_the_range_and_the_setting(tmp_path, caplog):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for row, image in enumerate(blocks(40, channels=1)):
+        values = image.squeeze().astype(np.uint16) * 16
+        (folder / f"{row:04d}.png").write_bytes(encode(Image.fromarray(values)))
+    raw = snapshot(folder, tmp_path)
+    statistics = run(raw, tmp_path / "dark")
+    most = statistics["largest_16_bit_value"]
+    assert 2048 < most <= 255 * 16
+    (said,) = [text for text in statistics["warnings"] if "16-bit" in text]
+    assert f"no value above {most:,}" in said
+    assert "preprocess.value_range: 0..4095" in said
+    assert said in caplog.text
+    assert max(statistics["pixel_mean"].values()) < 16
+
+    config = dataclasses.replace(CONFIG, value_range="0..4095")
+    statistics = run(raw, tmp_path / "right", config)
+    assert not [text for text in statistics["warnings"] if "16-bit" in text]
+    assert min(statistics["pixel_mean"].values()) > 100
+    manifest = json.loads((tmp_path / "right/shards/manifest.json").read_text())
+    assert manifest["value_range"] == "0..4095"
+
+
+def test_lack_of_memory_ends_the_run_with_the_cure_and_drops_no_source(tmp_path):
+    script = """
+import resource, sys
+import pyarrow as pa
+from pipelines.decode import decode_rows
+from pipelines.errors import UserError
+from tests.pipelines.test_preprocess import CONFIG
+import dataclasses
+content = open(sys.argv[1], "rb").read()
+rows = pa.table({"source": ["large.png"], "content": pa.array([content], pa.large_binary())})
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
+try:
+    list(decode_rows(rows, dataclasses.replace(CONFIG, max_pixels=10**8)))
+except UserError as error:
+    print(error)
+"""
+    (tmp_path / "large").write_bytes(encode(Image.new("RGB", (6000, 6000))))
+    command = [sys.executable, "-c", script, str(tmp_path / "large")]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == (
+        "not enough memory to decode large.png: lower preprocess.max_pixels or free some, then "
+        "run the same command again\n"
+    ), result.stderr
 
 
 def test_every_unusable_file_gets_its_line_and_the_rest_is_kept(tmp_path):
@@ -533,6 +633,7 @@ def test_classes_that_a_source_states_count_more_than_folders(tmp_path):
         ({"image_channels": 2}, "preprocess.image_channels must be 1 or 3"),
         ({"test_fraction": 0.9}, "must leave something to train on"),
         ({"rows_per_shard": 30}, "rows_per_shard must be a multiple of rows_per_row_group"),
+        ({"value_range": "12 bits"}, r"preprocess.value_range: 12 bits is no range of values"),
         ({"max_pixels": 10}, r"no usable image among 3 files.* 0000.png \(too many pixels"),
         ({}, "3 of 3 files are different, usable images, 10 are needed: add images"),
     ],
