@@ -32,7 +32,7 @@ from PIL import (
 
 from aegan import colour, image_headers
 from aegan.file_kinds import START_BYTES, kind_of
-from aegan.sample_depth import UnknownRangeError, ValueRange, tiff_tag, to_8_bits
+from aegan.sample_depth import UnknownRangeError, ValueRange, load, straighten, tiff_tag, to_8_bits
 
 FORMATS = (
     "JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP", "JPEG 2000", "PGM/PPM/PBM", "TGA",
@@ -42,6 +42,8 @@ MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each costs a walk over all blocks
 MAX_PARTS = 100_000  # chunks of a PNG, segments of a JPEG: the decoder keeps those it skips
 MAX_TILES = 4096  # of a JPEG 2000
+MAX_SLOW_SAMPLES = 20_000_000  # of what Pillow decodes in Python
+SLOW_DECODERS = {"ppm", "ppm_plain", "bmp_rle"}
 MAX_FRAMES = 10_000  # taken from one file
 MAX_FRAME_PIXELS = 20  # and of so many times `max_pixels` together
 MAX_FRAME_BYTES = 1024**3  # and so large when they are resized
@@ -167,6 +169,8 @@ class _Reader:
     def _check(self, file: ImageFile.ImageFile, content: bytes) -> None:
         """Refuse what would cost too much; ask a JPEG for a reduced picture."""
         size = file.size
+        if file.format == "PPM":
+            straighten(file)
         if file.format in ("JPEG", "MPO"):
             # Never below four times the wanted size: the difference is under one grey level.
             file.draft(None, (4 * self.image_size, 4 * self.image_size))
@@ -184,6 +188,13 @@ class _Reader:
                 raise UnusableImageError(
                     f"cannot be decoded: it has {len(file.tile)} strips or tiles of {wide}x{high}"
                 )
+        samples = file.width * file.height * len(file.getbands())
+        decoders = {tile.codec_name for tile in file.tile[:1]}
+        if samples > MAX_SLOW_SAMPLES and decoders & SLOW_DECODERS:
+            raise UnusableImageError(
+                f"too many pixels: {size[0]}x{size[1]} in a format that is read slowly; save it "
+                "as PNG"
+            )
         if file.width * file.height > self.max_pixels:
             raise UnusableImageError(
                 f"too many pixels: {size[0]}x{size[1]}, at most {self.max_pixels}"
@@ -221,7 +232,7 @@ class _Reader:
         if file.format == "TIFF" and file.width * file.height > (Image.MAX_IMAGE_PIXELS or 0):
             # Else the decoder makes the same, after a check against a limit of its own.
             file.im = Image.core.new(file.mode, file._tile_size)  # type: ignore[attr-defined]
-        file.load()
+        load(file)
         ImageOps.exif_transpose(file, in_place=True)
         image, largest = to_8_bits(file, content, self.value_range)
         if image.mode in ("LA", "RGBA"):

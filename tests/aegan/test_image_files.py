@@ -155,6 +155,11 @@ def test_portable_maps_in_a_source_are_read_in_all_their_kinds():
         (b"P2\n# made by hand\n16 16 255\n" + numbers, grey),
         (b"P5 16 16 255 " + grey.tobytes(), grey),
         (b"P5 16 16 4095 " + (grey * np.uint16(16)).astype(">u2").tobytes(), grey),
+        (b"P5 16 16 65535 " + (grey * np.uint16(257)).astype(">u2").tobytes(), grey),
+        (b"P5 16 16 100 " + (grey // 3).tobytes(), np.round(grey // 3 * 2.55)),
+        (b"P6 16 16 100 " + (PICTURE // 3).tobytes(), np.round(PICTURE // 3 * 2.55)),
+        (b"P6 16 16 65535 " + (PICTURE * np.uint16(257)).astype(">u2").tobytes(), PICTURE),
+        (b"P6 16 16 4095 " + (PICTURE * np.uint16(16)).astype(">u2").tobytes(), PICTURE),
         (b"P1 16 16 " + b"01" * 128, stripes),
         (b"P4 16 16 " + b"\x55" * 32, stripes),
         (b"P6 16 16 255\n" + PICTURE.tobytes(), PICTURE),
@@ -163,6 +168,8 @@ def test_portable_maps_in_a_source_are_read_in_all_their_kinds():
         channels = 1 if expected.ndim == 2 else 3
         found = decode(content, image_channels=channels).squeeze()
         assert np.abs(found.astype(int) - expected).max() <= 1
+    assert reason(b"P5 16 16 100 " + bytes(255)) == "cannot be decoded: the file ends too early"
+    assert "slowly" in reason(b"P2 5000 5000 255 0")
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "tga_rle"}])
