@@ -93,8 +93,9 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     value_range = field({"value_range": "full"} | config, "value_range", str, "a range")
     try:
         ValueRange.parse(value_range)
-    except ValueError as error:
-        raise _damaged(file, f"value_range: {error}") from None
+    except ValueError:
+        expected = "expected full or as in 0..4095"
+        raise _damaged(file, f"value_range is {_shown(value_range)}, {expected}") from None
     try:
         with torch.device("meta"):
             model = AEGAN(
