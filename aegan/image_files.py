@@ -32,7 +32,14 @@ from PIL import (
 
 from aegan import colour, image_headers
 from aegan.file_kinds import START_BYTES, kind_of
-from aegan.sample_depth import UnknownRangeError, ValueRange, load, straighten, tiff_tag, to_8_bits
+from aegan.sample_depth import (
+    UnknownRangeError,
+    ValueRange,
+    load_pixels,
+    straighten,
+    tiff_tag,
+    to_8_bits,
+)
 
 FORMATS = (
     "JPEG", "PNG", "WebP", "AVIF", "GIF", "TIFF", "BMP", "JPEG 2000", "PGM/PPM/PBM", "TGA",
@@ -133,6 +140,8 @@ class _Reader:
         try:
             with _open(content) as file:
                 return self._read_frames(file, content)
+        except UnusableImageError:
+            raise
         except OSError:
             whole = self._completed(content)
             if whole is None:
@@ -232,7 +241,7 @@ class _Reader:
         if file.format == "TIFF" and file.width * file.height > (Image.MAX_IMAGE_PIXELS or 0):
             # Else the decoder makes the same, after a check against a limit of its own.
             file.im = Image.core.new(file.mode, file._tile_size)  # type: ignore[attr-defined]
-        load(file)
+        load_pixels(file)
         ImageOps.exif_transpose(file, in_place=True)
         image, largest = to_8_bits(file, content, self.value_range)
         if image.mode in ("LA", "RGBA"):

@@ -43,12 +43,12 @@ class ValueRange:
         return math.isnan(self.low)
 
 
-class UnknownRangeError(ValueError):
+class UnknownRangeError(Exception):
     """Values of which only `value_range` can say what is black and what white."""
 
 
 def straighten(file: Image.Image) -> None:
-    """Have a PGM or PPM of unusual depth read as it lies there: `load` scales it, and faster."""
+    """Have a PGM or PPM of unusual depth read as it lies there; `load_pixels` scales it."""
     (tile,) = file.tile  # type: ignore[attr-defined]
     if tile.codec_name == "ppm":
         layout, most = tile.args
@@ -63,7 +63,7 @@ def straighten(file: Image.Image) -> None:
         file.tile = [tile._replace(codec_name="raw", args=(layout, 0, 1))]  # type: ignore[attr-defined]
 
 
-def load(file: Image.Image) -> None:
+def load_pixels(file: Image.Image) -> None:
     """Decode the pixels, with the values of a PGM or PPM as they would fill their range."""
     file.load()
     most = file.info.pop("maxval", 0)
