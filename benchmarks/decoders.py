@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aegan.image_files import FORMATS as FORMATS_TAKEN
 from aegan.image_files import decode_image
 from benchmarks.machine import describe
 from benchmarks.photographs import FORMATS, encode, photograph
@@ -92,7 +91,7 @@ def libjpeg_turbo(simplejpeg: Any, content: bytes) -> np.ndarray:
 
 def hybrid(simplejpeg: Any, content: bytes) -> np.ndarray:
     """Pillow reads the header and takes whatever is no plain JPEG; libjpeg-turbo the rest."""
-    file = Image.open(io.BytesIO(content), formats=FORMATS_TAKEN)
+    file = Image.open(io.BytesIO(content), formats=[format.upper() for format in FORMATS])
     plain = file.format == "JPEG" and file.mode == "RGB" and file.getexif().get(0x0112, 1) == 1
     if plain and file.width * file.height <= MAX_PIXELS:
         with contextlib.suppress(ValueError):  # Pillow says what is wrong with a damaged file
