@@ -58,6 +58,7 @@ LEAST_TRAINING_IMAGES = 4  # of which two can stand in for held-out ones
 UNLIKELY = 4.0  # standard deviations of a fair draw
 MUCH = 0.1  # of the images
 FEW = 8  # held-out images; evaluate compares no smaller sets
+DARK = 1 << 14  # 16-bit samples below: of 14 bits or fewer, or nearly black
 
 log = logging.getLogger(__name__)
 
@@ -479,29 +480,33 @@ def _statistics(
 
 def _of_files(config: PreprocessConfig, parts: list[Path]) -> dict[str, Any]:
     """What files hold besides the images taken, and what a user should know about it."""
-    files = frames = 0
-    largest: list[int] = []
-    for part in parts:
-        table = pq.read_table(part, columns=["frames_left_out", "largest_value"])
-        counts = table.column("frames_left_out").to_numpy()
-        files, frames = files + int(np.count_nonzero(counts)), frames + int(counts.sum())
-        largest += [table.column("largest_value").drop_null().to_numpy().max(initial=-1)]
-    found = int(max(largest))
-    warnings = []
-    if frames:
-        warnings.append(
-            f"{frames:,} further pages or frames in {files:,} file{'s' * (files > 1)} were left "
-            "out: preprocess.frames: all takes them"
+    columns = ["frames_left_out", "largest_value"]
+    table = pa.concat_tables([pq.read_table(part, columns=columns) for part in parts])
+    left_out = table.column("frames_left_out").to_numpy()
+    largest = table.column("largest_value").drop_null().to_numpy()  # of images with 16-bit samples
+    statistics: dict[str, Any] = {
+        "files_with_more_frames": int(np.count_nonzero(left_out)),
+        "frames_left_out": int(left_out.sum()),
+        "images_of_16_bits": len(largest),
+        "warnings": [],
+    }
+    if len(largest):
+        statistics["largest_16_bit_value"] = int(largest.max())
+    if statistics["frames_left_out"]:
+        files = statistics["files_with_more_frames"]
+        statistics["warnings"].append(
+            f"{statistics['frames_left_out']:,} further pages or frames in {files:,} "
+            f"file{'s' * (files > 1)} were left out: preprocess.frames: all takes them"
         )
-    bits = max(8, found.bit_length())
-    if found >= 0 and bits < 15 and config.value_range == "full":
-        warnings.append(
-            f"the 16-bit files hold no value above {found:,}, of 65,535: their images are dark. "
-            f"If their samples have {bits} bits, set preprocess.value_range: 0..{2**bits - 1}"
+    dark = largest[largest < DARK]
+    if config.value_range == "full" and len(dark) > len(largest) / 2:
+        most, bits = int(dark.max()), max(8, int(dark.max()).bit_length())
+        statistics["warnings"].append(
+            f"{len(dark):,} of {len(largest):,} images with 16-bit samples hold no value above "
+            f"{most:,}, of 65,535: they are dark. If their samples have {bits} bits, set "
+            f"preprocess.value_range: 0..{2**bits - 1}"
         )
-    return {"files_with_more_frames": files, "frames_left_out": frames, "warnings": warnings} | (
-        {"largest_16_bit_value": found} if found >= 0 else {}
-    )
+    return statistics
 
 
 def _draw(images: list[np.ndarray], file: Path) -> None:

@@ -309,15 +309,17 @@ def test_a_source_of_12_bits_in_16_gets_a_warning_with_the_range_and_the_setting
     for row, image in enumerate(blocks(40, channels=1)):
         values = image.squeeze().astype(np.uint16) * 16
         (folder / f"{row:04d}.png").write_bytes(encode(Image.fromarray(values)))
+    most = max(int(image.max()) for image in blocks(40, channels=1)) * 16
+    (folder / "bright.png").write_bytes(encode(Image.new("I;16", (16, 16), 65535)))
     raw = snapshot(folder, tmp_path)
     statistics = run(raw, tmp_path / "dark")
-    most = statistics["largest_16_bit_value"]
-    assert 2048 < most <= 255 * 16
+    assert statistics["images_of_16_bits"] == 41
+    assert statistics["largest_16_bit_value"] == 65535
     (said,) = [text for text in statistics["warnings"] if "16-bit" in text]
-    assert f"no value above {most:,}" in said
+    assert said.startswith(f"40 of 41 images with 16-bit samples hold no value above {most:,}, of")
     assert "preprocess.value_range: 0..4095" in said
     assert said in caplog.text
-    assert max(statistics["pixel_mean"].values()) < 16
+    assert max(statistics["pixel_mean"].values()) < 24
 
     config = dataclasses.replace(CONFIG, value_range="0..4095")
     statistics = run(raw, tmp_path / "right", config)
