@@ -70,7 +70,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         converted = _applied(_transform(profile, image.mode), image)
         if converted:
             return converted
-    return image if image.mode == "L" else image.convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 def _applied(

@@ -210,6 +210,8 @@ class _Reader:
             )
 
     def _check_scans(self, size: tuple[int, int], content: bytes) -> None:
+        if size[0] * size[1] * len(content) < 1 << 28:  # cheap, whatever it holds
+            return
         most = size[0] * size[1] <= 4 * self.max_pixels
         if content.count(b"\xff\xda") > (MAX_SCANS if most else 1):
             scans = image_headers.jpeg_scans(content, enough=MAX_SCANS + 1)
@@ -253,7 +255,9 @@ class _Reader:
             if factor > 1:
                 image = image.reduce(factor)
         mode = "RGB" if self.image_channels == 3 else "L"
-        image = colour.to_srgb(image, profile).convert(mode)
+        image = colour.to_srgb(image, profile)
+        if image.mode != mode:
+            image = image.convert(mode)
         if image.size != size:
             fit_into = ImageOps.fit if self.fit == "crop" else partial(ImageOps.pad, color="white")
             image = fit_into(image, size, Image.Resampling.LANCZOS)
