@@ -93,7 +93,9 @@ def preprocess(
             left_out = _left_out(snapshot, parts, verdict)
             reasons = write_quarantine(left_out, reports / "quarantine.csv")
             statistics = _statistics(config, snapshot, verdict, reasons) | kept.pixel_statistics()
-            statistics |= _of_files(config, parts)
+            of_files, warnings = _of_files(config, parts)
+            statistics |= of_files
+            statistics["warnings"] += warnings
             write_json(statistics, reports / "statistics.json")
             _draw(kept.sheet, reports / "contact_sheet.png")
     log.info(
@@ -478,35 +480,35 @@ def _statistics(
     }
 
 
-def _of_files(config: PreprocessConfig, parts: list[Path]) -> dict[str, Any]:
+def _of_files(config: PreprocessConfig, parts: list[Path]) -> tuple[dict[str, Any], list[str]]:
     """What files hold besides the images taken, and what a user should know about it."""
     columns = ["frames_left_out", "largest_value"]
     table = pa.concat_tables([pq.read_table(part, columns=columns) for part in parts])
     left_out = table.column("frames_left_out").to_numpy()
     largest = table.column("largest_value").drop_null().to_numpy()  # of images with 16-bit samples
+    warnings = []
     statistics: dict[str, Any] = {
         "files_with_more_frames": int(np.count_nonzero(left_out)),
         "frames_left_out": int(left_out.sum()),
         "images_of_16_bits": len(largest),
-        "warnings": [],
     }
     if len(largest):
         statistics["largest_16_bit_value"] = int(largest.max())
     if statistics["frames_left_out"]:
         files = statistics["files_with_more_frames"]
-        statistics["warnings"].append(
+        warnings.append(
             f"{statistics['frames_left_out']:,} further pages or frames in {files:,} "
             f"file{'s' * (files > 1)} were left out: preprocess.frames: all takes them"
         )
     dark = largest[largest < DARK]
     if config.value_range == "full" and len(dark) > len(largest) / 2:
         most, bits = int(dark.max()), max(8, int(dark.max()).bit_length())
-        statistics["warnings"].append(
+        warnings.append(
             f"{len(dark):,} of {len(largest):,} images with 16-bit samples hold no value above "
             f"{most:,}, of 65,535: they are dark. If their samples have {bits} bits, set "
             f"preprocess.value_range: 0..{2**bits - 1}"
         )
-    return statistics
+    return statistics, warnings
 
 
 def _draw(images: list[np.ndarray], file: Path) -> None:

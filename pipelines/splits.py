@@ -24,9 +24,7 @@ def draw_frames(content: bytes, count: int) -> list[tuple[int, int]]:
     """`draw` of a file's first frames."""
     file = hashlib.sha256(content).digest()
     later = [hashlib.sha256(file + frame.to_bytes(8)).digest() for frame in range(1, count)]
-    return [
-        (int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])) for digest in (file, *later)
-    ]
+    return [(int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])) for digest in (file, *later)]
 
 
 def fractions(config: PreprocessConfig) -> tuple[float, float, float]:
