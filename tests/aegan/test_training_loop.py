@@ -101,12 +101,13 @@ def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_
     assert run(tiny_config(), shards, tmp_path / "cut").finished
     run(tiny_config(), shards, tmp_path / "whole")
     assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
-    assert checkpoint.best(tmp_path / "cut/checkpoints") is None
-    rows = [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    rows = training_log.read(tmp_path / "cut/metrics.jsonl")
+    assert training_log.best_step(rows, "validation_frechet_distance") is None
     assert not any(name.startswith("validation_") for row in rows for name in row)
     names = {file.name for file in (tmp_path / "cut/samples").iterdir()}
     assert names == {"step-00000004-samples.png", "step-00000008-samples.png"}
-    (tmp_path / "cut/run.json").write_text(json.dumps({"params": {"training": {"batch_size": 8}}}))
+    facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
+    (tmp_path / "cut/run.json").write_text(json.dumps(facts))
     publish(tmp_path / "cut", tmp_path / "published")
     assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
 
