@@ -336,8 +336,8 @@ def _open_heif(content: bytes, stream: BytesIO) -> ImageFile.ImageFile:
         from pillow_heif import HeifImageFile
     except ImportError:
         raise UnusableImageError(
-            'not an image: HEIC is read with the extra heic (pip install "aegan[heic]"); '
-            "or export the pictures as JPEG"
+            "not an image: HEIC is read once pillow-heif is there "
+            "(.venv/bin/pip install pillow-heif); or export the pictures as JPEG"
         ) from None
     file: ImageFile.ImageFile = HeifImageFile(stream)
     return file

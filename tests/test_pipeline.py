@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import chdir, closing
 from pathlib import Path
 
@@ -191,6 +192,24 @@ def test_a_run_in_a_copy_reads_the_source_of_the_project_and_registers_in_its_st
     assert len(places) > 1
     assert [place for place in places if not Path(place).is_relative_to(project / "mlruns")] == []
     assert [place for place in places if not Path(place).exists()] == []
+
+
+def test_a_queued_run_registers_in_the_store_of_the_project_as_its_source(project):
+    """DVC's worker runs it in a copy, after the command has ended."""
+    versions = "SELECT count(*) FROM model_versions"
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        before = database.execute(versions).fetchone()
+    dvc(project, "exp", "run", "--queue", "--name", "queued", "-S", "training.seed=1")
+    dvc(project, "queue", "start")
+    give_up = time.monotonic() + 200
+    while "Success" not in (status := dvc(project, "queue", "status")):
+        assert "Failed" not in status, dvc(project, "queue", "logs", "queued")
+        assert time.monotonic() < give_up, status
+        time.sleep(2)
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        assert database.execute(versions).fetchone() > before
+    log = dvc(project, "queue", "logs", "queued")
+    assert f"in sqlite:///{project}/mlflow.db" in log
 
 
 def test_nothing_is_written_into_the_home_folder_or_among_the_files_of_git(project):

@@ -317,9 +317,7 @@ def test_a_failing_job_ends_with_1_and_its_reason_and_the_next_is_a_new_attempt(
     project = make_project(tmp_path / "project", cluster, data={"source": "/no/such/folder"})
     output = submit(project, cluster, expected=1)
     job = job_of(output)
-    failed = (
-        f"error: job {job} has failed: dvc repro failed: data.source '/no/such/folder' not found"
-    )
+    failed = f"error: job {job} has failed: dvc repro failed: data.source /no/such/folder not found"
     assert last_line(output).startswith(failed)
 
     output = submit(project, cluster, "--pass-env", expected=1)
