@@ -187,7 +187,7 @@ def test_heic_in_a_source_is_named_with_the_cure():
     if importlib.util.find_spec("pillow_heif"):
         assert reason(heic).startswith("cannot be decoded")
     else:
-        assert reason(heic).startswith("not an image: HEIC is read with the extra heic")
+        assert reason(heic).startswith("not an image: HEIC is read once pillow-heif is there")
 
 
 @pytest.mark.parametrize("progressive", [False, True])
