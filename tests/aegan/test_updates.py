@@ -86,8 +86,8 @@ def losses(
         ("demo", "shared", 0.0),
         ("demo", "shared", 1.0),
         ("demo", "reference", 0.0),
-        ("paper", "shared", 0.0),
-        ("paper", "reference", 0.0),
+        pytest.param("paper", "shared", 0.0, marks=pytest.mark.slow),
+        pytest.param("paper", "reference", 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_losses_of_the_fast_and_the_plain_step_agree_to_1e_8_over_50_float64_steps(
@@ -100,7 +100,7 @@ def test_losses_of_the_fast_and_the_plain_step_agree_to_1e_8_over_50_float64_ste
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("preset", ["demo", pytest.param("paper", marks=pytest.mark.slow)])
 def test_float32_losses_of_the_fast_step_are_as_near_the_truth_as_those_of_the_plain_step(
     preset: str,
 ) -> None:
