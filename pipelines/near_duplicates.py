@@ -173,6 +173,7 @@ def _describe(
         means = pixels.reshape(-1, 4, 4, 4, 4, channels).mean(axis=(2, 4), dtype=np.float32)
         return np.asarray(means.reshape(len(pixels), -1) * 4)  # root of the 16 pixels in a cell
 
+    averaging = np.tile(np.eye(channels) / THUMBNAIL_SIZE**2, (THUMBNAIL_SIZE**2, 1))
     points = np.empty((count, PROJECTION_DIMS), np.float32)
     contrasts = np.empty(count, np.float32)
     with file.open("rb") as stream:
@@ -190,9 +191,9 @@ def _describe(
         for part in _parts(np.arange(count), _ROWS_AT_ONCE):
             some = read(int(part[0]), len(part))
             points[part] = (cells(some) - mean) @ axes[:, -PROJECTION_DIMS:]
-            values = some.reshape(len(some), -1, channels).astype(np.int32)
-            variance = np.square(values).mean(axis=1) - np.square(values.mean(axis=1))
-            contrasts[part] = variance.mean(axis=1) ** 0.5
+            values = some.astype(np.float64)  # whose products with ones are exact
+            means, squares = values @ averaging, np.square(values) @ averaging
+            contrasts[part] = (squares - np.square(means)).mean(axis=1) ** 0.5
     return points, contrasts, middle
 
 
