@@ -126,7 +126,7 @@ def _of_model(folder: Path) -> tuple[dict[str, Any], Files]:
     for file in (folder / RAW, folder / AVERAGED):
         if not file.is_file():
             raise ConfigError(f"{file} is missing")
-        if hashes.get(file.name, checkpoint.sha256(file)) != checkpoint.sha256(file):
+        if file.name in hashes and hashes[file.name] != checkpoint.sha256(file):
             raise ConfigError(f"{file} is not the file that {DESCRIPTION} was written for")
     return description, {"model": (folder / RAW, ""), "ema": (folder / AVERAGED, "")}
 

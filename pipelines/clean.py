@@ -43,17 +43,12 @@ def main() -> None:
 def _remove(folder: Path, written: tuple[str, ...]) -> Iterator[str]:
     """Delete the files that fit a pattern; yields their names."""
     alone = folder in (Path(), Path("tune"))  # the project's own folders: nothing below them
-    for path in list(folder.glob("*") if alone else _files(folder)):
+    for path in list(folder.glob("*" if alone else "**/*")):
         name = path.relative_to(folder).as_posix()
         patterns = written if alone else (*written, *outputs.TEMPORARY)
         if path.is_file() and outputs.fits(name, patterns):
             path.unlink()
             yield name
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for where, _, files in os.walk(folder):
-        yield from (Path(where) / name for name in files)
 
 
 def _remove_empty_folders(folder: Path) -> None:

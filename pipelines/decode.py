@@ -199,11 +199,11 @@ def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Tabl
     left_out: list[int] = []
     largest: list[int | None] = []
     draws: list[tuple[int, int]] = []
-    for file, content in enumerate(contents):
-        reason = None
+    for file, stored in enumerate(contents):
+        content, reason = stored.as_py(), None
         try:
             decoded = decode_file(
-                content.as_py(),
+                content,
                 image_size=size,
                 image_channels=channels,
                 fit=config.fit,
@@ -213,7 +213,7 @@ def decode_files(contents: pa.ChunkedArray, config: PreprocessConfig) -> pa.Tabl
             )
         except UnusableImageError as error:
             decoded, reason = Decoded([blank], 0, None), str(error)
-        draws += draw_frames(content.as_py(), len(decoded.images))
+        draws += draw_frames(content, len(decoded.images))
         for frame, image in enumerate(decoded.images):
             found.append((file, frame, image))
             reasons.append(reason)

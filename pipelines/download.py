@@ -93,7 +93,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
             yield Source(address, read_bucket(address))
         elif scheme in ("http", "https"):
             web.fetch(address, fetched)
-            name = web.without_secrets(address)
+            name = source_address.without_secrets(address)
             yield Source(name, read_archive(fetched, name), fetched)
         elif Path(address).is_dir():
             yield Source(config.source, read_folder(Path(address)))

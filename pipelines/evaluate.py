@@ -40,10 +40,10 @@ from aegan.metrics.sliced_wasserstein import sliced_wasserstein
 from pipelines import locks, params
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file, write_json
+from pipelines.outputs import SHARDS
 from pipelines.trained import STAND_INS, check_size, load_model, shown_split
 
 MODEL = Path("artifacts/train/model")
-SHARDS = Path("artifacts/shards")
 OUTPUT = Path("artifacts/evaluate")
 
 WEIGHTS: tuple[Literal["ema", "raw"], ...] = ("ema", "raw")

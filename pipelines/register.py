@@ -20,7 +20,7 @@ from aegan.config import RegisterConfig
 from pipelines import locks, params, tracking
 from pipelines.errors import UserError, run_stage
 from pipelines.files import project_folder, write_json
-from pipelines.web import without_secrets
+from pipelines.source_address import without_secrets
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
 CURVES, SCORES = Path("artifacts/train/curves.csv"), Path("artifacts/evaluate/metrics.json")

@@ -27,10 +27,10 @@ from pipelines import locks
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file
 from pipelines.names import shown
-from pipelines.web import without_secrets
+from pipelines.outputs import SHARDS
+from pipelines.source_address import without_secrets
 
 ARTIFACTS = Path("artifacts")
-SHARDS = Path("artifacts/shards")
 OUTPUT = Path("report/index.html")
 
 MAX_PICTURE_PIXELS = 1200  # side; larger pictures are shrunk

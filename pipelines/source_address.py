@@ -22,7 +22,7 @@ WORKPLACES = (
     *("artifacts", "report", "runs", "mlruns", ".dvc", ".git", ".venv"),
     *map(str, outputs.FOLDERS),
 )
-OLD_OUTPUTS = ("data/raw", "data/shards")  # of earlier versions
+OLD_OUTPUTS = {"data/raw": outputs.RAW, "data/shards": outputs.SHARDS}  # earlier: where now
 SECRETS = re.compile(  # in the names of what stands behind the `?` of an address
     r"sig$|signature|token|secret|passw|pwd|credential|^auth|session|(^|[-_])key$|keyid",
     re.IGNORECASE,
@@ -50,7 +50,7 @@ def resolve(address: str) -> str:
             )
     scheme = scheme_of(filled)
     if filled == DESIGNED or scheme in REMOTE:
-        if scheme == "s3":
+        if scheme == "s3":  # where errors show the address as it is
             _check_secrets(filled)
         return filled
     if scheme == "file":
@@ -70,12 +70,18 @@ def scheme_of(address: str) -> str:
     return address.partition(":")[0].lower() if ":" in address else ""
 
 
+def without_secrets(url: str) -> str:
+    """The address without user, password and query, fit for messages and manifests."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
 def _check_secrets(address: str) -> None:
     """DVC writes data.source into dvc.lock, its cache and its remotes: it must hold no password."""
     if "://" not in address:
         return
-    parts = urlsplit(address)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    parts, shown = urlsplit(address), without_secrets(address)
     if "@" in parts.netloc:
         place = (
             "~/.netrc"
@@ -120,7 +126,7 @@ def _overlap(one: Path, other: Path) -> bool:
 
 def about_old_output(name: str) -> str:
     """What to do with a folder below data/ that an earlier version has left."""
-    written = outputs.FOLDERS[outputs.RAW if name.endswith("raw") else outputs.SHARDS]
+    written = outputs.FOLDERS[OLD_OUTPUTS[name]]
     kept = sorted(outputs.find_foreign(project_folder() / name, written))
     first = f"move your own files out of it ({outputs.listed(kept)}), then " if kept else ""
     return (

@@ -11,6 +11,7 @@ from urllib3 import Retry
 
 from pipelines.errors import UserError
 from pipelines.progress import progress
+from pipelines.source_address import without_secrets
 
 MAX_BYTES = 256 * 1024**3
 MAX_REDIRECTS = 5
@@ -80,10 +81,3 @@ def _save(answer: requests.Response, file: Path) -> None:
                     "fetch it yourself and set data.source to the file"
                 )
             out.write(chunk)
-
-
-def without_secrets(url: str) -> str:
-    """The address without user, password and query, fit for messages and manifests."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
