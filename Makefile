@@ -7,7 +7,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run submit test test-cluster test-quick check mlflow serve refresh tune lock clean
+.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -26,6 +26,9 @@ test-quick: .venv/installed ## what runs in minutes: no servers, no long trainin
 
 test-cluster: .venv/installed ## a Ray cluster on this machine that loses workers, nodes, its bucket
 	$(BIN)/python -m pytest tests/cluster
+
+test-faults: .venv/installed ## every fault and attack of docs/reliability.md and docs/security.md, with their counts
+	$(BIN)/python -m pytest -m fault
 
 check: .venv/installed ## format, lint, types
 	$(BIN)/ruff format --check .

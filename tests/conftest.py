@@ -1,4 +1,5 @@
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,3 +20,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in item.iter_markers("fault"):
+            item.user_properties.append(("fault", marker.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many faults of each kind were tried, and how many of them ended well.
+
+    A test is one fault, or as many as its `record_property("faults", number)` says.
+    """
+    tried: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            properties = dict(report.user_properties)
+            if "fault" in properties and (report.when == "call" or outcome == "failed"):
+                count = properties.get("faults", 1)
+                tried[properties["fault"]] += count
+                passed[properties["fault"]] += count * (outcome == "passed")
+    if tried:
+        terminalreporter.section("faults: ended well / tried")
+        for kind, count in sorted(tried.items()):
+            terminalreporter.write_line(f"{passed[kind]:5} / {count:<5} {kind}")
+        terminalreporter.write_line(f"{passed.total():5} / {tried.total():<5} in all")
