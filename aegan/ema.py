@@ -14,9 +14,15 @@ def ema_decay(batch_size: int, half_life_images: float, images_shown: int) -> fl
 
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * module, for each parameter that `average` has."""
+    """average <- decay * average + (1 - decay) * module, for each parameter that `average` has.
+
+    Buffers, which are no weights, are copied.
+    """
     sources = dict(module.named_parameters())
     averages = dict(average.named_parameters())
     torch._foreach_lerp_(
         list(averages.values()), [sources[name].detach() for name in averages], 1 - decay
     )
+    buffers = dict(module.named_buffers())
+    for name, buffer in average.named_buffers():
+        buffer.copy_(buffers[name])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aegan import checkpoint
 from aegan.config import Arm, ConfigError, TrainConfig
-from aegan.losses import ARMS
+from aegan.losses import OBJECTIVES
 from aegan.state import TrainingState
 
 DESCRIPTION, RAW, AVERAGED = "config.json", "weights.safetensors", "ema.safetensors"
@@ -100,12 +100,12 @@ def record(start: Start, address: str) -> dict[str, Any]:
 
 def _networks(arm: Arm) -> list[str]:
     """Those that a training of this arm changes."""
-    kinds = {term[:2] for term in ARMS[arm]}
+    objective = OBJECTIVES[arm]
     return [
         "generator",
-        *["encoder"] * (arm != "gan"),
-        *["image_discriminator"] * ("x_" in kinds),
-        *["latent_discriminator"] * ("z_" in kinds),
+        *["encoder"] * objective.has_encoder,
+        *["image_discriminator"] * objective.judges_images,
+        *["latent_discriminator"] * objective.judges_latents,
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aegan import checkpoint
 from aegan.config import TrainConfig, identity
-from aegan.losses import ARMS
+from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
 from aegan.training_log import TrainingLog
 
@@ -21,30 +21,33 @@ class TrainingState:
     """
 
     def __init__(self, config: TrainConfig, manifest: dict[str, Any], device: torch.device) -> None:
-        options, terms = config.training, ARMS[config.training.arm]
+        options, objective = config.training, OBJECTIVES[config.training.arm]
         self._device = device
         self._config = {**identity(config), "dataset_sha256": manifest["dataset_sha256"]}
         self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
         self._reading = {"fit": manifest["fit"], "value_range": manifest.get("value_range", "full")}
-        encoder = options.arm != "gan"
-        adversarial = {kind: any(term.startswith(f"{kind}_") for term in terms) for kind in "xz"}
         torch.manual_seed(options.seed)
         self.model = AEGAN(
-            config.model, **self._sizes, encoder=encoder, discriminators=any(adversarial.values())
+            config.model,
+            **self._sizes,
+            encoder=objective.has_encoder,
+            discriminators=objective.judges_images or objective.judges_latents,
         )
-        self.ema = AEGAN(config.model, **self._sizes, encoder=encoder, discriminators=False)
+        self.ema = AEGAN(
+            config.model, **self._sizes, encoder=objective.has_encoder, discriminators=False
+        )
         self.ema.load_state_dict(self.model.state_dict(), strict=False)
         self.ema.eval().requires_grad_(False)
         for module in (self.model, self.ema):
             module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         discriminators = []
-        for kind, network in (
-            ("x", self.model.image_discriminator),
-            ("z", self.model.latent_discriminator),
+        for is_used, network in (
+            (objective.judges_images, self.model.image_discriminator),
+            (objective.judges_latents, self.model.latent_discriminator),
         ):
             if network is not None:
-                network.requires_grad_(adversarial[kind])
-                discriminators += list(network.parameters()) if adversarial[kind] else []
+                network.requires_grad_(is_used)
+                discriminators += list(network.parameters()) if is_used else []
         # `capturable` keeps the step count on a GPU, where a CUDA graph can raise it.
         adam = partial(
             torch.optim.Adam,

@@ -145,10 +145,12 @@ def train(
         if options.update_rule == "shared":
             state.log.add(update["all"](*read_batch(step)))
         else:  # the author's rule: rounds of updates, each on a fresh batch
-            if step % len(ROUND) == 0:
-                for turn, kind in enumerate(ROUND):
-                    state.log.add(update[kind](*read_batch(2 * step + turn)))
-            fresh = read_batch(2 * step + len(ROUND) - step % len(ROUND))
+            position = step % len(ROUND)
+            first_batch = 2 * (step - position)  # of this round, which reads one an update
+            if position == 0:
+                for number, turn in enumerate(ROUND, start=first_batch):
+                    state.log.add(update[turn](*read_batch(number)))
+            fresh = read_batch(first_batch + len(ROUND) + position)
             state.log.add(update["encoder_generator"](*fresh))
 
         # Update the averages.
@@ -222,7 +224,7 @@ def _update_functions(
     functions: dict[str, Callable[[Tensor, Tensor], Terms]] = {
         "all": updates.on_one_batch,
         "encoder_generator": updates.of_encoder_generator,
-        **{kind: partial(updates.of_discriminators, kind) for kind in ROUND},
+        **{turn: partial(updates.of_discriminators, turn) for turn in ROUND},
     }
     return {
         name: Graphed(function) if cuda_graphs else function for name, function in functions.items()

@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from aegan import distributed
 from aegan.config import Precision, TrainConfig
 from aegan.losses import (
-    ARMS,
+    OBJECTIVES,
     Fakes,
+    Objective,
     Terms,
+    Turn,
     discriminator_loss,
     encoder_generator_loss,
+    make_fakes,
+    shown_in_turn,
     single_kind_loss,
 )
 from aegan.networks import AEGAN
 from aegan.state import TrainingState
 
-ROUND = ("real", "hat", "real", "tilde")  # what the author's rule shows the discriminators in turn
+ROUND: tuple[Turn, ...] = ("real", "hat", "real", "tilde")  # of the author's rule
 
 LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Terms]]
 
@@ -46,13 +50,15 @@ class Updates:
         self.model = state.model
         self.optimizers = state.optimizers
         self.options, self.weights = config.training, config.loss
-        self.terms = ARMS[config.training.arm]
+        self.objective = OBJECTIVES[config.training.arm]
         self.world_size = world_size
         self.micro_batch_size = micro_batch_size or config.training.batch_size
         if compile_networks:
             _compile(self.model, discriminators=config.loss.gamma == 0)
         self.autocast = partial(autocast, config.training.precision, device)
-        self.encoder_generator = distributed.wrap(EncoderGenerator(self.model, self.terms), device)
+        self.encoder_generator = distributed.wrap(
+            EncoderGenerator(self.model, self.objective), device
+        )
         self.plain_discriminators = Discriminators(self.model)
         self.discriminators = distributed.wrap(self.plain_discriminators, device)
 
@@ -66,11 +72,13 @@ class Updates:
         def loss_of_discriminators(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
             if fakes is None:
                 with torch.no_grad():
-                    shown = make_fakes(self.model.generator, self.model.encoder, x, z, self.terms)
+                    shown = make_fakes(
+                        self.model.generator, self.model.encoder, x, z, self.objective
+                    )
             else:
                 shown = fakes.detach()
             return discriminator_loss(
-                self.discriminators, x, z, shown, terms=self.terms, weights=self.weights
+                self.discriminators, x, z, shown, objective=self.objective, weights=self.weights
             )
 
         values: Terms = {}
@@ -80,18 +88,22 @@ class Updates:
             )
         return values | self.of_encoder_generator(x, z, fakes)
 
-    def of_discriminators(self, kind: str, x: Tensor, z: Tensor) -> Terms:
-        """The author's rule: one update sees real ones or one kind of fake."""
-        if "discriminators" not in self.optimizers or not self._has(kind):
+    def of_discriminators(self, turn: Turn, x: Tensor, z: Tensor) -> Terms:
+        """The author's rule: one update sees real samples or one kind of fake."""
+        if "discriminators" not in self.optimizers or not self._has(turn):
             return {}
-        target = self.weights.real_target if kind == "real" else self.weights.fake_target
+        target = self.weights.real_target if turn == "real" else self.weights.fake_target
 
-        def loss_on_kind(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
-            images, latents = shown_to_discriminators(self.model, x, z, kind, self.terms)
+        def loss_in_turn(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
+            images, latents = shown_in_turn(
+                *(self.model.generator, self.model.encoder, x, z),
+                turn=turn,
+                objective=self.objective,
+            )
             loss = single_kind_loss(self.discriminators, images, latents, target=target)
-            return loss, {f"discriminators_{kind}": loss.detach()}
+            return loss, {f"discriminators_{turn}": loss.detach()}
 
-        return self._descend("discriminators", self.discriminators, loss_on_kind, x, z)
+        return self._descend("discriminators", self.discriminators, loss_in_turn, x, z)
 
     def of_encoder_generator(self, x: Tensor, z: Tensor, fakes: Fakes | None = None) -> Terms:
         """Against the discriminators as they are now; makes the fakes if they are not given."""
@@ -99,7 +111,12 @@ class Updates:
         def loss_of_fakes(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
             made = self.encoder_generator(x, z) if fakes is None else fakes
             return encoder_generator_loss(
-                self.plain_discriminators, x, z, made, terms=self.terms, weights=self.weights
+                self.plain_discriminators,
+                x,
+                z,
+                made,
+                objective=self.objective,
+                weights=self.weights,
             )
 
         with frozen(self.plain_discriminators):
@@ -127,19 +144,20 @@ class Updates:
         optimizer.step()
         return totals
 
-    def _has(self, kind: str) -> bool:
-        return kind == "real" or any(term.endswith(f"_{kind}") for term in self.terms)
+    def _has(self, turn: Turn) -> bool:
+        """Whether the discriminators of this arm see anything in a turn."""
+        return turn == "real" or any(vars(self.objective.only(f"x_{turn}", f"z_{turn}")).values())
 
 
 class EncoderGenerator(nn.Module):
     """G and E as one module, so that DDP averages their gradients in one backward pass."""
 
-    def __init__(self, model: AEGAN, terms: frozenset[str]) -> None:
+    def __init__(self, model: AEGAN, objective: Objective) -> None:
         super().__init__()
-        self.generator, self.encoder, self.terms = model.generator, model.encoder, terms
+        self.generator, self.encoder, self.objective = model.generator, model.encoder, objective
 
     def forward(self, x: Tensor, z: Tensor) -> Fakes:
-        return make_fakes(self.generator, self.encoder, x, z, self.terms)
+        return make_fakes(self.generator, self.encoder, x, z, self.objective)
 
 
 class Discriminators(nn.Module):
@@ -158,43 +176,6 @@ class Discriminators(nn.Module):
             on_images(images) if on_images is not None and images is not None else None,
             on_latents(latents) if on_latents is not None and latents is not None else None,
         )
-
-
-def make_fakes(
-    generator: nn.Module, encoder: nn.Module | None, x: Tensor, z: Tensor, terms: frozenset[str]
-) -> Fakes:
-    """The fakes that the terms need, each computed once, in one pass of G and at most two of E."""
-    z_tilde_used = not terms.isdisjoint({"z_tilde", "latent_reconstruction"})
-    x_hat_used = z_tilde_used or "x_hat" in terms
-    x_tilde_used = not terms.isdisjoint({"x_tilde", "image_reconstruction"})
-    z_hat = encoder(x) if encoder is not None and (x_tilde_used or "z_hat" in terms) else None
-    latents = ([z] if x_hat_used else []) + ([z_hat] if x_tilde_used and z_hat is not None else [])
-    images = list(generator(torch.cat(latents)).chunk(len(latents))) if latents else []
-    x_hat = images.pop(0) if x_hat_used else None
-    return Fakes(
-        x_hat=x_hat,
-        z_hat=z_hat,
-        x_tilde=images.pop() if images else None,
-        z_tilde=encoder(x_hat)
-        if encoder is not None and x_hat is not None and z_tilde_used
-        else None,
-    )
-
-
-@torch.no_grad()
-def shown_to_discriminators(
-    model: AEGAN, x: Tensor, z: Tensor, kind: str, terms: frozenset[str]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Images and latents of one kind, `real`, `hat` or `tilde`, that the arm's terms use."""
-    if kind == "real":
-        kinds_used = {term[:2] for term in terms}
-        return x if "x_" in kinds_used else None, z if "z_" in kinds_used else None
-    names = terms & {f"x_{kind}", f"z_{kind}"}
-    fakes = make_fakes(model.generator, model.encoder, x, z, names)
-    return (
-        fakes.x_hat if "x_hat" in names else fakes.x_tilde,
-        fakes.z_hat if "z_hat" in names else fakes.z_tilde,
-    )
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
@@ -217,7 +198,10 @@ def _compile(model: AEGAN, *, discriminators: bool) -> None:
 def _clip(optimizer: torch.optim.Optimizer, max_gradient_norm: float) -> None:
     """Limit the gradient norm of each variable, as the author does; 0 switches it off."""
     if max_gradient_norm > 0:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
         norms = torch._foreach_norm(gradients)
         torch._foreach_clamp_min_(norms, max_gradient_norm)
         torch._foreach_div_(gradients, norms)
@@ -230,6 +214,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    yield
-    for parameter in trainable:
-        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

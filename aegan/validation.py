@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from aegan.config import Arm
-from aegan.losses import ARMS
+from aegan.losses import OBJECTIVES
 from aegan.metrics.features import extract, random_features
 from aegan.metrics.frechet import frechet_distance
 from aegan.networks import AEGAN
@@ -12,7 +12,7 @@ from aegan.sampling import reconstruct, sample
 
 def selected_by(arm: Arm) -> str:
     """The score that chooses the best checkpoint: of samples, if the arm trains them at all."""
-    realism = "x_hat" in ARMS[arm]
+    realism = OBJECTIVES[arm].x_hat
     return f"validation_{'frechet_distance' if realism else 'image_reconstruction'}"
 
 

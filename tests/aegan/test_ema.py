@@ -22,3 +22,11 @@ def test_the_average_follows_its_own_networks_and_ignores_others():
     update_ema(average, module, 0.75)
     expected = 0.75 * before + 0.25 * module["a"].weight.detach()
     torch.testing.assert_close(average["a"].weight.detach(), expected)
+
+
+def test_buffers_are_copied_not_averaged():
+    module, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    module(torch.randn(8, 2))
+    update_ema(average, module, 0.75)
+    assert torch.equal(average.running_mean, module.running_mean)
+    assert average.num_batches_tracked == 1

@@ -6,15 +6,17 @@ import torch
 from torch import nn
 
 from aegan.losses import (
-    ARMS,
+    OBJECTIVES,
     Fakes,
+    Objective,
     discriminator_loss,
     encoder_generator_loss,
     gradient_penalty,
+    make_fakes,
     single_kind_loss,
 )
 from aegan.networks import AEGAN
-from aegan.updates import Discriminators, make_fakes
+from aegan.updates import Discriminators
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config()
@@ -59,11 +61,11 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
 ):
     x, z = batch
     adversarial = term.removesuffix("_adversarial")
-    terms = frozenset({adversarial})
+    objective = Objective(**{adversarial: True})
     discriminators = Discriminators(model).requires_grad_(False)
-    fakes = make_fakes(model.generator, model.encoder, x, z, ARMS["aegan"])
+    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
     loss, values = encoder_generator_loss(
-        discriminators, x, z, fakes, terms=terms, weights=CONFIG.loss
+        discriminators, x, z, fakes, objective=objective, weights=CONFIG.loss
     )
     assert list(values) == [term]
     assert networks_reached(model, loss) == REACHED[term]
@@ -80,9 +82,9 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
 )
 def test_each_term_of_a_discriminator_reaches_that_discriminator_only(model, batch, term, reached):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, ARMS["aegan"]).detach()
+    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"]).detach()
     loss, _ = discriminator_loss(
-        Discriminators(model), x, z, fakes, terms=frozenset({term}), weights=CONFIG.loss
+        Discriminators(model), x, z, fakes, objective=Objective(**{term: True}), weights=CONFIG.loss
     )
     assert networks_reached(model, loss) == reached
 
@@ -127,13 +129,15 @@ def test_the_losses_equal_the_papers_formulas_worked_out_by_hand():
         CONFIG.loss, lambda_image_adversarial=2.0, lambda_latent_adversarial=3.0,
         lambda_image_reconstruction=10.0, lambda_latent_reconstruction=5.0,
     )  # fmt: skip
-    loss, _ = discriminator_loss(Logits(), x, z, fakes, terms=ARMS["aegan"], weights=weights)
+    loss, _ = discriminator_loss(
+        Logits(), x, z, fakes, objective=OBJECTIVES["aegan"], weights=weights
+    )
     by_hand = bce(0.5, 0.95) + (bce(0.1, 0.05) + bce(0.2, 0.05)) / 2
     by_hand += bce(-0.25, 0.95) + (bce(0.3, 0.05) + bce(0.4, 0.05)) / 2
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
     loss, values = encoder_generator_loss(
-        Logits(), x, z, fakes, terms=ARMS["aegan"], weights=weights
+        Logits(), x, z, fakes, objective=OBJECTIVES["aegan"], weights=weights
     )
     by_hand = 2 * (bce(0.1, 1) + bce(0.2, 1)) + 3 * (bce(0.3, 1) + bce(0.4, 1))
     by_hand += 10 * abs(0.2 - 0.5) + 5 * (0.4 + 0.25) ** 2
@@ -150,13 +154,15 @@ def test_the_relativistic_loss_compares_each_fake_with_its_real_partner():
     def softplus(value: float) -> float:
         return math.log1p(math.exp(value))
 
-    loss, _ = discriminator_loss(Logits(), x, z, fakes, terms=ARMS["aegan"], weights=weights)
+    loss, _ = discriminator_loss(
+        Logits(), x, z, fakes, objective=OBJECTIVES["aegan"], weights=weights
+    )
     by_hand = (softplus(0.1 - 0.5) + softplus(0.2 - 0.5)) / 2
     by_hand += (softplus(0.3 + 0.25) + softplus(0.4 + 0.25)) / 2
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
-    terms = frozenset({"x_hat", "x_tilde", "z_hat", "z_tilde"})
-    loss, _ = encoder_generator_loss(Logits(), x, z, fakes, terms=terms, weights=weights)
+    objective = Objective(x_hat=True, x_tilde=True, z_hat=True, z_tilde=True)
+    loss, _ = encoder_generator_loss(Logits(), x, z, fakes, objective=objective, weights=weights)
     by_hand = softplus(0.5 - 0.1) + softplus(0.5 - 0.2)
     by_hand += softplus(-0.25 - 0.3) + softplus(-0.25 - 0.4)
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
@@ -174,11 +180,11 @@ def test_the_gradient_penalty_is_the_mean_squared_gradient_norm_of_real_ones_and
 
 def test_the_gradient_penalty_adds_to_the_discriminators_loss_with_weight_gamma(model, batch):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, ARMS["aegan"]).detach()
+    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"]).detach()
     losses, values = {}, {}
     for gamma in (0.0, 0.5):
         losses[gamma], values = discriminator_loss(
-            Discriminators(model), x, z, fakes, terms=ARMS["aegan"],
+            Discriminators(model), x, z, fakes, objective=OBJECTIVES["aegan"],
             weights=replace(CONFIG.loss, gamma=gamma),
         )  # fmt: skip
     penalties = values["image_gradient_penalty"] + values["latent_gradient_penalty"]
@@ -186,10 +192,10 @@ def test_the_gradient_penalty_adds_to_the_discriminators_loss_with_weight_gamma(
     torch.testing.assert_close(losses[0.5], losses[0.0] + 0.5 * penalties)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", OBJECTIVES)
 def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, ARMS[arm])
+    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES[arm])
     made = {name for name, fake in vars(fakes).items() if fake is not None}
     expected = {
         "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde"},
@@ -203,7 +209,7 @@ def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
 
 def test_shared_passes_make_the_same_fakes_as_one_call_of_a_network_for_each(model, batch):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, ARMS["aegan"])
+    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
     torch.testing.assert_close(fakes.x_hat, model.generator(z))
     torch.testing.assert_close(fakes.z_hat, model.encoder(x))
     torch.testing.assert_close(fakes.x_tilde, model.generator(model.encoder(x)))

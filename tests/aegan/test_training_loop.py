@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from aegan import checkpoint, training_log, training_loop, updates
 from aegan.config import TrainConfig
-from aegan.losses import ARMS
+from aegan.losses import OBJECTIVES
 from aegan.model_files import load
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
@@ -231,7 +231,7 @@ def test_resuming_under_changed_settings_is_refused_and_says_which(shards, tmp_p
     assert "training.seed: 0 in the checkpoint, 3 now" in str(error.value)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", OBJECTIVES)
 def test_every_arm_trains_its_networks_and_exports_a_usable_model(shards, tmp_path, arm):
     config = tiny_config(arm=arm, num_steps=4)
     run(config, shards, tmp_path)

@@ -10,7 +10,7 @@ from torch import Tensor
 from aegan.config import TrainConfig
 from aegan.networks import AEGAN, GaussianNoise
 from aegan.state import TrainingState
-from aegan.updates import Updates
+from aegan.updates import Updates, _clip, frozen
 from tests.plain import PlainUpdates, make_plain, take_step
 from tests.tiny import tiny_config
 
@@ -141,3 +141,19 @@ def test_bfloat16_networks_follow_the_float32_losses() -> None:
     torch.testing.assert_close(ours[0], reference[0], rtol=0.01, atol=0.01)
     torch.testing.assert_close(ours.mean(0), reference.mean(0), rtol=0.1, atol=0.01)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in updates.model.parameters())
+
+
+def test_clipping_limits_each_gradient_and_passes_over_parameters_without_one():
+    used, unused = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    used.grad = torch.full((4,), 3.0)
+    _clip(torch.optim.Adam([used, unused]), max_gradient_norm=1.0)
+    assert used.grad.norm() == pytest.approx(1.0)
+    assert unused.grad is None
+    _clip(torch.optim.Adam([unused]), max_gradient_norm=1.0)
+
+
+def test_a_frozen_module_is_trainable_again_after_an_exception():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError), frozen(module):
+        raise RuntimeError
+    assert all(parameter.requires_grad for parameter in module.parameters())
