@@ -14,7 +14,6 @@ class ConfigError(ValueError):
 
 Arm = Literal["aegan", "gan", "ae", "aae", "egan"]
 Precision = Literal["float32", "tf32", "bfloat16"]
-Preset = Literal["demo", "paper"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 IMAGE_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # 2^n and 3 x 2^n
@@ -54,7 +53,7 @@ class PreprocessConfig:
 class ModelConfig:
     """The four networks."""
 
-    preset: Preset  # architecture family
+    architecture: str  # a key of aegan.networks.ARCHITECTURES
     latent_dim: int
     base_channels: int  # width of the generator's last stage; the others follow
 
@@ -106,6 +105,14 @@ class TrainConfig:
     model: ModelConfig
     loss: LossConfig
     training: TrainingConfig
+
+
+RENAMED = {"model.preset": "model.architecture"}  # settings that earlier versions wrote otherwise
+
+
+def with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A section as an earlier version wrote it, under the names of today."""
+    return {RENAMED.get(f"{section}.{key}", key).split(".")[-1]: v for key, v in values.items()}
 
 
 # What says for how long a run goes on and how often it is looked at: no update depends on it, so it

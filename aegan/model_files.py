@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_in
 from torch import Tensor
 
-from aegan.config import ConfigError, ModelConfig
+from aegan.config import ConfigError, ModelConfig, with_new_names
 from aegan.networks import AEGAN
 from aegan.sample_depth import ValueRange
 
@@ -78,9 +78,9 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
             raise _damaged(file, f"{name} is {_shown(value)}, expected {expected}")
         return value
 
-    networks = field(config, "model", dict, "an object")
+    networks = with_new_names("model", field(config, "model", dict, "an object"))
     sizes = ModelConfig(
-        preset=field(networks, "preset", str, "a name"),
+        architecture=field(networks, "architecture", str, "a name"),
         latent_dim=field(networks, "latent_dim", int, "a whole number"),
         base_channels=field(networks, "base_channels", int, "a whole number"),
     )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aegan import checkpoint
-from aegan.config import Arm, ConfigError, TrainConfig
+from aegan.config import Arm, ConfigError, TrainConfig, with_new_names
 from aegan.losses import OBJECTIVES
 from aegan.state import TrainingState
 
@@ -116,7 +116,7 @@ def _of_model(folder: Path) -> tuple[dict[str, Any], Files]:
     try:
         found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         description = {
-            "model": dict(found["model"]),
+            "model": with_new_names("model", found["model"]),
             "networks": ["generator", *["encoder"] * bool(found["has_encoder"])],
             **{key: found[key] for key in ("image_size", "image_channels")},
         }
@@ -135,7 +135,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], Files]:
     state = checkpoint.verify(folder)
     try:
         description = {
-            "model": dict(state["config"]["model"]),
+            "model": with_new_names("model", state["config"]["model"]),
             "networks": _networks(state["config"]["training"]["arm"]),
             **{key: state[key] for key in ("image_size", "image_channels")},
         }

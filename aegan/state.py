@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aegan import checkpoint
-from aegan.config import TrainConfig, identity
+from aegan.config import TrainConfig, identity, with_new_names
 from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
 from aegan.training_log import TrainingLog
@@ -90,7 +90,8 @@ class TrainingState:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a checkpoint, as `checkpoint.load` returns it; raises ConfigChangedError."""
-        checkpoint.check_config(state["config"], self._config)
+        saved = state["config"] | {"model": with_new_names("model", state["config"]["model"])}
+        checkpoint.check_config(saved, self._config)
         for name, module in (("model", self.model), ("ema", self.ema)):
             module.load_state_dict(_under(tensors, name))
         for name, optimizer in self.optimizers.items():
@@ -141,7 +142,7 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         for name in ("model", "ema")
     }
     description = {
-        "model": state["config"]["model"],
+        "model": with_new_names("model", state["config"]["model"]),
         "image_size": state["image_size"],
         "image_channels": state["image_channels"],
         "fit": state["fit"],

@@ -39,8 +39,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
-from aegan import winograd
 from aegan.config import TrainConfig
+from aegan.networks import winograd
 from aegan.training_loop import train
 from aegan.updates import ROUND
 from benchmarks.limits import Counter

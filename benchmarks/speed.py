@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from aegan import winograd
 from aegan.config import (
     DataConfig,
     ModelConfig,
@@ -35,6 +34,7 @@ from aegan.config import (
 )
 from aegan.ema import update_ema
 from aegan.graphs import Graphed
+from aegan.networks import winograd
 from aegan.state import TrainingState
 from aegan.training_loop import train
 from aegan.updates import ROUND, Updates
@@ -290,7 +290,7 @@ def measure_loop(
 ) -> dict[str, float]:
     """Images per second of `aegan.training_loop.train`: reading, averaging and logging included."""
     shards = make_shards(preprocessing, folder, 2000)
-    steps = LOOP_STEPS[config.model.preset]
+    steps = LOOP_STEPS[config.model.architecture]
     training = replace(
         config.training,
         num_steps=steps,

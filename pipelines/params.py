@@ -72,6 +72,9 @@ def _parse(name: str, values: Any, kind: type) -> Any:
     hints = get_type_hints(kind)
     if not isinstance(values, dict):
         raise UserError(f"params.yaml: {name} must hold the keys {', '.join(hints)}")
+    for key in values:
+        if (new := config.RENAMED.get(f"{name}.{key}")) is not None:
+            raise UserError(f"params.yaml: {name}.{key} is called {new} now: rename it there")
     _check_keys(f"params.yaml: keys of {name}", values, list(hints))
     return kind(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
 

@@ -28,6 +28,7 @@ from aegan import checkpoint
 from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, TrainConfig, identity
 from aegan.dataset import read_manifest
+from aegan.networks import ARCHITECTURES
 from aegan.start import Start, begin, record
 from pipelines import locks, params
 from pipelines.cluster import ray_session, shipped_environment, uses_gpu
@@ -59,11 +60,17 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "ema.py",
     "graphs.py",
     "images.py",
-    "layers.py",
     "losses.py",
     "metrics/features.py",
     "metrics/frechet.py",
-    "networks.py",
+    "networks/__init__.py",
+    "networks/demo.py",
+    "networks/layers.py",
+    "networks/maps.py",
+    "networks/model.py",
+    "networks/noise.py",
+    "networks/paper.py",
+    "networks/winograd.py",
     "reader.py",
     "sampling.py",
     "start.py",
@@ -72,7 +79,6 @@ CODE = (  # what determines the weights, besides data and parameters; dvc.yaml n
     "training_loop.py",
     "updates.py",
     "validation.py",
-    "winograd.py",
 )
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
 WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)
@@ -261,6 +267,11 @@ def _open_store(storage: str, *, shards: Path, run_folder: Path) -> RunStore | N
 def _check(config: TrainConfig, compute: ComputeConfig) -> None:
     """What types alone cannot say about the parameters."""
     options = config.training
+    if config.model.architecture not in ARCHITECTURES:
+        raise UserError(
+            f"params.yaml: model.architecture is '{config.model.architecture}'; allowed: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     positive = {
         "model.latent_dim": config.model.latent_dim,
         "model.base_channels": config.model.base_channels,

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aegan.config import TrainConfig
-from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
 from aegan.losses import Terms
-from aegan.networks import AEGAN, GaussianNoise
+from aegan.networks import AEGAN
+from aegan.networks.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+from aegan.networks.noise import GaussianNoise
 from aegan.updates import ROUND
 
 

@@ -21,11 +21,11 @@ SMALL = {
 
 
 def tiny_config(
-    *, preset: str = "demo", loss: dict[str, Any] | None = None, **training: Any
+    *, architecture: str = "demo", loss: dict[str, Any] | None = None, **training: Any
 ) -> TrainConfig:
     """The project's own parameters, shrunk; keywords override those of `training`."""
     model = replace(
-        params.load(ModelConfig, PARAMS), preset=preset, latent_dim=4, base_channels=4
+        params.load(ModelConfig, PARAMS), architecture=architecture, latent_dim=4, base_channels=4
     )  # fmt: skip
     plain = {"adversarial": "bce", "gamma": 0.0}
     return TrainConfig(

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aegan import winograd
-from aegan.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+from aegan.networks import winograd
+from aegan.networks.layers import ChannelNorm, SameConv2d, UpsampleConv2d
 from benchmarks.limits import Counter
 from tests.plain import channel_norm, same_convolution, upsample_convolution
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import aegan
-from aegan import winograd
 from aegan.config import IMAGE_SIZES, ModelConfig
+from aegan.networks import winograd
 from tests.plain import make_plain
 from tests.trained import write_model
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def build(*, channels: int = 3, encoder: bool = True) -> aegan.AEGAN:
     torch.manual_seed(0)
-    config = ModelConfig(preset="demo", latent_dim=LATENT_DIM, base_channels=4)
+    config = ModelConfig(architecture="demo", latent_dim=LATENT_DIM, base_channels=4)
     model = aegan.AEGAN(
         config, image_size=16, image_channels=channels, encoder=encoder, discriminators=False
     )
@@ -216,7 +216,7 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
     ),
     "networks of no size": (
         lambda model: aegan.AEGAN(
-            ModelConfig(preset="demo", latent_dim=0, base_channels=4),
+            ModelConfig(architecture="demo", latent_dim=0, base_channels=4),
             image_size=16,
             image_channels=3,
         ),
@@ -224,11 +224,11 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
     ),
     "networks of no kind": (
         lambda model: aegan.AEGAN(
-            ModelConfig(preset="large", latent_dim=4, base_channels=4),  # type: ignore[arg-type]
+            ModelConfig(architecture="large", latent_dim=4, base_channels=4),  # type: ignore[arg-type]
             image_size=16,
             image_channels=3,
         ),
-        "preset is large; it must be one of demo, paper",
+        "architecture is large; it must be one of demo, paper",
     ),
 }
 
@@ -341,12 +341,12 @@ def test_the_examples_of_the_library_run(
 # -- sides of 3 x 2^n -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("architecture", ["demo", "paper"])
 @pytest.mark.parametrize("image_size", IMAGE_SIZES)
 def test_networks_of_every_allowed_side_make_and_read_images_of_it(
-    preset: Any, image_size: int
+    architecture: Any, image_size: int
 ) -> None:
-    config = ModelConfig(preset=preset, latent_dim=5, base_channels=1)
+    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=1)
     model = aegan.AEGAN(config, image_size=image_size, image_channels=3)
     with torch.no_grad():
         x = model.generator(torch.zeros(1, 5))
@@ -357,12 +357,12 @@ def test_networks_of_every_allowed_side_make_and_read_images_of_it(
         assert model.image_discriminator(x).shape == (1, 1)
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("architecture", ["demo", "paper"])
 @pytest.mark.parametrize("image_size", [48, 96, 192])
 def test_a_side_of_3_x_2_to_the_n_has_the_layers_of_the_next_power_of_two(
-    preset: Any, image_size: int
+    architecture: Any, image_size: int
 ) -> None:
-    config = ModelConfig(preset=preset, latent_dim=5, base_channels=4)
+    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=4)
     shapes = []
     for side in (image_size, image_size // 3 * 4):
         with torch.device("meta"):
@@ -375,12 +375,14 @@ def test_a_side_of_3_x_2_to_the_n_has_the_layers_of_the_next_power_of_two(
     assert len(differing) == 4  # the generator's first map; the last linear maps of E and D_x
 
 
-@pytest.mark.parametrize(("preset", "image_size"), [("demo", 48), ("paper", 48), ("paper", 96)])
+@pytest.mark.parametrize(
+    ("architecture", "image_size"), [("demo", 48), ("paper", 48), ("paper", 96)]
+)
 def test_fast_networks_of_a_side_of_3_x_2_to_the_n_equal_the_plain_ones(
-    preset: Any, image_size: int, monkeypatch: pytest.MonkeyPatch
+    architecture: Any, image_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)  # every fast form, on a 3x3 map too
-    config = ModelConfig(preset=preset, latent_dim=5, base_channels=4)
+    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=4)
     fast = aegan.AEGAN(config, image_size=image_size, image_channels=3).double().eval()
     plain = copy.deepcopy(fast)
     make_plain(plain)
@@ -402,7 +404,7 @@ def test_fast_networks_of_a_side_of_3_x_2_to_the_n_equal_the_plain_ones(
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-5, 3000))
 def test_a_side_that_no_networks_have_is_refused(image_size: int) -> None:
-    config = ModelConfig(preset="demo", latent_dim=5, base_channels=1)
+    config = ModelConfig(architecture="demo", latent_dim=5, base_channels=1)
     allowed = [n * 2**k for n in (1, 3) for k in range(4, 11) if n * 2**k <= 1024]
     with torch.device("meta"):
         if image_size in allowed:

@@ -90,8 +90,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json cannot be used: image_size is 24; it must be one of 16, 32, 48",
     ),
     "networks of no kind": (
-        lambda folder: change_model(folder, preset="x"),
-        "config.json cannot be used: preset is x; it must be one of demo, paper",
+        lambda folder: change_model(folder, architecture="x"),
+        "config.json cannot be used: architecture is x; it must be one of demo, paper",
     ),
     "a setting of another version": (
         lambda folder: change_model(folder, depth=3),
@@ -216,7 +216,7 @@ json_values = st.recursive(
     max_leaves=4,
 )
 KEYS = ("image_size", "image_channels", "fit", "has_encoder", "model", "sha256")
-MODEL_KEYS = ("preset", "latent_dim", "base_channels")
+MODEL_KEYS = ("architecture", "latent_dim", "base_channels")
 on_one_folder = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -3,21 +3,22 @@ import torch
 from scipy.stats import kstest, norm
 
 from aegan.config import ModelConfig
-from aegan.networks import AEGAN, GaussianNoise
+from aegan.networks import AEGAN
+from aegan.networks.noise import GaussianNoise
 
-PRESETS = pytest.mark.parametrize("preset", ["demo", "paper"])
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["demo", "paper"])
 
 
-def build(preset: str, *, image_size: int = 16, channels: int = 3, width: int = 4) -> AEGAN:
-    config = ModelConfig(preset=preset, latent_dim=5, base_channels=width)
+def build(architecture: str, *, image_size: int = 16, channels: int = 3, width: int = 4) -> AEGAN:
+    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=width)
     return AEGAN(config, image_size=image_size, image_channels=channels)
 
 
-@PRESETS
+@ARCHITECTURES
 @pytest.mark.parametrize("image_size", [16, 32, 48, 64, 96, 128, 192])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_shapes_and_ranges_fit_together_at_every_size(preset, image_size, channels):
-    model = build(preset, image_size=image_size, channels=channels)
+def test_shapes_and_ranges_fit_together_at_every_size(architecture, image_size, channels):
+    model = build(architecture, image_size=image_size, channels=channels)
     x = model.generator(torch.randn(2, 5))
     assert x.shape == (2, channels, image_size, image_size)
     assert x.abs().max() <= 1
@@ -27,7 +28,7 @@ def test_shapes_and_ranges_fit_together_at_every_size(preset, image_size, channe
 
 
 def test_the_paper_preset_at_64_pixels_has_the_layers_of_the_paper():
-    config = ModelConfig(preset="paper", latent_dim=16, base_channels=64)
+    config = ModelConfig(architecture="paper", latent_dim=16, base_channels=64)
     model = AEGAN(config, image_size=64, image_channels=3)
     generator = [layer.weight.shape for layer in model.generator.convolutions]
     assert [shape[0] for shape in generator] == [256, 128, 128, 64, 64, 3]
@@ -42,9 +43,9 @@ def test_the_paper_preset_at_64_pixels_has_the_layers_of_the_paper():
     assert [layer.in_features for layer in dense] == [16 + 16 * i for i in range(16)]
 
 
-@PRESETS
-def test_no_layer_depends_on_the_rest_of_the_batch(preset):
-    model = build(preset).eval()
+@ARCHITECTURES
+def test_no_layer_depends_on_the_rest_of_the_batch(architecture):
+    model = build(architecture).eval()
     z = torch.randn(4, 5)
     x = model.generator(z)
     torch.testing.assert_close(x[:2], model.generator(z[:2]))

@@ -18,7 +18,7 @@ from aegan.sampling import BATCH_SIZE
 @pytest.fixture(scope="module")
 def model() -> AEGAN:
     torch.manual_seed(0)
-    config = ModelConfig(preset="demo", latent_dim=6, base_channels=4)
+    config = ModelConfig(architecture="demo", latent_dim=6, base_channels=4)
     return AEGAN(config, image_size=16, image_channels=3, discriminators=False).eval()
 
 
@@ -98,7 +98,9 @@ def test_image_files_become_one_batch_prepared_as_the_models_training_images(mod
     assert torch.equal(batch[0], batch[1])
     assert batch[0, 8, 8].min() == 255
     padded = AEGAN(
-        ModelConfig(preset="demo", latent_dim=6, base_channels=4), image_size=16, image_channels=3
+        ModelConfig(architecture="demo", latent_dim=6, base_channels=4),
+        image_size=16,
+        image_channels=3,
     )
     padded.fit = "pad"
     assert aegan.read_images([tmp_path / "wide.png"], padded)[0, 0].min() == 255  # white above

@@ -141,8 +141,8 @@ def test_what_differs_from_a_source_is_named_all_at_once(request, shards, kind):
         "image_channels is 3 there and 1 here",
     ):
         assert text in str(error.value)
-    paper = tiny_config(preset="paper")
-    with pytest.raises(ConfigError, match=r"model\.preset is demo there and paper here"):
+    paper = tiny_config(architecture="paper")
+    with pytest.raises(ConfigError, match=r"model\.architecture is demo there and paper here"):
         start.read(request.getfixturevalue(kind), paper, read_manifest(shards))
 
 

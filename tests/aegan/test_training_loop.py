@@ -83,11 +83,11 @@ def stop_at(step: int):
 
 
 @pytest.mark.parametrize("reader", ["resident", "streamed"])
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("architecture", ["demo", "paper"])
 def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_that_was_not(
-    shards, tmp_path, preset, reader
+    shards, tmp_path, architecture, reader
 ):
-    config = tiny_config(preset=preset, reader=reader)
+    config = tiny_config(architecture=architecture, reader=reader)
     assert run(config, shards, tmp_path / "whole").finished
     outcome = run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
     assert (outcome.finished, outcome.step) == (False, 3)  # epochs have 5 batches

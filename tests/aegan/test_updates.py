@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from aegan.config import TrainConfig
-from aegan.networks import AEGAN, GaussianNoise
+from aegan.networks import AEGAN
+from aegan.networks.noise import GaussianNoise
 from aegan.state import TrainingState
 from aegan.updates import Updates, _clip, frozen
 from tests.plain import PlainUpdates, make_plain, take_step
@@ -81,7 +82,7 @@ def losses(
 
 
 @pytest.mark.parametrize(
-    ("preset", "rule", "gamma"),
+    ("architecture", "rule", "gamma"),
     [
         ("demo", "shared", 0.0),
         ("demo", "shared", 1.0),
@@ -91,21 +92,21 @@ def losses(
     ],
 )
 def test_losses_of_the_fast_and_the_plain_step_agree_to_1e_8_over_50_float64_steps(
-    preset: str, rule: str, gamma: float
+    architecture: str, rule: str, gamma: float
 ) -> None:
-    config = gentle_config(preset=preset, update_rule=rule, loss={"gamma": gamma})
+    config = gentle_config(architecture=architecture, update_rule=rule, loss={"gamma": gamma})
     ours = losses(fast(config, torch.float64), config, 50, torch.float64)
     reference = losses(plain(config, torch.float64), config, 50, torch.float64)
     assert reference.std(0).min() > 1e-4  # something is learnt
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("preset", ["demo", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", ["demo", pytest.param("paper", marks=pytest.mark.slow)])
 def test_float32_losses_of_the_fast_step_are_as_near_the_truth_as_those_of_the_plain_step(
-    preset: str,
+    architecture: str,
 ) -> None:
     """The plain step in two orders of summation says how near that is."""
-    config = gentle_config(preset=preset, update_rule="shared")
+    config = gentle_config(architecture=architecture, update_rule="shared")
     truth = losses(plain(config, torch.float64), config, 50, torch.float64)
     plainly = [
         losses(plain(config, torch.float32), config, 50, torch.float32, reverse=reverse)
@@ -130,7 +131,7 @@ def test_micro_batches_give_the_weights_of_the_whole_batch(rule: str, gamma: flo
 
 
 def test_bfloat16_networks_follow_the_float32_losses() -> None:
-    config = gentle_config(preset="paper")
+    config = gentle_config(architecture="paper")
     low = replace(config, training=replace(config.training, precision="bfloat16"))
     updates = fast(low, torch.float32)
     with updates.autocast():

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aegan.layers import UpsampleConv2d
 from aegan.losses import gradient_penalty
+from aegan.networks.layers import UpsampleConv2d
 from benchmarks.cost_model import (
     Counter,
     Device,

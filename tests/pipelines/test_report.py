@@ -46,7 +46,7 @@ def write_inputs(root: Path, *, encoder: bool = True) -> Path:
     interpolate(model, shards, artifacts / "interpolate", config)
 
     params = {
-        "model": {"preset": "demo", "latent_dim": 8},
+        "model": {"architecture": "demo", "latent_dim": 8},
         "training": {"arm": "aegan" if encoder else "gan", "num_steps": 40},
     }
     run = {"run_name": "0123abcd", "dataset_sha256": manifest["dataset_sha256"], "step": 40}

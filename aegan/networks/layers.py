@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aegan import winograd
+from aegan.networks import winograd
 
 
 class ChannelNorm(nn.Module):

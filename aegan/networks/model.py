@@ -1,0 +1,77 @@
+"""The four networks as one module, in the architecture that the configuration names.
+
+An architecture is a module of this package with four functions, which take the sizes by keyword:
+
+    generator             z [N, latent_dim] => x [N, C, H, W] in [-1, 1]
+    encoder               x => z
+    image_discriminator   x => logit [N, 1]
+    latent_discriminator  z => logit [N, 1]
+
+A new one is such a file and an entry in ARCHITECTURES.
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from aegan.config import IMAGE_SIZES, ConfigError, ModelConfig
+from aegan.networks import demo, paper
+
+ARCHITECTURES = {"demo": demo, "paper": paper}
+MAX_WIDTH = 2**16  # of latents and of the generator's last stage
+
+
+class AEGAN(nn.Module):
+    """Generator, encoder and, in training, their discriminators; a plain GAN has no encoder."""
+
+    generator: nn.Module
+    encoder: nn.Module | None
+    image_discriminator: nn.Module | None
+    latent_discriminator: nn.Module | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        image_size: int,
+        image_channels: int,
+        encoder: bool = True,
+        discriminators: bool = True,
+    ) -> None:
+        # The encoder comes last: every arm then starts from the same generator and discriminators.
+        super().__init__()
+        check_sizes(config, image_size, image_channels)
+        self.latent_dim = config.latent_dim
+        self.image_size = image_size
+        self.image_channels = image_channels
+        self.fit: Literal["crop", "pad"] = "crop"  # how an image becomes square
+        self.value_range = "full"  # and how samples deeper than 8 bits become grey levels
+        sizes = {
+            "image_size": image_size,
+            "image_channels": image_channels,
+            "latent_dim": config.latent_dim,
+            "base_channels": config.base_channels,
+        }
+        make = ARCHITECTURES[config.architecture]
+        self.generator = make.generator(**sizes)
+        self.image_discriminator = self.latent_discriminator = None
+        if discriminators:
+            self.image_discriminator = make.image_discriminator(**sizes)
+            self.latent_discriminator = make.latent_discriminator(**sizes)
+        self.encoder = make.encoder(**sizes) if encoder else None
+
+
+def check_sizes(config: ModelConfig, image_size: int, image_channels: int) -> None:
+    """Refuse what no network can be built from; raises ConfigError."""
+    for name, value, allowed in (
+        ("image_size", image_size, IMAGE_SIZES),
+        ("image_channels", image_channels, (1, 3)),
+        ("architecture", config.architecture, tuple(ARCHITECTURES)),
+    ):
+        if value not in allowed:
+            expected = ", ".join(map(str, allowed))
+            raise ConfigError(f"{name} is {value}; it must be one of {expected}")
+    widths = {"latent_dim": config.latent_dim, "base_channels": config.base_channels}
+    for name, width in widths.items():
+        if not 1 <= width <= MAX_WIDTH:
+            raise ConfigError(f"{name} is {width}; it must lie between 1 and {MAX_WIDTH}")
