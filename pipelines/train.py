@@ -6,7 +6,6 @@ resumes, one with a larger num_steps goes on, a changed one starts afresh. With
 See docs/architecture.md, docs/cluster.md, docs/training.md.
 """
 
-import ast
 import hashlib
 import json
 import logging
@@ -35,6 +34,7 @@ from pipelines.cluster import ray_session, shipped_environment, uses_gpu
 from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors
 from pipelines.follow import follow
+from pipelines.identity import weights_code_sha256
 from pipelines.outputs import SHARDS, TRAIN
 from pipelines.run_folder import is_complete, keep_facts, publish, write_log
 from pipelines.run_store import (
@@ -52,34 +52,6 @@ from pipelines.start_from import read_start
 from pipelines.storage import is_s3
 
 RUNS = Path("runs")
-LIBRARY = Path(__file__).parent.parent / "aegan"
-CODE = (  # what determines the weights, besides data and parameters; dvc.yaml names the same
-    "checkpoint.py",
-    "dataset.py",
-    "distributed.py",
-    "ema.py",
-    "graphs.py",
-    "images.py",
-    "losses.py",
-    "metrics/features.py",
-    "metrics/frechet.py",
-    "networks/__init__.py",
-    "networks/demo.py",
-    "networks/layers.py",
-    "networks/maps.py",
-    "networks/model.py",
-    "networks/noise.py",
-    "networks/paper.py",
-    "networks/winograd.py",
-    "reader.py",
-    "sampling.py",
-    "start.py",
-    "state.py",
-    "training_log.py",
-    "training_loop.py",
-    "updates.py",
-    "validation.py",
-)
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
 WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)
     "MALLOC_ARENA_MAX": "1",  # Ray trains in a thread, whose own arena holds no more than 64 MiB
@@ -209,7 +181,7 @@ def _facts(
     return {
         "run_name": name,
         "dataset_sha256": manifest["dataset_sha256"],
-        "code_sha256": code_sha256(),
+        "code_sha256": weights_code_sha256(),
         "params": params.as_dict(config.model, config.loss, config.training, compute),
         "start": record(start, config.training.start_from) if start else None,
         "world_size": compute.num_workers,
@@ -320,15 +292,15 @@ def run_name(config: TrainConfig, dataset_sha256: str, *, start_sha256: str = ""
 
     That is data, parameters, code, PyTorch, and the weights started from; not how many steps.
     """
-    content = [identity(config), dataset_sha256, start_sha256, code_sha256(), version("torch")]
+    content = [
+        identity(config),
+        dataset_sha256,
+        start_sha256,
+        weights_code_sha256(),
+        version("torch"),
+    ]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{config.training.arm}-{digest[:12]}"
-
-
-def code_sha256() -> str:
-    """Hash of what the code says; layout and comments do not count."""
-    trees = [ast.dump(ast.parse((LIBRARY / file).read_bytes())) for file in CODE]
-    return hashlib.sha256("\0".join(trees).encode()).hexdigest()
 
 
 def _clear(run_folder: Path) -> None:
