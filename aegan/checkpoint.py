@@ -21,6 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aegan.files import flush, sha256_of
+from aegan.files import write_json as write_json  # until the callers name its owner
+
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
@@ -41,17 +44,17 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_tensors(contiguous, aside / TENSORS)
-        whole = {**state, "step": step, "sha256": sha256(aside / TENSORS)}
+        whole = {**state, "step": step, "sha256": sha256_of(aside / TENSORS)}
         text = json.dumps({**whole, "state_sha256": _sha256_of_state(whole)}, indent=1)
         (aside / STATE).write_text(text, encoding="utf-8")
         for file in (aside / TENSORS, aside / STATE, aside):
-            _flush(file)
+            flush(file)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk, room for saying so
         raise
     _remove(final)
     aside.rename(final)
-    _flush(folder)
+    flush(folder)
     return final
 
 
@@ -79,7 +82,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """The state of one checkpoint both of whose files are as written; raises CheckpointError."""
     state = read_state(checkpoint)
     try:
-        if sha256(checkpoint / TENSORS) != state["sha256"]:
+        if sha256_of(checkpoint / TENSORS) != state["sha256"]:
             raise ValueError(f"the hash of {TENSORS} is not the one recorded when it was written")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise _damaged(checkpoint, error) from error
@@ -165,15 +168,6 @@ def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write aside, flush to the disk, then rename."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _flush(aside)
-    aside.replace(path)
-    _flush(path.parent)
-
-
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -203,17 +197,3 @@ def _remove(path: Path) -> None:
 def _sha256_of_state(state: dict[str, Any]) -> str:
     content = {key: value for key, value in state.items() if key != "state_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from aegan.files import new_file
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,13 +65,11 @@ def to_pil(image: np.ndarray, *, scale: int = 1) -> Image.Image:
 
 
 def save_png(image: np.ndarray | Tensor, path: str | os.PathLike[str], *, scale: int = 1) -> None:
-    """Write uint8 [H, W, C] aside, then rename; the path ends in .png."""
+    """Write uint8 [H, W, C], whole or not at all; the path ends in .png."""
     image = _pixels("image", image, "[H, W, C]")
     path, scale = _checked_path(path, ".png"), whole_number("scale", scale, lowest=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    to_pil(image, scale=scale).save(aside, format="PNG")
-    aside.replace(path)
+    with new_file(path) as temporary:
+        to_pil(image, scale=scale).save(temporary, format="PNG")
 
 
 def is_sound_png(path: Path) -> bool:
@@ -98,7 +98,7 @@ def save_animation(
     *,
     frames_per_second: float,
 ) -> None:
-    """Write uint8 [T, H, W, C] aside, then rename: a WebP that plays there and back for ever.
+    """Write uint8 [T, H, W, C], whole or not at all: a WebP that loops back and forth.
 
     The path ends in .webp.
     """
@@ -110,18 +110,16 @@ def save_animation(
     there_and_back = [to_pil(frame) for frame in (*frames, *frames[-2:0:-1])]
     milliseconds = [round(1000 / frames_per_second)] * len(there_and_back)
     milliseconds[0] = milliseconds[len(frames) - 1] = PAUSE_MILLISECONDS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    there_and_back[0].save(
-        aside,
-        format="WEBP",
-        save_all=True,
-        append_images=there_and_back[1:],
-        duration=milliseconds,
-        loop=0,
-        quality=80,
-    )
-    aside.replace(path)
+    with new_file(path) as temporary:
+        there_and_back[0].save(
+            temporary,
+            format="WEBP",
+            save_all=True,
+            append_images=there_and_back[1:],
+            duration=milliseconds,
+            loop=0,
+            quality=80,
+        )
 
 
 def whole_number(name: str, value: Any, *, lowest: int, highest: float = math.inf) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aegan import checkpoint
 from aegan.config import Arm, ConfigError, TrainConfig, with_new_names
+from aegan.files import sha256_of
 from aegan.losses import OBJECTIVES
 from aegan.state import TrainingState
 
@@ -126,7 +127,7 @@ def _of_model(folder: Path) -> tuple[dict[str, Any], Files]:
     for file in (folder / RAW, folder / AVERAGED):
         if not file.is_file():
             raise ConfigError(f"{file} is missing")
-        if file.name in hashes and hashes[file.name] != checkpoint.sha256(file):
+        if file.name in hashes and hashes[file.name] != sha256_of(file):
             raise ConfigError(f"{file} is not the file that {DESCRIPTION} was written for")
     return description, {"model": (folder / RAW, ""), "ema": (folder / AVERAGED, "")}
 

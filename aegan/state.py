@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aegan import checkpoint
 from aegan.config import TrainConfig, identity, with_new_names
+from aegan.files import sha256_of, write_json
 from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
 from aegan.training_log import TrainingLog
@@ -156,8 +157,8 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
     files = {"model": folder / "weights.safetensors", "ema": folder / "ema.safetensors"}
     for name, file in files.items():
         checkpoint.save_tensors(used[name], file)
-    description["sha256"] = {file.name: checkpoint.sha256(file) for file in files.values()}
-    checkpoint.write_json(folder / "config.json", description)
+    description["sha256"] = {file.name: sha256_of(file) for file in files.values()}
+    write_json(folder / "config.json", description)
     return description
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aegan import files
+
 Row = dict[str, float]
 
 
@@ -90,10 +92,8 @@ def append(file: Path, row: Row) -> None:
 
 
 def write(file: Path, rows: Iterable[Row]) -> None:
-    """A row a line, written aside and renamed."""
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(file)
+    """A row a line; whole or not at all."""
+    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(file: Path) -> list[Row]:

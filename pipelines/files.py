@@ -1,8 +1,6 @@
 """Files and folders that appear whole or not at all: written aside, then renamed."""
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aegan import files
+from aegan.files import sha256_of as sha256_of
 from pipelines import outputs
 from pipelines.errors import UserError
 
@@ -19,9 +19,8 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def write_json(value: Any, file: Path) -> None:
     """Indented JSON; a number that is not finite is a ValueError."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    with new_file(file) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
+    with clear_disk_errors(file):
+        files.write_json(file, value)
 
 
 def project_folder() -> Path:
@@ -31,22 +30,11 @@ def project_folder() -> Path:
     return next(copies, here)
 
 
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """A file to write, which replaces `file` once all went well and else disappears."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another process has another one
-    with clear_disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield aside
-            aside.replace(file)
-        finally:
-            aside.unlink(missing_ok=True)
+    """As `aegan.files.new_file`; a disk that refuses is a UserError."""
+    with clear_disk_errors(file), files.new_file(file) as temporary:
+        yield temporary
 
 
 @contextmanager

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent  # of the packages
 NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
     "aegan": "names of other modules, which count themselves",
     "aegan.config": "types of the parameters, which count themselves",
+    "aegan.files": "how a file comes into its place",
     "aegan.image_files": "aegan.sampling reads files with it; training has shards",
 }
 
