@@ -27,16 +27,15 @@ if TYPE_CHECKING:
     from aegan.images import grid, save_animation, save_png
     from aegan.model_files import ModelError, load
     from aegan.networks import AEGAN
+    from aegan.priors import lerp, slerp
     from aegan.sampling import (
         decode,
         encode,
         interpolate,
-        lerp,
         random_latents,
         read_images,
         reconstruct,
         sample,
-        slerp,
     )
 
 __all__ = [
@@ -60,9 +59,20 @@ __all__ = [
 ]
 
 
+HOMES = ("config", "image_files", "images", "networks", "model_files", "priors", "sampling")
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in ("config", "image_files", "images", "networks", "model_files", "sampling"):
+        for home in (
+            "config",
+            "image_files",
+            "images",
+            "networks",
+            "model_files",
+            "priors",
+            "sampling",
+        ):
             module = importlib.import_module(f"aegan.{home}")
             if hasattr(module, name):
                 return getattr(module, name)

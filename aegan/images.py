@@ -6,8 +6,6 @@ A process that only draws pictures does not load torch.
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from aegan.arguments import whole_number
 from aegan.files import new_file
 
 if TYPE_CHECKING:
@@ -120,18 +119,6 @@ def save_animation(
             loop=0,
             quality=80,
         )
-
-
-def whole_number(name: str, value: Any, *, lowest: int, highest: float = math.inf) -> int:
-    """`value` as an int; raises ValueError unless it is a whole number within the limits."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or not lowest <= number <= highest:
-        limits = f"{lowest} or more" if highest == math.inf else f"{lowest} to {highest}"
-        raise ValueError(f"{name} is {value}; expected a whole number, {limits}")
-    return number
 
 
 def _pixels(name: str, images: Any, shape: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aegan.config import Arm, LossConfig
+from aegan.priors import NormalPrior
 
 Terms = dict[str, Tensor]
 Discriminate = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
@@ -192,6 +193,7 @@ def encoder_generator_loss(
     *,
     objective: Objective,
     weights: LossConfig,
+    prior: NormalPrior,
 ) -> tuple[Tensor, Terms]:
     """Loss of G and E against fixed discriminators, and its terms: equations (3) and (4).
 
@@ -224,7 +226,7 @@ def encoder_generator_loss(
             loss = (_wide(fakes.x_tilde) - x).abs().mean()
             yield "image_reconstruction", weights.lambda_image_reconstruction, loss
         if objective.latent_reconstruction and fakes.z_tilde is not None:
-            loss = (_wide(fakes.z_tilde) - z).square().mean()
+            loss = prior.distance(_wide(fakes.z_tilde), z)
             yield "latent_reconstruction", weights.lambda_latent_reconstruction, loss
 
     return _weighted_sum(

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aegan.arguments import as_tensor, described, type_name, whole_number
 from aegan.image_files import MAX_PIXELS, UnusableImageError, decode_image
-from aegan.images import to_float, to_uint8, whole_number
+from aegan.images import to_float, to_uint8
 from aegan.networks import AEGAN
+from aegan.priors import Array, NormalPrior, lerp
 
 BATCH_SIZE = 256
 MAX_SEED = 2**63 - 1
-Array = Tensor | np.ndarray
 InterpolationPath = Literal["slerp", "linear"]
 
 
@@ -63,7 +64,7 @@ def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:
     count = whole_number("count", count, lowest=1)
     latent_dim = whole_number("latent_dim", latent_dim, lowest=1)
     seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
-    return torch.randn(count, latent_dim, generator=torch.Generator().manual_seed(seed))
+    return NormalPrior(latent_dim).sample(count, torch.Generator().manual_seed(seed))
 
 
 def sample(model: AEGAN, count: int, *, seed: int) -> Tensor:
@@ -121,42 +122,7 @@ def interpolate(
     steps = torch.linspace(0, 1, whole_number("num_frames", num_frames, lowest=2))
     start = _batch("start", start, torch.float32, (model.latent_dim,))
     end = _batch("end", end, torch.float32, (model.latent_dim,))
-    return decode(model, (slerp if path == "slerp" else lerp)(start, end, steps))
-
-
-def lerp(start: Array, end: Array, t: Array) -> Tensor:
-    """Straight line: [..., D], [..., D], [T] => [..., T, D]."""
-    start, end, t = _path_arguments(start, end, t)
-    return torch.lerp(start.unsqueeze(-2), end.unsqueeze(-2), t.unsqueeze(-1))
-
-
-def slerp(start: Array, end: Array, t: Array) -> Tensor:
-    """Great-circle path of Shoemake 1985, for Gaussian latents; shapes as `lerp`.
-
-    The angle is that between the two directions; lengths interpolate through the same weights.
-    Falls back to `lerp` where the directions are (anti)parallel and no great circle is singled out.
-    """
-    start, end, t = _path_arguments(start, end, t)
-    unit_start = torch.nn.functional.normalize(start, dim=-1)
-    unit_end = torch.nn.functional.normalize(end, dim=-1)
-    angle = torch.acos((unit_start * unit_end).sum(-1).clamp(-1, 1))[..., None, None]
-    sine = torch.sin(angle)
-    weights_start = torch.sin((1 - t.unsqueeze(-1)) * angle) / sine
-    weights_end = torch.sin(t.unsqueeze(-1) * angle) / sine
-    curved = weights_start * start.unsqueeze(-2) + weights_end * end.unsqueeze(-2)
-    return torch.where(sine.abs() < 1e-3, lerp(start, end, t), curved)
-
-
-def _path_arguments(start: Array, end: Array, t: Array) -> tuple[Tensor, Tensor, Tensor]:
-    start, end, t = _tensor("start", start), _tensor("end", end), _tensor("t", t)
-    floating = start.is_floating_point() and end.is_floating_point()
-    if start.shape != end.shape or start.ndim == 0 or not floating:
-        raise ValueError(
-            f"start is {_described(start)}, end is {_described(end)}; expected float [..., D]"
-        )
-    if t.ndim != 1:
-        raise ValueError(f"t is {_described(t)}; expected shares of the way [T]")
-    return start, end.to(start), t.to(start)
+    return decode(model, (model.prior.path if path == "slerp" else lerp)(start, end, steps))
 
 
 def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) -> Tensor:
@@ -164,35 +130,15 @@ def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) 
 
     Another precision of floating-point numbers is converted; raises ValueError for anything else.
     """
-    tensor = _tensor(name, values)
+    tensor = as_tensor(name, values)
     fits = tensor.ndim > len(item) and tuple(tensor.shape[-len(item) :]) == item
     if fits and (tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point)):
         return tensor.to(dtype)
     expected = ", ".join(map(str, ("N", *item)))
     one = f": of a single one, {name}[None]" if tuple(tensor.shape) == item else ""
     raise ValueError(
-        f"{name} is {_described(tensor)}; expected {_type_name(dtype)} [{expected}]{one}"
+        f"{name} is {described(tensor)}; expected {type_name(dtype)} [{expected}]{one}"
     )
-
-
-def _tensor(name: str, values: Array) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
-    if not isinstance(values, np.ndarray):
-        raise ValueError(f"{name} is a {type(values).__name__}; expected a tensor or an array")
-    try:
-        # A copy: arrays may be read-only, mirrored or in another byte order.
-        return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {values.dtype}; expected an array of numbers") from None
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{_type_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_model(model: AEGAN) -> None:

@@ -105,7 +105,7 @@ def train(
     def read_batch(number: int) -> tuple[Tensor, Tensor]:
         """x [N, C, H, W] in [-1, 1] and z [N, latent_dim]."""
         generator = torch.Generator().manual_seed(_seed(options.seed, state.attempt, number))
-        z = torch.randn(options.batch_size, config.model.latent_dim, generator=generator)
+        z = state.model.prior.sample(options.batch_size, generator)
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=generator) < 0.5
         x = to_float(read_images(number))
         if options.horizontal_flip:

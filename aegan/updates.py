@@ -111,12 +111,10 @@ class Updates:
         def loss_of_fakes(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
             made = self.encoder_generator(x, z) if fakes is None else fakes
             return encoder_generator_loss(
-                self.plain_discriminators,
-                x,
-                z,
-                made,
+                *(self.plain_discriminators, x, z, made),
                 objective=self.objective,
                 weights=self.weights,
+                prior=self.model.prior,
             )
 
         with frozen(self.plain_discriminators):
@@ -167,15 +165,18 @@ class Discriminators(nn.Module):
         super().__init__()
         self.image_discriminator = model.image_discriminator
         self.latent_discriminator = model.latent_discriminator
+        self.prior = model.prior
 
     def forward(
         self, images: Tensor | None, latents: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         on_images, on_latents = self.image_discriminator, self.latent_discriminator
-        return (
-            on_images(images) if on_images is not None and images is not None else None,
-            on_latents(latents) if on_latents is not None and latents is not None else None,
-        )
+        image_logits = latent_logits = None
+        if on_images is not None and images is not None:
+            image_logits = on_images(images)
+        if on_latents is not None and latents is not None:
+            latent_logits = on_latents(self.prior.seen(latents))
+        return image_logits, latent_logits
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:

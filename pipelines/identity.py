@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent  # of the packages
 NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
     "aegan": "names of other modules, which count themselves",
+    "aegan.arguments": "what is refused",
     "aegan.config": "types of the parameters, which count themselves",
     "aegan.files": "how a file comes into its place",
     "aegan.image_files": "aegan.sampling reads files with it; training has shards",

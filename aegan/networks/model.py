@@ -16,6 +16,7 @@ from torch import nn
 
 from aegan.config import IMAGE_SIZES, ConfigError, ModelConfig
 from aegan.networks import demo, paper
+from aegan.priors import NormalPrior
 
 ARCHITECTURES = {"demo": demo, "paper": paper}
 MAX_WIDTH = 2**16  # of latents and of the generator's last stage
@@ -41,6 +42,7 @@ class AEGAN(nn.Module):
         # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
         check_sizes(config, image_size, image_channels)
+        self.prior = NormalPrior(config.latent_dim)
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels

@@ -16,10 +16,12 @@ from aegan.losses import (
     single_kind_loss,
 )
 from aegan.networks import AEGAN
+from aegan.priors import NormalPrior
 from aegan.updates import Discriminators
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config()
+PRIOR = NormalPrior(CONFIG.model.latent_dim)
 NETWORKS = ("generator", "encoder", "image_discriminator", "latent_discriminator")
 # The method's own account of which term trains which network. A discriminator's terms never reach
 # E or G: their fakes are detached. E and G's terms never change a discriminator: it is frozen.
@@ -65,7 +67,7 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
     discriminators = Discriminators(model).requires_grad_(False)
     fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
     loss, values = encoder_generator_loss(
-        discriminators, x, z, fakes, objective=objective, weights=CONFIG.loss
+        discriminators, x, z, fakes, objective=objective, weights=CONFIG.loss, prior=PRIOR
     )
     assert list(values) == [term]
     assert networks_reached(model, loss) == REACHED[term]
@@ -137,7 +139,7 @@ def test_the_losses_equal_the_papers_formulas_worked_out_by_hand():
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
     loss, values = encoder_generator_loss(
-        Logits(), x, z, fakes, objective=OBJECTIVES["aegan"], weights=weights
+        Logits(), x, z, fakes, objective=OBJECTIVES["aegan"], weights=weights, prior=PRIOR
     )
     by_hand = 2 * (bce(0.1, 1) + bce(0.2, 1)) + 3 * (bce(0.3, 1) + bce(0.4, 1))
     by_hand += 10 * abs(0.2 - 0.5) + 5 * (0.4 + 0.25) ** 2
@@ -162,7 +164,9 @@ def test_the_relativistic_loss_compares_each_fake_with_its_real_partner():
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
     objective = Objective(x_hat=True, x_tilde=True, z_hat=True, z_tilde=True)
-    loss, _ = encoder_generator_loss(Logits(), x, z, fakes, objective=objective, weights=weights)
+    loss, _ = encoder_generator_loss(
+        Logits(), x, z, fakes, objective=objective, weights=weights, prior=PRIOR
+    )
     by_hand = softplus(0.5 - 0.1) + softplus(0.5 - 0.2)
     by_hand += softplus(-0.25 - 0.3) + softplus(-0.25 - 0.4)
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
