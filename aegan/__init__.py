@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aegan.config import ConfigError
     from aegan.image_files import UnusableImageError
     from aegan.images import grid, save_animation, save_png
-    from aegan.model_files import ModelError, load
+    from aegan.model_folder import ModelError, load
     from aegan.networks import AEGAN
     from aegan.priors import lerp, slerp
     from aegan.sampling import (
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-HOMES = ("config", "image_files", "images", "networks", "model_files", "priors", "sampling")
+HOMES = ("config", "image_files", "images", "networks", "model_folder", "priors", "sampling")
 
 
 def __getattr__(name: str) -> Any:
@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
             "image_files",
             "images",
             "networks",
-            "model_files",
+            "model_folder",
             "priors",
             "sampling",
         ):

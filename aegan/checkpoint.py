@@ -11,17 +11,16 @@ CheckpointError
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from aegan.files import flush, sha256_of
+from aegan.files import flush, save_tensors, sha256_of
 from aegan.files import write_json as write_json  # until the callers name its owner
 
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -56,17 +55,6 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     aside.rename(final)
     flush(folder)
     return final
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file; a disk that refuses is an OSError, as with any other file."""
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:
-        reason = re.search(r"os error (\d+)", str(error))
-        if reason is None:
-            raise
-        raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(file)) from None
 
 
 def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

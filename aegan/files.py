@@ -1,12 +1,18 @@
 """Files that appear whole or not at all: written beside, flushed to the disk, then renamed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -31,6 +37,20 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Indented; a number that is not finite is a ValueError."""
     write_text(file, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file; a disk that refuses is an OSError, as with any other file."""
+    from safetensors import SafetensorError  # here: a process that draws pictures loads no torch
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        reason = re.search(r"os error (\d+)", str(error))
+        if reason is None:
+            raise
+        raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(file)) from None
 
 
 def sha256_of(file: Path) -> str:

@@ -5,7 +5,6 @@ The files are anyone's: only tensors of the expected names, shapes and type are 
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from aegan import checkpoint
 from aegan.config import Arm, ConfigError, TrainConfig, with_new_names
 from aegan.files import sha256_of
 from aegan.losses import OBJECTIVES
+from aegan.model_folder import CONFIG, FILES, ModelError, read_description
 from aegan.state import TrainingState
-
-DESCRIPTION, RAW, AVERAGED = "config.json", "weights.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +37,14 @@ def read(folder: Path, config: TrainConfig, manifest: dict[str, Any]) -> Start:
     """
     like = TrainingState(config, manifest, torch.device("cpu"))
     wanted = _networks(config.training.arm)
-    if (folder / DESCRIPTION).exists():
+    if (folder / CONFIG).exists():
         description, files = _of_model(folder)
     elif (folder / checkpoint.STATE).exists():
         description, files = _of_checkpoint(folder)
     else:
         raise ConfigError(
-            f"{folder} is neither a model ({DESCRIPTION}, {RAW}, {AVERAGED}) nor a checkpoint "
-            f"({checkpoint.STATE}, {checkpoint.TENSORS})"
+            f"{folder} is neither a model ({CONFIG}, {', '.join(FILES.values())}) nor a "
+            f"checkpoint ({checkpoint.STATE}, {checkpoint.TENSORS})"
         )
 
     # What differs, by the names of the settings.
@@ -115,21 +113,23 @@ Files = dict[str, tuple[Path, str]]  # for raw and averaged weights: a file, and
 
 def _of_model(folder: Path) -> tuple[dict[str, Any], Files]:
     try:
-        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        found = read_description(folder / CONFIG)
         description = {
-            "model": with_new_names("model", found["model"]),
+            "model": dict(found["model"]),
             "networks": ["generator", *["encoder"] * bool(found["has_encoder"])],
             **{key: found[key] for key in ("image_size", "image_channels")},
         }
         hashes = dict(found.get("sha256", {}))  # none in a folder from before they were recorded
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(f"{folder / DESCRIPTION} does not describe a model") from None
-    for file in (folder / RAW, folder / AVERAGED):
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder / CONFIG} does not describe a model") from None
+    for file in (folder / FILES["raw"], folder / FILES["ema"]):
         if not file.is_file():
             raise ConfigError(f"{file} is missing")
         if file.name in hashes and hashes[file.name] != sha256_of(file):
-            raise ConfigError(f"{file} is not the file that {DESCRIPTION} was written for")
-    return description, {"model": (folder / RAW, ""), "ema": (folder / AVERAGED, "")}
+            raise ConfigError(f"{file} is not the file that {CONFIG} was written for")
+    return description, {"model": (folder / FILES["raw"], ""), "ema": (folder / FILES["ema"], "")}
 
 
 def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], Files]:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aegan import checkpoint
+from aegan import checkpoint, model_folder
 from aegan.config import TrainConfig, identity, with_new_names
-from aegan.files import sha256_of, write_json
 from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
 from aegan.training_log import TrainingLog
@@ -153,13 +152,7 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         "step": state["step"],
         "dataset_sha256": state["config"]["dataset_sha256"],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"model": folder / "weights.safetensors", "ema": folder / "ema.safetensors"}
-    for name, file in files.items():
-        checkpoint.save_tensors(used[name], file)
-    description["sha256"] = {file.name: sha256_of(file) for file in files.values()}
-    write_json(folder / "config.json", description)
-    return description
+    return model_folder.write(folder, description, {"raw": used["model"], "ema": used["ema"]})
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is know
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
     "aegan/image_headers.py": "how aegan/image_files.py reads",
     "aegan/sample_depth.py": "how aegan/image_files.py reads",
-    "aegan/model_files.py": "pipelines/tracking.py loads models; training has checkpoints",
+    "aegan/model_folder.py": "pipelines/tracking.py loads models; training has checkpoints",
     "pipelines/files.py": "how the finished folder comes into place",
     "pipelines/serving.py": "pipelines/tracking.py registers it",
     "pipelines/storage.py": "how bytes travel",

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from aegan import checkpoint, training_log, training_loop, updates
 from aegan.config import TrainConfig
 from aegan.losses import OBJECTIVES
-from aegan.model_files import load
+from aegan.model_folder import load
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
 from aegan.state import TrainingState, export_model

@@ -1,9 +1,10 @@
-"""A model's folder -> networks, checked: as untrusted as an image file.
+"""A trained model as a folder: written by `write`, read by `load`, as untrusted as an image file.
 
     config.json            sizes of the networks, how images become square, hashes of the weights
     ema.safetensors        averaged weights of generator and encoder
     weights.safetensors    those of the last step
 
+`format_version` in config.json grows when a field changes; every earlier version is read.
 Sizes are compared before anything of their size is allocated; nothing is unpickled.
 """
 
@@ -19,6 +20,7 @@ from safetensors.torch import load as tensors_in
 from torch import Tensor
 
 from aegan.config import ConfigError, ModelConfig, with_new_names
+from aegan.files import save_tensors, sha256_of, write_json
 from aegan.networks import AEGAN
 from aegan.sample_depth import ValueRange
 
@@ -26,6 +28,7 @@ Weights = Literal["ema", "raw"]
 
 CONFIG = "config.json"
 FILES: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
+FORMAT_VERSION = 2  # 1: none was written, and model.architecture was called model.preset
 FITS = ("crop", "pad")
 MAX_PARAMETERS = 2**30  # of generator and encoder: 4 GiB
 MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
@@ -34,6 +37,22 @@ MAX_SHOWN = 60  # characters of a value in a message
 
 class ModelError(ValueError):
     """A model's folder that cannot be loaded; the message names the file and the cure."""
+
+
+def write(
+    folder: Path, description: dict[str, Any], weights: dict[Weights, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """Write a model of this description and these tensors; returns config.json.
+
+    Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, tensors in weights.items():
+        save_tensors(tensors, folder / FILES[kind])
+    hashes = {FILES[kind]: sha256_of(folder / FILES[kind]) for kind in weights}
+    config = {"format_version": FORMAT_VERSION, **description, "sha256": hashes}
+    write_json(folder / CONFIG, config)
+    return config
 
 
 def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
@@ -45,7 +64,7 @@ def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
         raise ValueError(f"weights is {weights}; it must be one of {', '.join(FILES)}")
     config_file, weights_file = Path(folder) / CONFIG, Path(folder) / FILES[weights]
     try:
-        config = _read_config(config_file)
+        config = read_description(config_file)
         model = _build(config, config_file)
         tensors = _read_weights(weights_file, model, _recorded_hash(config, weights_file))
     except OSError as error:
@@ -56,7 +75,11 @@ def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
     return model.eval().requires_grad_(False)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_description(file: Path) -> dict[str, Any]:
+    """A config.json of any version, as one of today's; raises ModelError, OSError.
+
+    Its fields are anyone's: none is checked here but the version.
+    """
     _check_exists(file)
     if file.stat().st_size > MAX_HEADER_BYTES:
         raise _damaged(file, f"more than {MAX_HEADER_BYTES} bytes")
@@ -66,6 +89,14 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise _damaged(file, "not JSON") from None
     if not isinstance(config, dict):
         raise _damaged(file, "not a JSON object")
+    version = config.get("format_version", 1)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ModelError(
+            f"{file} has format_version {_shown(version)}, this version of aegan reads 1 to "
+            f"{FORMAT_VERSION}: load it with the version that wrote it, or a newer one"
+        )
+    if version == 1 and isinstance(config.get("model"), dict):
+        config["model"] = with_new_names("model", config["model"])
     return config
 
 
@@ -78,7 +109,7 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
             raise _damaged(file, f"{name} is {_shown(value)}, expected {expected}")
         return value
 
-    networks = with_new_names("model", field(config, "model", dict, "an object"))
+    networks = field(config, "model", dict, "an object")
     sizes = ModelConfig(
         architecture=field(networks, "architecture", str, "a name"),
         latent_dim=field(networks, "latent_dim", int, "a whole number"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import aegan
+from aegan import model_folder
 from aegan.state import TrainingState, export_model
 from tests.tiny import tiny_config
 from tests.trained import write_model
@@ -52,10 +53,15 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 STEM = "generator.stem.bias"
+NEWER = model_folder.FORMAT_VERSION + 1
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (
         lambda folder: folder.rename(folder.with_name("elsewhere")),
         "holds no trained model: config.json is missing; `make run` trains one",
+    ),
+    "a newer format": (
+        lambda folder: change_config(folder, format_version=NEWER),
+        f"has format_version {NEWER}, this version of aegan reads 1 to {NEWER - 1}: load it with",
     ),
     "no weights": (
         lambda folder: (folder / "ema.safetensors").unlink(),
