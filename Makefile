@@ -7,7 +7,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean
+.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune docs lock clean help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -53,11 +53,18 @@ tune: .venv/installed ## search better settings, off by default (docs/tuning.md)
 	@echo "results:     artifacts/tune"
 	@echo "use them:    $(BIN)/python -m pipelines.params artifacts/tune/tuned.yaml && make run"
 
+docs: .venv/installed ## the pages of docs/ and of every public function as a site, in site/
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "file://$(CURDIR)/site/index.html"
+
 lock: .venv/installed ## resolve the newest permitted versions into requirements.lock
 	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev --extra server \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml
 	sed -i.bak 's/+cpu$$//' requirements.lock && rm requirements.lock.bak # whichever build was found
+
+help: ## this list
+	@grep -hE '^[a-z./-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 infra/.env: ## random passwords for infra/compose.yaml
 	infra/make_env.sh

@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-HOMES = ("config", "image_files", "images", "networks", "model_folder", "priors", "sampling")
+_HOMES = ("config", "image_files", "images", "networks", "model_folder", "priors", "sampling")
 
 
 def __getattr__(name: str) -> Any:
