@@ -51,9 +51,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk, room for saying so
         raise
-    _remove(final)
+    replaced = folder / f".{final.name}.old"  # not removed before the new one is in its place
+    _remove(replaced)
+    if final.exists():
+        final.rename(replaced)
     aside.rename(final)
     flush(folder)
+    _remove(replaced)
     return final
 
 
@@ -107,6 +111,7 @@ def latest(folder: Path, *, interval: int = 1) -> Path | None:
     Damaged ones are passed over: training reaches their steps again. Raises CheckpointError if
     there are no others.
     """
+    _put_back(folder)
     problem: CheckpointError | None = None
     for step in reversed([step for step in steps(folder) if step % interval == 0]):
         path = path_of(folder, step)
@@ -124,13 +129,21 @@ def latest(folder: Path, *, interval: int = 1) -> Path | None:
     return None
 
 
+def _put_back(folder: Path) -> None:
+    """The checkpoint whose replacement was cut off between its two renames, if there is one."""
+    for replaced in folder.glob(".step-*.old"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            replaced.rename(final)
+
+
 def forget_after(folder: Path, step: int) -> None:
     """Drop checkpoints of steps that a run which goes on from `step` reaches again."""
     for later in steps(folder):
         if later > step:
             _remove(path_of(folder, later))
-    for half_written in folder.glob(".step-*.tmp"):
-        _remove(half_written)
+    for left_over in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")):
+        _remove(left_over)
 
 
 def prune(folder: Path, *, kept: int, interval: int, best: int | None) -> None:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,35 @@ def test_a_leftover_of_a_killed_writer_does_not_disturb_the_next_one(tmp_path):
     save(tmp_path, 5)
     assert not leftover.exists()
     checkpoint.load(checkpoint.path_of(tmp_path, 5))
+
+
+@pytest.mark.fault("killed processes")
+def test_wherever_a_replacement_is_cut_off_one_of_both_checkpoints_is_there(tmp_path, monkeypatch):
+    class CutOff(BaseException):
+        """A power cut."""
+
+    rename = Path.rename
+    for moment in range(3):
+        folder = tmp_path / str(moment)
+        save(folder, 4)
+        save(folder, 5)
+        left = iter(range(moment))
+
+        def cut(path: Path, target: Path, left=left) -> Path:
+            if next(left, None) is None:
+                raise CutOff
+            return rename(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", cut)
+            if moment < 2:
+                with pytest.raises(CutOff):
+                    save(folder, 5)
+            else:
+                save(folder, 5)
+        assert checkpoint.latest(folder) == checkpoint.path_of(folder, 5)
+        save(folder, 5)
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.STATE])
