@@ -100,7 +100,7 @@ def train(
     read_images = reader(
         shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
     )
-    validation = torch.from_numpy(load_images(shards, "validation", limit=VALIDATION_IMAGES))
+    validation = _validation_images(shards, rank)
 
     def read_batch(number: int) -> tuple[Tensor, Tensor]:
         """x [N, C, H, W] in [-1, 1] and z [N, latent_dim]."""
@@ -215,6 +215,12 @@ def train(
     if ending is not None:
         report(_reported(ending))
     return Outcome(finished=True, step=state.step)
+
+
+def _validation_images(shards: Path, rank: int) -> Tensor:
+    """What rank 0 judges checkpoints by, uint8 [N, H, W, C]; the others load none."""
+    limit = VALIDATION_IMAGES if rank == 0 else 0
+    return torch.from_numpy(load_images(shards, "validation", limit=limit))
 
 
 def _update_functions(

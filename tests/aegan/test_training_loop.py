@@ -375,6 +375,10 @@ def test_the_random_numbers_of_a_batch_are_not_those_of_the_noise_inside_network
     assert len({batch, *noise}) == 4
 
 
+def test_only_rank_0_which_judges_checkpoints_holds_validation_images(shards):
+    assert [len(training_loop._validation_images(shards, rank)) for rank in (0, 1)] == [12, 0]
+
+
 def test_a_batch_smaller_than_the_number_of_workers_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size is 8: it must be at least .* 9"):
         run(tiny_config(), shards, tmp_path, world_size=9)
