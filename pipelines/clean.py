@@ -11,7 +11,7 @@ from pipelines import locks, outputs
 from pipelines.errors import run_stage
 
 WRITTEN = outputs.FOLDERS | {  # folder => what runs write there; `*` crosses folders
-    Path("artifacts/evaluate"): ("metrics.json", "latent.png"),
+    Path("artifacts/evaluate"): ("metrics.json", "summary.json", "latent.png"),
     Path("artifacts/register"): ("registration.json",),
     locks.LOCKS: ("*",),
     Path("report"): ("index.html",),
