@@ -21,9 +21,15 @@ from pipelines import dvc_locks, locks, outputs, params, source_address
 from pipelines.errors import UserError
 
 REPRODUCING = ("CmdRepro", "CmdExperimentsRun")  # DVC's names of `repro` and `exp run`
-WRITING = (*REPRODUCING, "CmdCheckout", "CmdDataPull", "CmdExperimentsApply")
+WRITING = (*REPRODUCING, "CmdCheckout", "CmdDataPull", "CmdExperimentsApply", "CmdGC")
 # Of `exp show`: metrics, which have plain names, stay; files of code and data go.
-READABLE = ("--only-changed", "--keep", r"(?!(rev|typ|parent|aegan)$)[a-z_]+$", "--drop", r"aegan$|.*/.*")
+READABLE = (
+    "--only-changed",
+    "--keep",
+    r"(?!(rev|typ|parent|aegan)$)[a-z_]+$",
+    "--drop",
+    r"aegan$|.*/.*",
+)
 SETS_SOURCE = re.compile(r"(?:params\.yaml:)?\+{0,2}data\.source=(.*)", re.DOTALL)
 
 
