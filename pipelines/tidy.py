@@ -20,13 +20,14 @@ from typing import TypeVar
 import psutil
 from filelock import FileLock, Timeout
 
-from pipelines import clean, locks, mlflow_files, outputs, tracking
+from pipelines import clean, locks, mlflow_files, mlflow_leftovers, outputs
 from pipelines.errors import UserError, run_stage
 from pipelines.names import shown
 
 DAYS = 14
-BUSY_SECONDS = 3600.0  # what was written to so lately may be at work for another project
-RAY_FOLDERS = (Path("/tmp/ray"),)
+SESSION_DAYS = 1 / 24  # a younger session of Ray may be about to start its processes
+RAY_SESSIONS = ("ray/session_*", "aegan-ray-*")  # in TMPDIR or /tmp; private ones are of our own
+SYSTEM_TEMPORARY = Path("/tmp")
 DATABASE = Path("mlflow.db")
 DVC_CACHE, DVC_COPIES, RUNS = Path(".dvc/cache"), Path(".dvc/tmp/exps"), Path("runs")
 RUN = re.compile(r"(\w+-[0-9a-f]{12}|preprocess-[0-9a-f]{16})")  # folders in runs/ that are ours
@@ -116,7 +117,7 @@ def places(days: float) -> Iterator[Place]:
         unnamed=[*unused, *dangling_run_cache(set(unused))],
         remove=_remove,
     )
-    deleted, unnamed = mlflow_files.deleted(DATABASE), mlflow_files.unnamed(DATABASE)
+    deleted, unnamed = mlflow_leftovers.deleted(DATABASE), mlflow_leftovers.unnamed(DATABASE)
     yield Place(
         name=mlflow_files.FOLDER,
         keeps=f"what a run or model in {DATABASE} names, unless it was deleted there",
@@ -126,7 +127,7 @@ def places(days: float) -> Iterator[Place]:
     )
     yield Place(
         name="Ray's sessions",
-        keeps="those of other users and of living processes",
+        keeps="those of living processes and of the last hour",
         size=sum(map(size_of, ray_sessions())),
         unnamed=list(dead_ray_sessions()),
         remove=_remove,
@@ -157,7 +158,7 @@ def named_runs() -> set[str]:
     """Those that this folder, its commits and experiments, and MLflow's runs and versions name."""
     git = ["git", "rev-list", "--all", "--", "dvc.lock"]  # experiments are references, too
     listed = subprocess.run(git, capture_output=True, text=True, check=False)  # none without git
-    names = tracking.run_names()
+    names = mlflow_leftovers.run_names()
     locks_of_dvc = [_read_text(Path("dvc.lock"))]
     for revision in listed.stdout.split():
         show = ["git", "show", f"{revision}:./dvc.lock"]
@@ -196,12 +197,18 @@ def _is_at_work(folder: Path) -> bool:
 
 
 def left_aside() -> Iterator[Path]:
-    """Files and folders of a process that was killed while it wrote them."""
-    folders = {Path(), Path("tune"), Path("report"), Path("artifacts")}
-    for folder in outputs.FOLDERS:  # which may be links to a larger disk
-        folders |= {folder.parent, folder.resolve().parent}
-    for folder in sorted(folders):
-        yield from folder.glob(".*.[0-9]*.tmp")
+    """Files and folders `.name.<pid>.tmp` of a process that was killed while it wrote them."""
+    patterns = [(Path(), f".{name}.*.tmp") for name in ("dvc.lock", "params.yaml")]
+    for folder in (Path("artifacts"), Path("report")):
+        patterns += [(folder, ".*.tmp"), (folder, "*/.*.tmp")]
+    for folder in outputs.FOLDERS:
+        if (target := folder.resolve()) != folder.absolute():  # a link to a larger disk
+            patterns.append((target.parent, f".{target.name}.*.tmp"))
+    for folder, pattern in patterns:
+        for path in folder.glob(pattern):
+            process = path.name.split(".")[-2]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                yield path
 
 
 # -- DVC ------------------------------------------------------------------------------------------
@@ -236,9 +243,10 @@ def unused_objects() -> list[Path]:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise UserError(f"dvc gc does not say what the cache holds: {reason}")
     lines = (done.stdout + done.stderr).splitlines()
-    found = (Path(line.removeprefix("Removing ")) for line in lines if line.startswith("Removing "))
+    found = (line.removeprefix("Removing ") for line in lines if line.startswith("Removing "))
     # A cache elsewhere (`dvc config cache.dir`) may be shared by projects that we know nothing of.
-    return [file for file in found if file.resolve().is_relative_to(DVC_CACHE.resolve())]
+    cache = DVC_CACHE.resolve()
+    return [file for path in found if (file := Path(path).resolve()).is_relative_to(cache)]
 
 
 def dangling_run_cache(gone: set[Path]) -> Iterator[Path]:
@@ -260,22 +268,27 @@ def _has_commits() -> bool:
 
 
 def _remove_from_mlflow(folders: list[Path]) -> None:
-    if ids := list(mlflow_files.deleted(DATABASE)):
-        tracking.purge(ids)
+    if ids := list(mlflow_leftovers.deleted(DATABASE)):
+        mlflow_leftovers.purge(ids)
     _remove(folders)
 
 
 def ray_sessions() -> list[Path]:
     """Folders of this user's Ray sessions."""
-    found = (folder for where in RAY_FOLDERS for folder in _folders(where))
-    return [p for p in found if p.name.startswith("session_") and p.stat().st_uid == os.getuid()]
+    places = {Path(tempfile.gettempdir()), SYSTEM_TEMPORARY}
+    found = (folder for place in places for name in RAY_SESSIONS for folder in place.glob(name))
+    return sorted(
+        folder
+        for folder in found
+        if not folder.is_symlink() and folder.is_dir() and folder.stat().st_uid == os.getuid()
+    )
 
 
 def dead_ray_sessions() -> Iterator[Path]:
     """Those that no process names in its arguments."""
     arguments = " ".join(" ".join(line) for line in _of_processes(lambda p: p.cmdline()))
     for session in ray_sessions():
-        if session.name not in arguments and is_older(session, BUSY_SECONDS / 86400):
+        if session.name not in arguments and is_older(session, SESSION_DAYS):
             yield session
 
 

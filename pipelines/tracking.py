@@ -9,8 +9,6 @@ import logging
 import os
 import re
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager
 from dataclasses import dataclass
@@ -162,59 +160,6 @@ def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
         experiment_id, tags={"search": search}, run_name=search
     ).info.run_id
     return made
-
-
-def run_names() -> set[str]:
-    """Names of trainings and searches that a run or a model version in MLflow was made from."""
-    if tracking_uri() == DEFAULT_URI and not (project_folder() / "mlflow.db").exists():
-        return set()
-    with _readable_errors():
-        client = _import_mlflow(writing=False).MlflowClient()
-        names = set()
-        for search in (_all_runs, _all_versions):
-            for tags in search(client):
-                names |= {tags[key] for key in ("run_name", "search") if key in tags}
-        return names
-
-
-def purge(ids: Sequence[str]) -> None:
-    """Remove deleted runs and their models from the local store for good; raises UserError."""
-    client = _import_mlflow().MlflowClient()
-    runs = [name for name in ids if not name.startswith("m-")]
-    models = [name for name in ids if name.startswith("m-")]
-    with _readable_errors():
-        for model in models:
-            client.delete_logged_model(model)
-    uri = f"sqlite:///{project_folder() / 'mlflow.db'}"
-    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "gc"]
-    command += ["--backend-store-uri", uri, "--tracking-uri", uri]
-    command += ["--run-ids", ",".join(runs)] if runs else []
-    command += ["--logged-model-ids", ",".join(models)] if models else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
-        raise UserError(f"mlflow gc failed: {reason}")
-
-
-def _all_runs(client: Any) -> Iterator[Mapping[str, str]]:
-    """The tags of every run."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, page_token=token)
-        yield from (run.data.tags for run in page)
-        if not (token := page.token):
-            return
-
-
-def _all_versions(client: Any) -> Iterator[Mapping[str, str]]:
-    """The tags of every version of every model."""
-    token = None
-    while True:
-        page = client.search_model_versions(page_token=token)
-        yield from (found.tags for found in page)
-        if not (token := page.token):
-            return
 
 
 def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipelines import locks, mlflow_files, tidy, tracking
+from pipelines import locks, mlflow_leftovers, tidy, tracking
 from pipelines.errors import UserError
 
 DAY = 86400.0
@@ -24,7 +24,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{name}_NAME", "A Tester")
         monkeypatch.setenv(f"GIT_{name}_EMAIL", "tester@localhost")
-    monkeypatch.setattr(tidy, "RAY_FOLDERS", (tmp_path / "ray",))
+    monkeypatch.setattr(tidy, "SYSTEM_TEMPORARY", tmp_path / "tmp")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     Path("temporary").mkdir()
     Path(".dvc").mkdir()
@@ -166,7 +166,7 @@ def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, 
     assert [kind for kind, folder in runs.items() if not folder.exists()] == ["deleted"]
     assert mine.exists()
     assert (old / "run.json").exists()
-    assert mlflow_files.deleted(Path("mlflow.db")) == {}
+    assert mlflow_leftovers.deleted(Path("mlflow.db")) == {}
 
 
 @pytest.mark.fault("damaged files")
@@ -183,29 +183,33 @@ def test_a_damaged_mlflow_database_ends_tidying_before_anything_is_removed(proje
 
 @pytest.mark.fault("left behind")
 def test_what_killed_processes_left_goes_and_what_a_living_one_uses_stays(project, monkeypatch):
-    dead, living = (project / f"ray/session_2026-01-0{day}_10-00-00_1_2" for day in (1, 2))
+    names = ("ray/session_2026-01-01_10-00-00_1_2", "aegan-ray-a1b2", "aegan-ray-c3d4")
+    dead, private, living = (project / "tmp" / name for name in names)
     left = [
         write(Path(name)).parent if name.endswith("/f") else write(Path(name))
         for name in (
-            "artifacts/.raw.4711.tmp/f",
-            "report/.index.html.4711.tmp",
+            "artifacts/.raw.999999999.tmp/f",
+            "report/.index.html.999999999.tmp",
             ".dvc/tmp/exps/standalone/tmp1a2b3c4d/f",
         )
     ]
     shards = write(project / f"temporary/aegan-{os.getuid()}/shards/abc/manifest.json").parent
     kept = [write(Path(name)) for name in (".dvc/tmp/exps/run/a", "artifacts/raw/manifest.json")]
-    for folder in (dead, living, shards):
+    kept.append(write(Path(f"artifacts/.raw.{os.getpid()}.tmp")))
+    for folder in (dead, private, living, shards):
         write(folder / "logs/raylet.out")
         make_older(folder, 20)
-    user = subprocess.Popen([sys.executable, "-c", "input()", f"--dir={living}"], stdin=-1)
+    user = subprocess.Popen(
+        [sys.executable, "-c", "input()", f"--dir={living}/r/session_1"], stdin=-1
+    )
     try:
         run_tidy(monkeypatch)
-        assert all(path.exists() for path in (*left, dead, shards))
+        assert all(path.exists() for path in (*left, dead, private, shards))
         run_tidy(monkeypatch, "--yes")
     finally:
         user.kill()
         user.wait()
-    assert [path for path in (*left, dead) if path.exists()] == []
+    assert [path for path in (*left, dead, private) if path.exists()] == []
     assert [path for path in (*kept, living) if not path.exists()] == []
     if not tidy.ray_is_at_work():  # of another project on this machine
         assert not shards.exists()
