@@ -9,12 +9,14 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from dvc.lock import LockError, make_lock
 
+from pipelines.errors import UserError
 from pipelines.files import new_file
 
 FOLDERS = (Path(".dvc/tmp"), Path(".dvc/tmp/exps"))  # of outputs, and of experiments
@@ -29,13 +31,13 @@ def release_stale(project: Path) -> None:
     removed: DVC itself would refuse to read it.
     """
     for folder in FOLDERS:
-        if (project / folder / "rwlock").exists():
-            try:
-                # DVC's guard while it changes the file, the operating system's: it cannot be stale.
-                with make_lock(str(project / folder / "rwlock.lock")):
-                    _release(project / folder / "rwlock")
-            except LockError:
-                pass  # a DVC that changes it all the time is at work: it speaks for itself
+        file = project / folder / "rwlock"
+        # Where another DVC changes it, or the disk is full or read-only, DVC speaks for itself.
+        with suppress(LockError, OSError, UserError):
+            # DVC's guard while it changes the file is the operating system's: it cannot be stale.
+            if file.exists():
+                with make_lock(f"{file}.lock"):
+                    _release(file)
 
 
 def _release(file: Path) -> None:
