@@ -77,7 +77,6 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.fault("killed processes")
 def test_a_killed_worker_is_replaced_and_the_weights_end_the_same(project, undisturbed):
     process = start(project)
     for step in (60, 230):
@@ -118,7 +117,6 @@ def listening_addresses(process: subprocess.Popen[str]) -> set[str]:
     return found
 
 
-@pytest.mark.fault("killed processes")
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_a_checkpoint_and_leaves_nothing_running(
     project, undisturbed, interrupt
@@ -174,7 +172,6 @@ def test_a_finished_run_is_not_run_again_but_a_longer_one_is_its_resume(project)
     assert "error: training.num_steps is 6, but " in finish(start(project), expected=1)
 
 
-@pytest.mark.fault("disk full")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_line_without_a_retry_and_the_same_command_a_resume(
     tmp_path, shards, workers
