@@ -7,7 +7,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune docs lock clean help
+.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -71,6 +71,9 @@ infra/.env: ## random passwords for infra/compose.yaml
 
 clean: ## remove the files that runs have written, and nothing else; .venv and MLflow's stay
 	@$(PYTHON) -m pipelines.clean
+
+tidy: .venv/installed ## sizes of what runs leave behind, and what nothing names; YES=1 removes that, DAYS=14
+	@$(BIN)/python -m pipelines.tidy $(if $(YES),--yes) $(if $(DAYS),--days $(DAYS))
 
 # A moved or copied project makes what names its folder anew; the packages are there already.
 ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))

@@ -11,7 +11,7 @@ from pipelines import locks, outputs
 from pipelines.errors import run_stage
 
 WRITTEN = outputs.FOLDERS | {  # folder => what runs write there; `*` crosses folders
-    Path("artifacts/evaluate"): ("metrics.json", "latent.png"),
+    Path("artifacts/evaluate"): ("metrics.json", "summary.json", "latent.png"),
     Path("artifacts/register"): ("registration.json",),
     locks.LOCKS: ("*",),
     Path("report"): ("index.html",),
@@ -34,7 +34,7 @@ def main() -> None:
             if removed:
                 print(f"removed from {folder}: {outputs.listed(removed)}")
     for folder in (Path("artifacts"), Path("report"), Path("runs")):
-        _remove_empty_folders(folder)
+        remove_empty_folders(folder)
         kept = sorted(outputs.find_foreign(folder, ()))
         if kept:
             print(f"kept in {folder}, for no run has written it: {outputs.listed(kept)}")
@@ -51,7 +51,7 @@ def _remove(folder: Path, written: tuple[str, ...]) -> Iterator[str]:
             yield name
 
 
-def _remove_empty_folders(folder: Path) -> None:
+def remove_empty_folders(folder: Path) -> None:
     """Bottom up; links to folders stay."""
     for where, _, _ in os.walk(folder, topdown=False):
         if not Path(where).is_symlink() and not any(Path(where).iterdir()):

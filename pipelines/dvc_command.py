@@ -17,11 +17,19 @@ from dvc.cli import DvcParserError, parse_args
 from dvc.cli import main as run_dvc
 
 from aegan.config import DataConfig
-from pipelines import locks, outputs, params, source_address
+from pipelines import dvc_locks, locks, outputs, params, source_address
 from pipelines.errors import UserError
 
 REPRODUCING = ("CmdRepro", "CmdExperimentsRun")  # DVC's names of `repro` and `exp run`
-WRITING = (*REPRODUCING, "CmdCheckout", "CmdDataPull", "CmdExperimentsApply")
+WRITING = (*REPRODUCING, "CmdCheckout", "CmdDataPull", "CmdExperimentsApply", "CmdGC")
+# Of `exp show`: metrics, which have plain names, stay; files of code and data go.
+READABLE = (
+    "--only-changed",
+    "--keep",
+    r"(?!(rev|typ|parent|aegan)$)[a-z_]+$",
+    "--drop",
+    r"aegan$|.*/.*",
+)
 SETS_SOURCE = re.compile(r"(?:params\.yaml:)?\+{0,2}data\.source=(.*)", re.DOTALL)
 
 
@@ -33,6 +41,10 @@ def main() -> None:
     # The stages' `python` is this one, also in a copy of the project (`dvc exp run --temp`).
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     project, command = _find_project(), arguments.func.__name__
+    if project is not None:
+        dvc_locks.release_stale(project)
+        if command == "CmdExperimentsShow":
+            sys.exit(run_dvc([*sys.argv[1:], *_readable_columns(arguments)]))
     if project is None or command not in WRITING:
         sys.exit(run_dvc(sys.argv[1:]))
     if not getattr(arguments, "targets", None):
@@ -74,6 +86,18 @@ def _sources(arguments: Namespace) -> Iterator[str]:
         plain = value.strip().strip("'\"")
         # Several, separated by commas, are a grid of experiments, unless that is a path's name.
         yield from [plain] if Path(plain).exists() else plain.split(",")
+
+
+def _readable_columns(arguments: Namespace) -> list[str]:
+    """What makes the table of experiments readable, unless its columns are chosen by the user.
+
+    DVC shows every parameter and every file of code as a column each: what differs is enough.
+    """
+    chosen = (arguments.only_changed, arguments.keep, arguments.drop, arguments.param_deps)
+    if any(chosen) or arguments.json:
+        return []
+    print("note: only what differs between the rows; all of it: --keep .", file=sys.stderr)
+    return list(READABLE)
 
 
 def _mention_old_outputs() -> None:

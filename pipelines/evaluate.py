@@ -1,13 +1,14 @@
 """Stage `evaluate`: every metric of the trained model on images it has never seen, if there are.
 
-Writes `metrics.json` (docs/metrics.md explains its shape) and `latent.png`. Both sets of weights
-meet the same images and the same random draws, and so does the floor beside each figure.
+Writes `metrics.json` (docs/metrics.md explains its shape), the few figures of it that people choose
+by into `summary.json`, and `latent.png`. Both sets of weights meet the same images and the same
+random draws, and so does the floor beside each figure.
 """
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,11 @@ WEIGHTS: tuple[Literal["ema", "raw"], ...] = ("ema", "raw")
 MAX_TRAIN_IMAGES = 4000  # that regressions are fitted on and nearest images are sought among
 MIN_IMAGES = 8  # with fewer, distances between halves say nothing
 DIMENSIONS_SHOWN = 32
+SUMMARY = (  # the columns of `dvc exp show`, as far as they are measured
+    *("frechet_distance", "sliced_wasserstein", "precision", "recall"),
+    *("reconstruction_mae", "reconstruction_ssim", "latent_reconstruction_mse", "latent_mmd"),
+    *("factor_recovery_nonlinear", "factor_joint_distance"),
+)
 UNTRAINED_SAMPLER = (
     "The arm `ae` never meets the prior in training: its samples are no trained sampler's."
 )
@@ -100,6 +106,7 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
         **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
     write_json(figures, output / "metrics.json")
+    write_json(summary(figures), output / "summary.json")
 
 
 # -- what is compared -----------------------------------------------------------------------------
@@ -306,21 +313,26 @@ def summarise(
     scores: dict[str, Scores], *, missing: Callable[[str], str]
 ) -> dict[str, dict[str, Any]]:
     """Per metric its three figures and which weights are better; `not_measured` says why not."""
-    summary: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     not_measured = {}
     for name, metric in METRICS.items():
         row = {column: values.get(name, math.nan) for column, values in scores.items()}
         if not all(map(math.isfinite, row.values())):
             not_measured[name] = missing(name)
             continue
-        summary[name] = {**row, "best": better_weights(row, metric.better)}
+        measured[name] = {**row, "best": better_weights(row, metric.better)}
         factors = [key for key in scores["floor"] if key.startswith(f"{name}/")]
         if factors:
-            summary[name]["factors"] = {
+            measured[name]["factors"] = {
                 key.partition("/")[2]: {column: values[key] for column, values in scores.items()}
                 for key in factors
             }
-    return summary | {"not_measured": not_measured}
+    return measured | {"not_measured": not_measured}
+
+
+def summary(figures: Mapping[str, Any]) -> Scores:
+    """Of the averaged weights, which is what every other stage and the registry use."""
+    return {name: figures[name]["ema"] for name in SUMMARY if name in figures}
 
 
 def better_weights(row: Scores, better: Better) -> str:

@@ -103,7 +103,7 @@ def installed_version(package: str) -> str:
 def run_dvc(*arguments: str) -> None:
     """Run DVC and show what it says; a failure is a UserError with the failed stage's reason."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-m", "pipelines.dvc_command", *arguments],  # what it takes is checked
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -22,6 +22,13 @@ from pipelines.files import new_folder
 from pipelines.outputs import FOLDERS, TRAIN
 from pipelines.run_store import CHECKPOINTS, FACTS, LOG, SAMPLES, RunStore
 
+CURVES = (  # that dvc.yaml draws: DVC stops at a column that is not there
+    *("image_reconstruction", "latent_reconstruction", "validation_image_reconstruction"),
+    *("x_hat_adversarial", "x_tilde_adversarial", "z_hat_adversarial", "z_tilde_adversarial"),
+    *("image_discriminator", "image_gradient_penalty"),
+    *("latent_discriminator", "latent_gradient_penalty", "validation_frechet_distance"),
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -130,8 +137,12 @@ def publish(run_folder: Path, output: Path) -> None:
 
 
 def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "time"))
+    """One line a row of the log; the columns of `CURVES` are there whatever the arm.
+
+    What is not known is `nan`: DVC draws an empty cell as 0.
+    """
+    columns = dict.fromkeys([*(key for row in rows for key in row if key != "time"), *CURVES])
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+        writer = csv.DictWriter(file, list(columns), restval="nan")
         writer.writeheader()
         writer.writerows({key: row[key] for key in row if key in columns} for row in rows)

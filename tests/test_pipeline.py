@@ -16,7 +16,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from aegan import manifold
-from pipelines import locks, mlflow_files, outputs, params
+from pipelines import locks, mlflow_files, outputs, params, run_folder
 from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -100,17 +100,38 @@ def test_images_become_a_report_and_a_registered_model(project):
 
 
 def test_dvc_shows_the_metrics_of_the_evaluation(project):
+    """The few that people choose by; the others are in the file they come from."""
     shown = json.loads(dvc(project, "metrics", "show", "--json"))[""]["data"]
-    figures = shown["artifacts/evaluate/metrics.json"]["data"]
-    assert {"ema", "raw", "floor"} <= figures["frechet_distance"].keys()
-    assert {"ema", "raw", "floor"} <= figures["reconstruction_mae"].keys()
+    figures = shown.pop("artifacts/evaluate/summary.json")["data"]
+    assert shown == {}
+    assert {"frechet_distance", "reconstruction_mae"} <= figures.keys()
+    assert len(figures) <= 10
+    every = json.loads((project / "artifacts/evaluate/metrics.json").read_text())
+    assert figures["frechet_distance"] == every["frechet_distance"]["ema"]
 
 
-def test_dvc_draws_curves_and_pictures(project):
+def test_dvc_draws_the_losses_by_network_and_pictures(project):
+    shown = json.loads(dvc(project, "plots", "show", "--json"))["data"]
+    for name, columns in drawn_columns().items():
+        rows = shown[name][0]["content"]["data"]["values"]
+        column = "dvc_inferred_y_value" if len(columns) > 1 else columns[0]
+        assert {row["field"] for row in rows} == set(columns) if len(columns) > 1 else rows
+        assert all(row[column] for row in rows)  # DVC draws an empty one as 0
+        assert len(rows) == len(columns) * 2  # two log intervals
     dvc(project, "plots", "show")
-    page = (project / "dvc_plots/index.html").read_text()
-    assert "curves.csv" in page
-    assert "latent.png" in page
+    assert "latent.png" in (project / "dvc_plots/index.html").read_text()
+
+
+def drawn_columns() -> dict[str, list[str]]:
+    """The pictures of dvc.yaml and the columns of curves.csv in each."""
+    plots = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["plots"]
+    drawn = {name: plot[name]["y"]["artifacts/train/curves.csv"] for plot in plots for name in plot}
+    return {name: [y] if isinstance(y, str) else y for name, y in drawn.items()}
+
+
+def test_dvc_draws_no_column_that_an_arm_may_lack():
+    drawn = [column for columns in drawn_columns().values() for column in columns]
+    assert sorted(drawn) == sorted(run_folder.CURVES)
 
 
 def test_without_a_change_no_stage_runs_again(project):
@@ -138,6 +159,11 @@ def test_an_experiment_runs_only_what_its_parameter_concerns_and_is_listed(proje
     listed = json.loads(dvc(project, "exp", "show", "--json"))
     experiments = [row["name"] for base in listed for row in base["experiments"] or []]
     assert experiments == [name]
+    header, *rows = dvc(project, "exp", "show", "--csv").splitlines()
+    columns = header.split(",")
+    assert len(columns) <= 20
+    assert {"frechet_distance", "interpolate.num_frames"} <= set(columns)
+    assert any(row.startswith(f"{name},") for row in rows)
 
 
 def test_stages_write_no_file_that_would_be_taken_for_a_source_of_the_users(project):

@@ -23,6 +23,7 @@ def test_what_is_saved_is_loaded_exactly(tmp_path):
         assert torch.equal(loaded[name], tensor)
 
 
+@pytest.mark.fault("killed processes")
 def test_the_latest_is_the_highest_step_and_half_written_ones_do_not_count(tmp_path):
     assert checkpoint.latest(tmp_path / "none") is None
     for step in (20, 100, 3):
@@ -32,6 +33,7 @@ def test_the_latest_is_the_highest_step_and_half_written_ones_do_not_count(tmp_p
     assert checkpoint.steps(tmp_path) == [3, 20, 100]
 
 
+@pytest.mark.fault("killed processes")
 def test_a_leftover_of_a_killed_writer_does_not_disturb_the_next_one(tmp_path):
     leftover = tmp_path / ".step-00000005.tmp"
     leftover.mkdir()
@@ -70,6 +72,7 @@ def test_wherever_a_replacement_is_cut_off_one_of_both_checkpoints_is_there(tmp_
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.STATE])
 @pytest.mark.parametrize("damage", [b"", b"\x00garbage", None])
 def test_a_damaged_checkpoint_is_named_and_never_loaded(tmp_path, file, damage):
@@ -82,6 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_never_loaded(tmp_path, file, damage):
         checkpoint.load(path)
 
 
+@pytest.mark.fault("damaged files")
 def test_one_changed_byte_is_noticed(tmp_path):
     path = save(tmp_path, 5)
     content = bytearray((path / checkpoint.TENSORS).read_bytes())
@@ -114,6 +118,7 @@ def test_pruning_keeps_the_best_the_newest_and_the_newest_regular_ones(tmp_path)
     assert checkpoint.steps(tmp_path) == [10, 30, 40, 47]
 
 
+@pytest.mark.fault("damaged files")
 def test_to_resume_the_newest_sound_checkpoint_is_taken_and_damaged_ones_passed_over(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
@@ -128,6 +133,7 @@ def test_to_resume_the_newest_sound_checkpoint_is_taken_and_damaged_ones_passed_
     assert checkpoint.steps(tmp_path) == [1, 2, 3]  # nothing is deleted
 
 
+@pytest.mark.fault("damaged files")
 def test_to_resume_stray_files_among_the_checkpoints_do_not_count(tmp_path):
     save(tmp_path, 5)
     for name in ("step-00000009", "step-00000007.zip", "notes.txt", ".DS_Store"):
@@ -137,6 +143,7 @@ def test_to_resume_stray_files_among_the_checkpoints_do_not_count(tmp_path):
     assert checkpoint.steps(tmp_path) == [5, 9]
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("content", ["null", "[]", "{}", "5", '{"state_sha256": 1}', "[" * 99_999])
 def test_a_state_of_another_kind_is_a_damaged_one_when_a_run_resumes(tmp_path, content):
     path = save(tmp_path, 5)

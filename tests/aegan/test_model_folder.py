@@ -154,6 +154,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_library_says_in_one_sentence_what_is_wrong_with_a_model(
     name: str, tmp_path: Path
@@ -167,6 +168,7 @@ def test_the_library_says_in_one_sentence_what_is_wrong_with_a_model(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("damaged files")
 def test_the_library_refuses_a_change_of_one_bit_and_weights_of_another_training(
     tmp_path: Path,
 ) -> None:
@@ -245,6 +247,7 @@ def load_or_refuse(folder: Path, files: dict[str, bytes]) -> bool:
     return True
 
 
+@pytest.mark.fault("damaged files")
 @on_one_folder
 @given(
     values=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=2),
@@ -271,6 +274,7 @@ def test_whatever_a_config_says_the_library_loads_it_or_refuses_it(
         )
 
 
+@pytest.mark.fault("damaged files")
 @on_one_folder
 @given(data=st.data())
 def test_whatever_a_file_of_weights_holds_the_library_loads_it_or_refuses_it(
@@ -290,6 +294,7 @@ def test_whatever_a_file_of_weights_holds_the_library_loads_it_or_refuses_it(
     load_or_refuse(tmp_path, sound | changed)
 
 
+@pytest.mark.fault("damaged files")
 def test_the_library_allocates_nothing_of_the_size_that_a_hostile_model_asks_for(
     tmp_path: Path,
 ) -> None:

@@ -111,6 +111,7 @@ def test_the_loop_trains_on_from_a_source_and_every_checkpoint_names_it(shards, 
     assert of(tensors, "optimizer.")
 
 
+@pytest.mark.fault("damaged files")
 def test_without_its_first_checkpoint_a_run_from_a_source_never_starts_at_random(shards, tmp_path):
     config = tiny_config(start_from="models:/x/1")
     with pytest.raises(CheckpointError, match="lacks step 0, which holds the weights"):
@@ -169,6 +170,7 @@ UNTRUSTED = {
 }
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("file", ["weights.safetensors", "ema.safetensors"])
 @pytest.mark.parametrize("case", UNTRUSTED)
 def test_weights_of_an_untrusted_source_are_looked_at_before_they_are_used(
@@ -182,6 +184,7 @@ def test_weights_of_an_untrusted_source_are_looked_at_before_they_are_used(
     assert file in str(error.value)
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("name", ["config.json", "weights.safetensors", "ema.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x04pickle", b"[" * 99_999, b"5"])
 def test_a_source_whose_files_are_no_model_is_named(shards, tmp_path, model, name, content):
@@ -193,6 +196,7 @@ def test_a_source_whose_files_are_no_model_is_named(shards, tmp_path, model, nam
         start.read(copy, tiny_config(), read_manifest(shards))
 
 
+@pytest.mark.fault("damaged files")
 def test_a_damaged_checkpoint_is_no_source(shards, tmp_path, trained):
     copy = shutil.copytree(trained, tmp_path / "copy")
     (copy / checkpoint.TENSORS).write_bytes(b"")
@@ -208,6 +212,7 @@ def test_extra_tensors_of_a_source_are_never_read(shards, tmp_path, model):
     assert start.read(copy, config, manifest).sha256 == start.read(model, config, manifest).sha256
 
 
+@pytest.mark.fault("damaged files")
 def test_a_description_that_promises_an_encoder_which_is_not_there_is_no_source(
     shards, tmp_path, model
 ):
@@ -221,6 +226,7 @@ def test_a_description_that_promises_an_encoder_which_is_not_there_is_no_source(
         start.read(copy, tiny_config(), read_manifest(shards))
 
 
+@pytest.mark.fault("damaged files")
 def test_weights_of_a_source_that_are_not_those_it_was_written_with_are_refused(
     shards, tmp_path, model
 ):

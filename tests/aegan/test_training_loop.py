@@ -141,6 +141,7 @@ def test_in_the_authors_rule_a_round_trains_the_discriminators_four_times_then_r
     assert updates.item() == 4
 
 
+@pytest.mark.fault("killed processes")
 def test_the_log_has_one_row_an_interval_also_after_a_run_was_cut_off(shards, tmp_path):
     config = tiny_config()
     run(config, shards, tmp_path, should_stop=stop_at(6))
@@ -307,6 +308,7 @@ class KilledError(Exception):
     """Stands for kill -9 at one moment."""
 
 
+@pytest.mark.fault("killed processes")
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize(

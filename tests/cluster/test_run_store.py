@@ -114,6 +114,7 @@ def fetched(url: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault("killed processes")
 def test_a_run_that_moves_to_another_machine_ends_as_one_that_stayed(
     bucket, shards, tmp_path, undisturbed
 ):
@@ -124,6 +125,7 @@ def test_a_run_that_moves_to_another_machine_ends_as_one_that_stayed(
     assert_same_run(fetched(url, tmp_path / "c"), undisturbed)
 
 
+@pytest.mark.fault("killed processes")
 def test_whenever_a_worker_dies_no_half_checkpoint_is_taken_and_the_run_ends_the_same(
     monkeypatch, proxy, bucket, shards, tmp_path
 ):
@@ -153,6 +155,7 @@ def test_whenever_a_worker_dies_no_half_checkpoint_is_taken_and_the_run_ends_the
     assert resumed_at == {None, 0, 2, 4}
 
 
+@pytest.mark.fault("servers that fail")
 @pytest.mark.parametrize("answer", [500, 503, 1.5], ids=["500", "503", "slow"])
 def test_a_server_that_fails_for_a_while_changes_nothing(
     proxy, bucket, shards, tmp_path, undisturbed, answer
@@ -167,6 +170,7 @@ def test_a_server_that_fails_for_a_while_changes_nothing(
     assert_same_run(fetched(url, tmp_path / "c"), undisturbed)
 
 
+@pytest.mark.fault("servers that fail")
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -198,6 +202,7 @@ def test_giving_up_is_one_clear_error_and_the_same_machine_loses_nothing(
     assert_same_run(tmp_path / "b", undisturbed)
 
 
+@pytest.mark.fault("servers that fail")
 def test_a_refusal_is_not_asked_for_twice(proxy, bucket, tmp_path):
     proxy.fault = lambda method, path: 403
     with pytest.raises(UserError, match=r"AccessDenied.*check the credentials"):
@@ -205,6 +210,7 @@ def test_a_refusal_is_not_asked_for_twice(proxy, bucket, tmp_path):
     assert proxy.refused == 1
 
 
+@pytest.mark.fault("bucket")
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_is_used(
     s3, bucket, shards, tmp_path, undisturbed
 ):
@@ -226,6 +232,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_is_used(
     assert_same_run(fetched(url, tmp_path / "d"), undisturbed)
 
 
+@pytest.mark.fault("killed processes")
 def test_another_driver_takes_the_run_over_and_the_first_one_ends(
     bucket, shards, tmp_path, undisturbed
 ):
@@ -285,6 +292,7 @@ def stored(bucket, shards, tmp_path, s3) -> tuple[str, Any]:
     return f"runs/{folder.name}", boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
 
 
+@pytest.mark.fault("bucket")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -366,6 +374,7 @@ def test_shards_are_uploaded_once_and_fetched_once_per_node(
     }
 
 
+@pytest.mark.fault("bucket")
 def test_an_upload_of_shards_that_was_cut_off_is_completed(
     monkeypatch, proxy, bucket, shards, tmp_path
 ):
@@ -384,6 +393,7 @@ def test_an_upload_of_shards_that_was_cut_off_is_completed(
     assert shard_store.fetch_shards(bucket, sha256).exists()
 
 
+@pytest.mark.fault("bucket")
 def test_a_shard_with_other_bytes_than_the_manifest_says_is_refused(
     monkeypatch, s3, bucket, shards, tmp_path
 ):

@@ -283,7 +283,7 @@ def test_lock_outputs_and_metrics_are_those_of_the_job(finished, cluster):
     assert (project / "dvc.lock").read_text() == finished.result["dvc_lock"]
     shown = json.loads(dvc(project, cluster, "metrics", "show", "--json"))[""]["data"]
     assert {file: metrics["data"] for file, metrics in shown.items()} == finished.result["metrics"]
-    assert "artifacts/evaluate/metrics.json" in shown
+    assert "artifacts/evaluate/summary.json" in shown
     assert (project / "artifacts/train/model/ema.safetensors").exists()
     assert "</html>" in (project / "report/index.html").read_text()
     # Without an MLflow server on the cluster, registering is left to this machine.

@@ -89,6 +89,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_end_the_same(project, undis
     assert_same(weights(project), undisturbed)
 
 
+@pytest.mark.fault("killed processes")
 def test_a_killed_driver_leaves_nothing_running_and_the_same_command_goes_on(project, undisturbed):
     process = start(project)
     wait_for_step(project, 120)

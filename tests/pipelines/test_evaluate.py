@@ -17,7 +17,7 @@ from aegan.config import EvaluateConfig, ModelConfig
 from aegan.metrics import METRICS
 from aegan.networks import AEGAN
 from pipelines.errors import UserError
-from pipelines.evaluate import better_weights, evaluate, load_extractor
+from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
 from tests.pictures import blocks
 from tests.shards import write_shards
 
@@ -91,7 +91,10 @@ def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "latent.png",
         "metrics.json",
+        "summary.json",
     ]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary == {name: figures[name]["ema"] for name in SUMMARY}
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
@@ -108,6 +111,9 @@ def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
     assert {"frechet_distance", "ms_ssim", "factor_joint_distance"} <= figures.keys()
     assert "reconstruction_mae" not in figures
     assert "no encoder" in figures["not_measured"]["latent_mmd"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert "frechet_distance" in summary
+    assert "latent_mmd" not in summary
     assert figures.keys() - METRICS.keys() == {
         "features", "split", "num_images", "note", "not_measured",
     }  # fmt: skip
@@ -199,6 +205,7 @@ def test_what_a_user_can_cure_is_one_sentence(tmp_path: Path) -> None:
     assert not output.exists()
 
 
+@pytest.mark.fault("damaged files")
 def test_damaged_files_are_one_sentence_too(tmp_path: Path) -> None:
     model, shards, output = write_model(tmp_path / "m"), write_noise(tmp_path / "s"), tmp_path / "o"
     (shards / "test-00000.parquet").write_bytes(b"no parquet")
@@ -217,6 +224,7 @@ def test_inception_weights_without_their_library_name_the_cure(tmp_path: Path) -
         load_extractor(with_weights(tmp_path / "inception.pth"), 3)
 
 
+@pytest.mark.fault("damaged files")
 def test_inception_weights_that_carry_code_are_refused(tmp_path: Path) -> None:
     torch.save({"hook": Path}, tmp_path / "inception.pth")
     with pytest.raises(UserError, match="no Inception v3 weights"):
@@ -227,6 +235,7 @@ def with_weights(path: Path) -> EvaluateConfig:
     return dataclasses.replace(CONFIG, feature_weights=str(path))
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -19,6 +19,7 @@ def fill_disk(file: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.fault("killed processes")
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
     file = tmp_path / "deep/er/figures.json"
     write_json({"name": "é", "values": [1, 2.5]}, file)
@@ -35,6 +36,7 @@ def test_a_number_that_json_cannot_hold_changes_no_file(tmp_path):
     assert (tmp_path / "figure.json").read_text() == "1\n"
 
 
+@pytest.mark.fault("killed processes")
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     for content in ("first", "second"):
         with new_folder(tmp_path / "out", written=("*",)) as aside:
@@ -53,6 +55,7 @@ def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
     assert (tmp_path / "disk/file").exists()
 
 
+@pytest.mark.fault("disk full")
 def test_a_full_disk_is_one_line_that_names_the_place_and_leaves_nothing(tmp_path):
     file = tmp_path / "out.json"
     with pytest.raises(UserError, match=f"no space left for {file}"), new_file(file) as aside:

@@ -179,18 +179,21 @@ def test_few_images_give_few_pairs_and_earlier_pictures_do_not_stay(tmp_path: Pa
     assert len(tiles(folder / "mirror.png")) == 3
 
 
+@pytest.mark.fault("damaged files")
 def test_a_missing_model_names_the_stage_train(project: Path) -> None:
     (project / "model/ema.safetensors").unlink()
     with pytest.raises(UserError, match=r"ema.safetensors is missing; `make run` trains one"):
         draw(project)
 
 
+@pytest.mark.fault("damaged files")
 def test_a_damaged_model_is_one_clear_error(project: Path) -> None:
     (project / "model/ema.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match=r"ema.safetensors cannot be used: .*train it again"):
         draw(project)
 
 
+@pytest.mark.fault("damaged files")
 def test_missing_shards_name_the_stage_preprocess(project: Path) -> None:
     (project / "shards/manifest.json").unlink()
     with pytest.raises(UserError, match="run the stage preprocess"):

@@ -68,6 +68,7 @@ def test_many_names_of_a_source_are_listed_in_short():
     assert outputs.listed(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
+@pytest.mark.fault("killed processes")
 def test_what_a_killed_process_left_aside_goes_with_the_next_folder(project):
     left_over = _write(Path("artifacts/.raw.999999999.tmp/files-00000.parquet"))
     with new_folder(RAW, written=FOLDERS[RAW]) as aside:
@@ -174,6 +175,7 @@ def test_a_second_run_is_refused_and_told_which_process_is_at_work_with_the_sour
         pass
 
 
+@pytest.mark.fault("killed processes")
 def test_a_stage_whose_dvc_was_killed_keeps_others_from_its_source(holder):
     orphan = holder("preprocess")
     with pytest.raises(

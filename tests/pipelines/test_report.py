@@ -244,6 +244,7 @@ def test_reasons_are_counted_by_what_stands_before_the_colon(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize(
     ("file", "stage"),
     [
@@ -274,6 +275,7 @@ def test_a_model_of_other_data_is_refused(project: Path) -> None:
         report(project)
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 @pytest.mark.parametrize("file", ["train/run.json", "evaluate/metrics.json"])
 def test_a_damaged_input_is_one_clear_error(project: Path, file: str, content: str) -> None:

@@ -16,7 +16,7 @@ from aegan import checkpoint, training_log, training_loop
 from aegan.config import ComputeConfig, RegisterConfig, TrainConfig
 from pipelines import params, register
 from pipelines.errors import UserError
-from pipelines.run_folder import publish
+from pipelines.run_folder import CURVES, _write_curves, publish
 from pipelines.train import run_name, train
 from pipelines.worker import train_here
 from tests.disks import largest_file, small_disk
@@ -205,6 +205,7 @@ ALSO_HEALED_WHEN_FINISHED = {
 }
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [
@@ -237,6 +238,7 @@ def spoil_best(run_folder: Path) -> None:
     (checkpoint.path_of(run_folder / "checkpoints", best) / checkpoint.TENSORS).unlink()
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("damage", [spoil_all, spoil_best])
 def test_what_a_resume_cannot_heal_is_one_line_with_the_cure(finished, tmp_path, damage):
     project = Project(tmp_path / "project", finished.shards)
@@ -253,6 +255,7 @@ def test_what_a_resume_cannot_heal_is_one_line_with_the_cure(finished, tmp_path,
     assert project.published() == finished.published()
 
 
+@pytest.mark.fault("damaged files")
 def test_a_resume_says_which_checkpoint_is_damaged(finished, tmp_path, caplog):
     project = Project(tmp_path / "project", finished.shards)
     shutil.copytree(finished.folder, project.folder)
@@ -406,6 +409,7 @@ def test_a_source_that_training_replaces_is_refused(finished, tmp_path, monkeypa
             project.train(beginning_with(address))
 
 
+@pytest.mark.fault("damaged files")
 def test_a_source_that_is_not_there_or_no_model_is_one_line(finished, tmp_path, monkeypatch):
     project = Project(tmp_path / "project", finished.shards)
     with pytest.raises(UserError, match=r"start_from is .*/none, but there is no such folder"):
@@ -447,6 +451,16 @@ def test_register_names_the_source_of_a_training(tmp_path, monkeypatch):
 # -- a disk that refuses --------------------------------------------------------------------------
 
 
+def test_curves_of_any_arm_have_the_columns_that_dvc_draws_and_say_what_is_not_known(tmp_path):
+    rows = [{"step": 1, "time": 2.0, "image_discriminator": 0.5}, {"step": 2, "new_column": 1.0}]
+    _write_curves(rows, tmp_path / "curves.csv")
+    first, second = csv.DictReader((tmp_path / "curves.csv").read_text().splitlines())
+    assert first.keys() == {"step", "new_column", *CURVES}
+    assert first["image_discriminator"] == "0.5"
+    assert second["image_discriminator"] == first["latent_discriminator"] == "nan"
+
+
+@pytest.mark.fault("disk full")
 @pytest.mark.parametrize("size", [0, 500, 3_000, 100_000])
 def test_a_disk_that_takes_no_more_is_one_line_and_a_resume_goes_on(
     finished, interrupted, tmp_path, size
@@ -459,6 +473,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_a_resume_goes_on(
     assert project.published() == finished.published()
 
 
+@pytest.mark.fault("disk full")
 @pytest.mark.parametrize("free", [0, 4, 400, 1400, 2400, 3200])
 def test_wherever_a_disk_is_full_it_is_one_line_and_a_resume_goes_on(finished, tmp_path, free):
     """Kilobytes left on the disk: each ends the command at another write."""
@@ -474,6 +489,7 @@ def test_wherever_a_disk_is_full_it_is_one_line_and_a_resume_goes_on(finished, t
         assert project.published() == finished.published()
 
 
+@pytest.mark.fault("disk full")
 def test_a_full_disk_for_the_results_is_one_line_and_a_resume_publishes_them(finished, tmp_path):
     project = Project(tmp_path / "project", finished.shards)
     with small_disk(project.folder / "artifacts", 100):
@@ -484,6 +500,7 @@ def test_a_full_disk_for_the_results_is_one_line_and_a_resume_publishes_them(fin
     assert project.published() == finished.published()
 
 
+@pytest.mark.fault("disk full")
 def test_a_disk_that_may_only_be_read_is_one_line_and_a_resume_goes_on(
     finished, interrupted, tmp_path
 ):

@@ -1,0 +1,246 @@
+"""What runs leave behind has an end, and nothing that something names is touched."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from pipelines import locks, mlflow_leftovers, tidy, tracking
+from pipelines.errors import UserError
+
+DAY = 86400.0
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty git repository with DVC, and no Ray session, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "A Tester")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "tester@localhost")
+    monkeypatch.setattr(tidy, "SYSTEM_TEMPORARY", tmp_path / "tmp")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    Path("temporary").mkdir()
+    Path(".dvc").mkdir()
+    Path(".dvc/config").touch()
+    git("init", "--quiet")
+    return tmp_path
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def run_tidy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tidy", *arguments])
+    tidy.main()
+
+
+def make_run(name: str, *, days: float = 30) -> Path:
+    """A run's folder that was last written to so many days ago."""
+    folder = Path("runs") / name
+    for file in ("run.json", "driver.lock", "checkpoints/step-00000002/state.safetensors"):
+        write(folder / file, "x" * 1000)
+    make_older(folder, days)
+    return folder
+
+
+def make_older(folder: Path, days: float) -> None:
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+def write(path: Path, text: str = "content") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def name_in_lock(name: str, *, md5: str) -> None:
+    """dvc.lock as it stands after a training of that name, whose run.json is in DVC's cache."""
+    write(Path(".dvc/cache/files/md5") / md5[:2] / md5[2:], json.dumps({"run_name": name}))
+    outs = f"    - path: artifacts/train/run.json\n      hash: md5\n      md5: {md5}\n"
+    write(Path("dvc.lock"), f"schema: '2.0'\nstages:\n  train:\n    cmd: x\n    outs:\n{outs}")
+
+
+@pytest.mark.fault("left behind")
+def test_an_old_run_goes_unless_the_folder_a_commit_or_an_experiment_names_it(
+    project, monkeypatch, capsys
+):
+    names = {
+        reason: f"aegan-{number:012x}"
+        for number, reason in enumerate(
+            ["published", "in a commit of long ago", "experiment", "young", "at work", "unnamed"]
+        )
+    }
+    folders = {reason: make_run(name) for reason, name in names.items()}
+    write(Path("artifacts/train/run.json"), json.dumps({"run_name": names["published"]}))
+    for number, reason in enumerate(("in a commit of long ago", "experiment", "published")):
+        name_in_lock(names[reason], md5=f"{number:032x}")
+        git("add", "--force", "dvc.lock")
+        git("commit", "--quiet", "--message", reason)
+        if reason == "experiment":
+            git("update-ref", "refs/exps/ab/cdef/mine", "HEAD")
+            git("reset", "--quiet", "--hard", "HEAD^")
+    make_run(names["young"], days=3)
+    mine = write(folders["unnamed"] / "notes.txt")
+    make_older(folders["unnamed"], 30)
+    other = write(Path("runs/my experiments/a.png"))
+
+    with FileLock(folders["at work"] / "driver.lock"):
+        run_tidy(monkeypatch)
+        said = capsys.readouterr().out
+        assert f"runs/{names['unnamed']}, 30 days old" in said
+        assert [reason for reason, name in names.items() if f"/{name}," in said] == ["unnamed"]
+        assert (folders["unnamed"] / "run.json").exists()  # it only shows
+
+        run_tidy(monkeypatch, "--yes")
+    gone = [reason for reason, f in folders.items() if not (f / "run.json").exists()]
+    assert gone == ["unnamed"]
+    assert [file for file in folders["unnamed"].rglob("*") if file.is_file()] == [mine]
+    assert other.exists()
+
+    run_tidy(monkeypatch, "--yes", "--days", "1")
+    assert not folders["young"].exists()
+
+
+@pytest.mark.fault("left behind")
+@pytest.mark.slow
+def test_what_no_dvc_lock_names_leaves_the_cache_with_its_records_and_the_rest_can_be_restored(
+    project, monkeypatch
+):
+    stage = {"cmd": "cp in out", "deps": ["in"], "outs": ["out"]}
+    write(Path("dvc.yaml"), json.dumps({"stages": {"copy": stage}}))
+    for content in ("committed", "forgotten", "of the folder"):
+        write(Path("in"), content)
+        subprocess.run([sys.executable, "-m", "dvc", "repro"], check=True, capture_output=True)
+        if content == "committed":
+            git("add", "--force", "dvc.lock", "dvc.yaml", "in")
+            git("commit", "--quiet", "--message", "one")
+    assert contents_of_cache() == {"committed", "forgotten", "of the folder"}
+
+    run_tidy(monkeypatch)
+    assert contents_of_cache() == {"committed", "forgotten", "of the folder"}
+    run_tidy(monkeypatch, "--yes")
+    assert contents_of_cache() == {"committed", "of the folder"}
+    assert len(list(Path(".dvc/cache/runs").glob("*/*/*"))) == 2
+    git("stash", "--quiet")
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "--force"], check=True)
+    assert Path("out").read_text() == "committed"
+
+
+def contents_of_cache() -> set[str]:
+    return {file.read_text() for file in Path(".dvc/cache/files").rglob("*") if file.is_file()}
+
+
+@pytest.mark.fault("left behind")
+@pytest.mark.slow
+def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, monkeypatch):
+    mlflow = tracking._import_mlflow()
+    client = mlflow.MlflowClient()
+    experiment = client.create_experiment("aegan")
+    runs = {}
+    for kind in ("active", "deleted", "of a version"):
+        run = client.create_run(experiment, tags={"run_name": f"aegan-{len(runs):012x}"})
+        runs[kind] = Path("mlruns") / experiment / run.info.run_id
+        client.log_text(run.info.run_id, kind, "report.txt")
+    client.create_registered_model("aegan")
+    client.create_model_version("aegan", "file:model", runs["of a version"].name)
+    for kind in ("deleted", "of a version"):
+        client.delete_run(runs[kind].name)
+    unnamed = write(Path("mlruns") / experiment / ("0" * 32) / "artifacts/report.txt").parent.parent
+    mine = write(Path("mlruns/notes/mine.txt"))
+    old = make_run("aegan-000000000000")  # MLflow names it
+
+    run_tidy(monkeypatch)
+    assert unnamed.exists()
+    assert all(folder.exists() for folder in runs.values())
+    run_tidy(monkeypatch, "--yes")
+    assert not unnamed.exists()
+    assert [kind for kind, folder in runs.items() if not folder.exists()] == ["deleted"]
+    assert mine.exists()
+    assert (old / "run.json").exists()
+    assert mlflow_leftovers.deleted(Path("mlflow.db")) == {}
+
+
+@pytest.mark.fault("damaged files")
+def test_a_damaged_mlflow_database_ends_tidying_before_anything_is_removed(project, monkeypatch):
+    old, damaged = make_run("aegan-0123456789ab"), write(Path("mlflow.db"), "no database" * 1000)
+    with pytest.raises(UserError, match=r"mlflow\.db: file is not a database"):
+        run_tidy(monkeypatch, "--yes")
+    old.rename("elsewhere")
+    with pytest.raises(UserError, match=r"mlflow\.db: file is not a database"):
+        run_tidy(monkeypatch, "--yes")
+    assert Path("elsewhere/run.json").exists()
+    assert damaged.exists()
+
+
+@pytest.mark.fault("left behind")
+def test_what_killed_processes_left_goes_and_what_a_living_one_uses_stays(project, monkeypatch):
+    names = ("ray/session_2026-01-01_10-00-00_1_2", "aegan-ray-a1b2", "aegan-ray-c3d4")
+    dead, private, living = (project / "tmp" / name for name in names)
+    left = [
+        write(Path(name)).parent if name.endswith("/f") else write(Path(name))
+        for name in (
+            "artifacts/.raw.999999999.tmp/f",
+            "report/.index.html.999999999.tmp",
+            ".dvc/tmp/exps/standalone/tmp1a2b3c4d/f",
+        )
+    ]
+    shards = write(project / f"temporary/aegan-{os.getuid()}/shards/abc/manifest.json").parent
+    kept = [write(Path(name)) for name in (".dvc/tmp/exps/run/a", "artifacts/raw/manifest.json")]
+    kept.append(write(Path(f"artifacts/.raw.{os.getpid()}.tmp")))
+    for folder in (dead, private, living, shards):
+        write(folder / "logs/raylet.out")
+        make_older(folder, 20)
+    user = subprocess.Popen(
+        [sys.executable, "-c", "input()", f"--dir={living}/r/session_1"], stdin=-1
+    )
+    try:
+        run_tidy(monkeypatch)
+        assert all(path.exists() for path in (*left, dead, private, shards))
+        run_tidy(monkeypatch, "--yes")
+    finally:
+        user.kill()
+        user.wait()
+    assert [path for path in (*left, dead, private) if path.exists()] == []
+    assert [path for path in (*kept, living) if not path.exists()] == []
+    if not tidy.ray_is_at_work():  # of another project on this machine
+        assert not shards.exists()
+
+
+@pytest.mark.fault("left behind")
+@pytest.mark.parametrize("at_work", ["a pipeline", "a stage", "an experiment of the queue"])
+def test_nothing_is_tidied_away_under_a_run(project, monkeypatch, at_work):
+    old = make_run("aegan-0123456789ab")
+    copy = project / ".dvc/tmp/exps/tmp1a2b3c4d"
+    copy.mkdir(parents=True)
+    code = "from pipelines import locks\nwith locks.hold('%s'):\n print(1, flush=True)\n input()"
+    works = {
+        "a pipeline": code % locks.PIPELINE,
+        "a stage": code % "train",
+        "an experiment of the queue": "print(1, flush=True); input()",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", works[at_work]],
+        cwd=copy if "queue" in at_work else project,
+        env={**os.environ, "PYTHONPATH": str(Path(tidy.__file__).parents[1])},
+        stdin=-1,
+        stdout=-1,
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(UserError, match=f"is at work .*process {process.pid}"):
+            run_tidy(monkeypatch, "--yes")
+    finally:
+        process.kill()
+        process.communicate()
+    assert (old / "run.json").exists()
+    assert copy.exists()
