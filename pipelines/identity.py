@@ -16,6 +16,7 @@ NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
     "aegan.arguments": "what is refused",
     "aegan.config": "types of the parameters, which count themselves",
     "aegan.files": "how a file comes into its place",
+    "aegan.model_folder": "how finished weights are written, and read to start from",
     "aegan.image_files": "aegan.sampling reads files with it; training has shards",
 }
 
