@@ -9,6 +9,8 @@ import asyncio
 import json
 import logging
 import re
+import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -251,7 +253,12 @@ class Connection(H11Protocol):
     def _cut_if_late(self) -> None:
         cycle = self.cycle
         we_work = cycle is not None and not (cycle.response_complete or cycle.more_body)
-        if we_work and not self.flow.write_paused:
+        if we_work and not self.transport.is_closing():  # and `_send` looks after the answer
             self._start_timer()
-        else:
-            self.transport.abort()
+            return
+        # Also what the system still holds of an answer goes.
+        at_once = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, at_once
+        )
+        self.transport.abort()

@@ -18,7 +18,7 @@ import uvicorn
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import endpoint, params, tracking
+from pipelines import params, tracking
 from pipelines.errors import UserError, run_stage
 
 HOST, PORT = "127.0.0.1", 5001
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="", help="models:/NAME@ALIAS, models:/NAME/3, a folder")
     parser.add_argument("--port", default=str(PORT), help="on 127.0.0.1; 0 takes a free one")
     given = parser.parse_args(arguments)
-    with _listen(given.port) as listener:  # before the model is fetched: a taken port is said now
+    with _listen(given.port) as listener:
+        from pipelines import endpoint  # slow to import: a taken port is said before
+
         address = given.model or _registered_model()
         model, about = load(address)
         config = uvicorn.Config(

@@ -46,7 +46,7 @@ class Service(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined, un
         self.model = aegan.load(context.artifacts["model"])
 
     def predict(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """A DataFrame or records with `image` or `latent` => records with `image` and/or `latent`.
 
@@ -61,7 +61,7 @@ class Service(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined, un
             raise MlflowException(f"the model failed: {type(error).__name__}") from error
 
 
-def _rows(model_input: Any) -> list[Any]:
+def _rows(model_input: pd.DataFrame | list[Any]) -> list[Any]:
     """Rows as a request states them: pandas fills what a row does not have with NaN."""
     if isinstance(model_input, pd.DataFrame):
         model_input = model_input.to_dict("records")

@@ -24,6 +24,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     },
     "optuna": {"search", "search_plots"},
     "ruamel": {"params"},
+    "uvicorn": {"endpoint", "serve"},
     "kagglehub": {"download"},
 }
 STAGES = {
@@ -54,6 +55,7 @@ NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is know
     "aegan/image_files.py": "aegan/sampling.py reads files with it; training has shards",
     "aegan/image_headers.py": "how aegan/image_files.py reads",
     "aegan/sample_depth.py": "how aegan/image_files.py reads",
+    "aegan/service.py": "what a registered model answers",
     "aegan/model_files.py": "pipelines/tracking.py loads models; training has checkpoints",
     "pipelines/files.py": "how the finished folder comes into place",
     "pipelines/serving.py": "pipelines/tracking.py registers it",
