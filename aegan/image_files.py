@@ -150,7 +150,7 @@ def work_of(content: bytes, *, enough: int) -> int:
     with _clear_errors(), _open(_without_metadata(content)) as file:
         pixels = file.width * file.height
         if file.format in ("JPEG", "MPO"):
-            return pixels * image_headers.jpeg_scans(content, enough=2 + enough // pixels)
+            return pixels * max(1, image_headers.jpeg_scans(content, enough=2 + enough // pixels))
         if file.format == "TIFF" and tiff_tag(file, 259)[0] in (6, 7):  # JPEG in its strips
             return 2 * pixels * min(MAX_SCANS, max(1, content.count(b"\xff\xda")))
         if file.format == "PPM":
