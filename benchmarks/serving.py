@@ -25,7 +25,7 @@ from PIL import Image
 
 import aegan
 from aegan import service
-from pipelines import endpoint, tracking
+from pipelines import endpoint
 from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
 
@@ -189,7 +189,7 @@ def running(command: list[str]) -> Iterator[str]:
     """A server's process until the block ends; gives where it takes requests."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {**os.environ, **tracking.ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     filled = [part.format(port=port) for part in command]
     process = subprocess.Popen(filled, env=environment, start_new_session=True)
     try:

@@ -24,7 +24,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
     },
     "optuna": {"search", "search_plots"},
     "ruamel": {"params"},
-    "uvicorn": {"endpoint", "serve"},
+    "uvicorn": {"endpoint", "mlflow_page", "serve"},
     "kagglehub": {"download"},
 }
 STAGES = {
