@@ -30,7 +30,7 @@ from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
 
 MODEL, BIN = Path("artifacts/train/model"), Path(sys.executable).parent
-TIMES = 100
+TIMES = 40
 WIDE, THIN = (4096, 4096), (64, 65_500)  # of equal use: a thin picture is not shrunk before colours
 
 
@@ -174,12 +174,15 @@ def save_for_mlflow(folder: Path, store: Path) -> str:
     """The model as `register` writes it, in a folder."""
     import mlflow
 
+    from pipelines import serving
+
     path = str(store / "model")
     mlflow.pyfunc.save_model(
         path,
         python_model="pipelines/serving.py",
         artifacts={"model": str(folder)},
         code_paths=["aegan"],
+        signature=serving.SIGNATURE,
     )
     return path
 
@@ -191,7 +194,13 @@ def running(command: list[str]) -> Iterator[str]:
         port = free.getsockname()[1]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     filled = [part.format(port=port) for part in command]
-    process = subprocess.Popen(filled, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        filled,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         while True:
             try:
