@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _from_list = Tree.from_list.__func__
 
 
-class RefusedError(DvcException):
+class RefusedError(DvcException):  # type: ignore[misc]
     """DVC says it in one line, and fails."""
 
 

@@ -18,6 +18,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from pipelines.run_store import (
 )
 from pipelines.shard_store import send_shards
 from pipelines.start_from import read_start
-from pipelines.storage import is_s3
+from pipelines.storage import is_s3, patiently
 
 RUNS = Path("runs")
 LIBRARY = Path(__file__).parent.parent / "aegan"
@@ -169,7 +170,7 @@ def _train(
                 _begin(start, config, manifest, run_folder, store)
         checkpoint.write_json(run_folder / FACTS, facts)
         if store:
-            store.write(FACTS, facts)
+            patiently(partial(store.write, FACTS, facts))
     reached = -1
     while True:
         outcome = run_workers(
@@ -190,6 +191,7 @@ def _train(
         store.look()
         store.fetch(run_folder)
         write_log(run_folder)
+        keep_facts(facts, run_folder, store)
 
 
 def _facts(
@@ -358,7 +360,7 @@ def _run(
             config=config,
             run_folder=run_folder,
             shards=shards,
-            dataset_sha256=facts["dataset_sha256"],
+            manifest=read_manifest(shards),
             storage=compute.storage if store else "",
             run_store=store.url if store else "",
             driver=driver,
