@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dvc.data_cloud import Remote
@@ -55,8 +55,8 @@ def install() -> None:
     StageCache.transfer = _check_addresses(StageCache.transfer)
 
 
-def check_outputs(outputs: Any, *, origin: str) -> set[str]:
-    """The paths in a lock's list of outputs, which must say no more of each than its hash.
+def check_outputs(outputs: Any, *, origin: str) -> dict[str, str]:
+    """Path => hash in a lock's list of outputs, which must say no more than that of each.
 
     Raises UntrustedError.
     """
@@ -67,7 +67,7 @@ def check_outputs(outputs: Any, *, origin: str) -> set[str]:
         hashed = item.get("hash", "md5") == "md5" and MD5.fullmatch(str(item.get("md5")))
         if not hashed or item.keys() - OUTPUT:
             raise UntrustedError(origin, f"has no hash of {shown(item['path'])}, or more than that")
-    return {item["path"] for item in outputs}
+    return {item["path"]: item["md5"] for item in outputs}
 
 
 def _check_hash(plain: Any) -> Any:
@@ -177,14 +177,3 @@ def _check_addresses(plain: Any) -> Any:
         return moved
 
     return transfer
-
-
-def outputs_of(repo: Any, *, cached: bool) -> Iterable[str]:
-    """Paths of the outputs that the stages of a project name; cached ones are in the remote."""
-    return {
-        output.def_path
-        for stage in repo.index.stages
-        if stage.cmd
-        for output in stage.outs
-        if output.use_cache == cached
-    }

@@ -88,9 +88,15 @@ def keep_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None) 
         found = facts | {"note": "written anew after training: machine and versions are of then"}
     sections = {key: facts["params"][key] for key in ("model", "loss", "training")}
     found = found | {"params": found["params"] | sections}
-    checkpoint.write_json(run_folder / FACTS, found)
-    if store and patiently(partial(store.read, FACTS)) != found:
-        patiently(partial(store.write, FACTS, found))
+    write_facts(found, run_folder, store)
+
+
+def write_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None) -> None:
+    """run.json, in the bucket first: the run is published from there, whatever becomes of here."""
+    if store and patiently(partial(store.read, FACTS)) != facts:
+        patiently(partial(store.write, FACTS, facts))
+    run_folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(run_folder / FACTS, facts)
 
 
 def publish(run_folder: Path, output: Path) -> None:

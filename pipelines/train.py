@@ -18,7 +18,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,9 @@ from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors
 from pipelines.follow import follow
 from pipelines.outputs import SHARDS, TRAIN
-from pipelines.run_folder import is_complete, keep_facts, publish, write_log
+from pipelines.run_folder import is_complete, keep_facts, publish, write_facts, write_log
 from pipelines.run_store import (
     CHECKPOINTS,
-    FACTS,
     OUTCOME,
     STOP,
     RunStore,
@@ -49,7 +47,7 @@ from pipelines.run_store import (
 )
 from pipelines.shard_store import send_shards
 from pipelines.start_from import read_start
-from pipelines.storage import is_s3, patiently
+from pipelines.storage import is_s3
 
 RUNS = Path("runs")
 LIBRARY = Path(__file__).parent.parent / "aegan"
@@ -168,9 +166,7 @@ def _train(
             log.info("starting run %s: %d images, arm %s", run_folder.name, images, arm)
             if start is not None:
                 _begin(start, config, manifest, run_folder, store)
-        checkpoint.write_json(run_folder / FACTS, facts)
-        if store:
-            patiently(partial(store.write, FACTS, facts))
+        write_facts(facts, run_folder, store)
     reached = -1
     while True:
         outcome = run_workers(

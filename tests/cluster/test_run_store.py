@@ -1,6 +1,8 @@
 """A run in a bucket that fails in every way, without Ray: the training loop and its uploader."""
 
 import itertools
+import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -324,6 +326,41 @@ def test_a_finished_run_of_which_the_bucket_lost_a_piece_is_whole_after_a_resume
     assert facts is not None
     assert facts["params"]["training"]["num_steps"] == 8
     assert ("note" in facts) == (name == "run.json")
+
+
+@pytest.mark.fault("killed processes")
+def test_whenever_the_drivers_disk_is_lost_the_run_in_the_bucket_is_published(
+    monkeypatch, proxy, bucket, shards, tmp_path, record_property
+):
+    """After each single write of a run: the driver goes on, or (every other time) another clone."""
+    monkeypatch.setattr(run_store, "POLL_SECONDS", 60.0)  # else progress is written now and then
+    config = tiny_config(num_steps=2, checkpoint_interval_steps=2, sample_interval_steps=2)
+    command(f"{bucket}/whole", tmp_path / "whole", shards, config)
+    writes = sum(method in WRITES for method, _ in proxy.requests)
+    record_property("faults", writes - 1)
+    for last in range(1, writes):
+        clone, left, dies = tmp_path / f"{last}", iter(range(last)), last % 2 == 0
+
+        def lose(
+            method: str, path: str, clone: Path = clone, left: Any = left, dies: bool = dies
+        ) -> int | None:
+            if method not in WRITES or next(left, None) is not None:
+                return None
+            shutil.rmtree(clone / "runs", ignore_errors=True)
+            return 403 if dies else None
+
+        proxy.fault = lose
+        if dies:
+            with pytest.raises(UserError):
+                command(f"{bucket}/{last}", clone, shards, config)
+            proxy.fault = lambda method, path: None
+            clone = tmp_path / f"{last}-other"
+        command(f"{bucket}/{last}", clone, shards, config)
+        published, whole = clone / "artifacts/train", tmp_path / "whole/artifacts/train"
+        assert model_of(clone) == model_of(tmp_path / "whole")
+        assert [p.name for p in published.rglob("*")] == [p.name for p in whole.rglob("*")]
+        # What was known when it began, not what is known now:
+        assert "note" not in json.loads((published / "run.json").read_text())
 
 
 def test_a_longer_run_is_a_resume_in_another_clone_too(bucket, shards, tmp_path, stored):
