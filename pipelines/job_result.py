@@ -80,11 +80,18 @@ def check_folders(hashes: Mapping[str, str], *, origin: str) -> None:
     from dvc.repo import Repo
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
+    from dvc_objects.errors import ObjectFormatError
 
     with Repo() as repo:
         for path, md5 in hashes.items():
             if md5.endswith(".dir"):
-                tree = Tree.load(repo.cache.local, HashInfo("md5", md5))
+                try:
+                    tree = Tree.load(repo.cache.local, HashInfo("md5", md5))
+                except (FileNotFoundError, ObjectFormatError):
+                    raise UserError(
+                        f"{origin} names a folder {path} that is not in the bucket: delete the "
+                        "result, which lies under jobs/ there, then the job runs again"
+                    ) from None
                 names = ["/".join((path, *key)) for key, _, _ in tree]
                 if foreign := sorted(name for name in names if not is_written(name)):
                     raise UntrustedError(origin, f"names {listed(foreign)}, which no stage writes")

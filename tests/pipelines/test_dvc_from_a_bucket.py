@@ -63,6 +63,9 @@ class Remote:
     def write(self, key: str, content: bytes) -> None:
         self._client.put_object(Bucket="remote", Key=key, Body=content)
 
+    def delete(self, key: str) -> None:
+        self._client.delete_object(Bucket="remote", Key=key)
+
     def add(self, content: bytes, end: str = "") -> str:
         """An object under its own hash."""
         name = md5(content)
@@ -74,7 +77,7 @@ class Remote:
 
     def restore(self) -> None:
         for key in set(self.list()) - self.before.keys():
-            self._client.delete_object(Bucket="remote", Key=key)
+            self.delete(key)
         for key, content in self.before.items():
             self.write(key, content)
 
@@ -290,7 +293,11 @@ def test_the_result_of_a_job_in_a_bucket_is_fetched_if_it_is_honest(remote, proj
 
 
 def test_a_folder_of_a_job_in_a_bucket_holds_what_stages_write_and_no_more(remote, project):
-    before = below(project)
+    before, result = below(project), honest_result(remote)
+    (stored,) = (o["md5"] for o in outputs_of(json.loads(result.dvc_lock), "download"))
+    remote.delete(f"dvc/files/md5/{stored[:2]}/{stored[2:]}")
+    with pytest.raises(UserError, match=r"artifacts/raw that is not in the bucket: delete|failed"):
+        fetch(result)
     names = ["config.json", "sitecustomize.py"]
     with pytest.raises(UserError, match=r"names .*/sitecustomize.py, which no stage writes"):
         fetch(honest_result(remote, **{"artifacts/train/model": names}))
