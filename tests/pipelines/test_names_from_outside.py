@@ -22,6 +22,7 @@ from pipelines.run_store import RunStore, is_asked_to_stop, shown_progress
 from tests.s3 import s3_server
 from tests.tiny import tiny_shards
 
+pytestmark = pytest.mark.integration
 PARTS = st.sampled_from(["", ".", "..", "...", "a", "link", "loop", "a.png", "~", "\0", "\ud800"])
 NAMES = st.one_of(
     st.lists(PARTS | st.text(max_size=5), max_size=6).map("/".join),
