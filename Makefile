@@ -39,9 +39,10 @@ mlflow: .venv/installed ## open the MLflow page on this machine
 	@$(BIN)/python -m pipelines.mlflow_files
 	$(MLFLOW) ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --workers 1
 
-serve: .venv/installed ## answer requests with the registered model (docs/serving.md)
-	@$(BIN)/python -m pipelines.mlflow_files
-	$(MLFLOW) models serve -m models:/aegan@candidate --env-manager local --host 127.0.0.1 --port 5001
+serve: export MODEL := $(MODEL)
+serve: export PORT := $(PORT)
+serve: .venv/installed ## answer requests with a model (MODEL=models:/aegan@champion PORT=5001, docs/serving.md)
+	@$(BIN)/python -m pipelines.serve $(if $(MODEL),--model "$$MODEL") $(if $(PORT),--port "$$PORT")
 
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download

@@ -7,7 +7,8 @@ lack of memory, which is no fault of the file, stays a MemoryError.
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -54,6 +55,8 @@ SLOW_DECODERS = {"ppm", "ppm_plain", "bmp_rle"}
 MAX_FRAMES = 10_000  # taken from one file
 MAX_FRAME_PIXELS = 20  # and of so many times `max_pixels` together
 MAX_FRAME_BYTES = 1024**3  # and so large when they are resized
+WORK_OF_A_TEXT = 1 << 18  # of a compressed text or profile in a PNG, unpacked to at most 1 MiB
+WORK_OF_A_SLOW_SAMPLE = 64
 
 Fit = Literal["crop", "pad"]
 _END_OF_JPEG = b"\xff\xd9"
@@ -111,10 +114,17 @@ def decode_file(
     reader = _Reader(
         image_size, image_channels, fit, max_pixels, ValueRange.parse(value_range), frames == "all"
     )
+    with _clear_errors():
+        return reader.read(content)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Whatever a decoder raises as an UnusableImageError, but for lack of memory."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata beside sound pixels
-            return reader.read(content)
+            yield
     except (UnusableImageError, MemoryError):
         raise
     except UnknownRangeError as error:
@@ -125,6 +135,30 @@ def decode_file(
         if "out of memory" in str(error).lower():
             raise MemoryError(str(error)) from None
         raise UnusableImageError(f"cannot be decoded: {_in_words(error)}") from None
+
+
+def work_of(content: bytes, *, enough: int) -> int:
+    """What reading a file costs, from its headers alone, in steps of some 10 ns.
+
+    That is a JPEG's pixels, for each of its scans; twice the pixels of any other format; more where
+    Pillow is slow. Counted up to about `enough`. Raises UnusableImageError.
+    """
+    work = 0
+    if content.startswith(b"\x89PNG"):
+        kinds = [kind for kind, _, _ in image_headers.png_chunks(content)]
+        work = sum(kind in (b"zTXt", b"iTXt", b"iCCP") for kind in kinds) * WORK_OF_A_TEXT
+    with _clear_errors(), _open(_without_metadata(content)) as file:
+        pixels = file.width * file.height
+        if file.format in ("JPEG", "MPO"):
+            return pixels * max(1, image_headers.jpeg_scans(content, enough=2 + enough // pixels))
+        if file.format == "TIFF" and tiff_tag(file, 259)[0] in (6, 7):  # JPEG in its strips
+            return 2 * pixels * min(MAX_SCANS, max(1, content.count(b"\xff\xda")))
+        if file.format == "PPM":
+            straighten(file)
+        if {tile.codec_name for tile in file.tile[:1]} & SLOW_DECODERS:
+            return WORK_OF_A_SLOW_SAMPLE * pixels * len(file.getbands())
+        depth = image_headers.png_header(content).get(b"IHDR", b"")[8:10]
+        return work + (6 if depth == b"\x10\2" else 2) * pixels  # 16-bit colours are read twice
 
 
 @dataclass(frozen=True)

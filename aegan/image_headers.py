@@ -128,7 +128,12 @@ def tiff_pages(content: bytes) -> list[int]:
 def jpeg_scans(content: bytes, *, enough: int) -> int:
     """Scans of a JPEG, counted up to `enough`: each costs a walk over all blocks."""
     scans, at = 0, 2
-    while scans < enough and at + 4 <= len(content) and content[at] == 0xFF:
+    while scans < enough and at + 4 <= len(content):
+        if content[at] != 0xFF:  # decoders pass over what lies between segments
+            found = _JPEG_MARKER.search(content, at)
+            if not found:
+                break
+            at = found.start()
         marker = content[at + 1]
         if marker == 0xD9:  # end of image
             break

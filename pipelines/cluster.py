@@ -27,6 +27,7 @@ SHIPPED_ENVIRONMENT = (  # where the bucket is; never who may use it: nodes have
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_REQUEST_PAYER",
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
 )
 

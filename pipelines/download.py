@@ -74,7 +74,8 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
     address = source_address.resolve(config.source)
     scheme = source_address.scheme_of(address)
     fetched = workspace / "fetched"
-    if config.in_place and (scheme != "s3" or is_container_name(address)):
+    is_one = scheme == "s3" and (is_container_name(address) or storage.is_object(address))
+    if config.in_place and (scheme != "s3" or is_one):
         raise UserError(
             f"params.yaml: data.in_place is true, but data.source {address!r} is no "
             "s3://bucket/prefix with images below it: set data.in_place to false"
@@ -84,7 +85,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
             yield _manifold(config)
         elif scheme == "kaggle":
             yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
-        elif scheme == "s3" and is_container_name(address):
+        elif is_one:
             storage.download_object(address, fetched)
             yield Source(address, read_archive(fetched, address), fetched)
         elif config.in_place:

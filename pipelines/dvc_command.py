@@ -2,6 +2,7 @@
 
 DVC deletes outputs before a stage can look at them, and rewrites params.yaml under a run that goes
 on. So its commands that write into the project's folder are checked first, and run one at a time.
+What any command takes from a remote is checked too (pipelines/dvc_guard.py).
 """
 
 import os
@@ -17,7 +18,7 @@ from dvc.cli import DvcParserError, parse_args
 from dvc.cli import main as run_dvc
 
 from aegan.config import DataConfig
-from pipelines import dvc_locks, locks, outputs, params, source_address
+from pipelines import dvc_guard, dvc_locks, locks, outputs, params, source_address
 from pipelines.errors import UserError
 
 REPRODUCING = ("CmdRepro", "CmdExperimentsRun")  # DVC's names of `repro` and `exp run`
@@ -38,6 +39,7 @@ def main() -> None:
         arguments = parse_args(sys.argv[1:])
     except DvcParserError:  # DVC has said what is wrong
         sys.exit(254)
+    dvc_guard.install()
     # The stages' `python` is this one, also in a copy of the project (`dvc exp run --temp`).
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     project, command = _find_project(), arguments.func.__name__

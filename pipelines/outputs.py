@@ -62,6 +62,15 @@ def find_foreign(folder: Path, written: Sequence[str]) -> Iterator[str]:
                 yield inside
 
 
+def is_written(name: str) -> bool:
+    """Whether a stage writes a file of this name into one of its folders."""
+    return any(
+        fits(name.removeprefix(f"{folder}/"), written)
+        for folder, written in FOLDERS.items()
+        if name.startswith(f"{folder}/")
+    )
+
+
 def fits(name: str, patterns: Sequence[str]) -> bool:
     """Whether any of the patterns fits; `*` stands for slashes too."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from pipelines.errors import UserError
 from pipelines.files import new_folder
 from pipelines.outputs import FOLDERS, TRAIN
 from pipelines.run_store import CHECKPOINTS, FACTS, LOG, SAMPLES, RunStore
+from pipelines.storage import patiently
+
+DETERMINED = ("run_name", "dataset_sha256", "code_sha256")  # the same in every run of one name
 
 CURVES = (  # that dvc.yaml draws: DVC stops at a column that is not there
     *("image_reconstruction", "latent_reconstruction", "validation_image_reconstruction"),
@@ -79,14 +83,20 @@ def _read_facts(run_folder: Path) -> dict[str, Any] | None:
 def keep_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None) -> None:
     """run.json of a finished run: as it was written then, but under the intervals of now."""
     found = _read_facts(run_folder)
-    if found is None:
+    if found is None or any(found.get(name) != facts[name] for name in DETERMINED):
         log.warning("%s was damaged or missing: written anew", run_folder / FACTS)
         found = facts | {"note": "written anew after training: machine and versions are of then"}
     sections = {key: facts["params"][key] for key in ("model", "loss", "training")}
     found = found | {"params": found["params"] | sections}
-    checkpoint.write_json(run_folder / FACTS, found)
-    if store and store.read(FACTS) != found:
-        store.write(FACTS, found)
+    write_facts(found, run_folder, store)
+
+
+def write_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None) -> None:
+    """run.json, in the bucket first: the run is published from there, whatever becomes of here."""
+    if store and patiently(partial(store.read, FACTS)) != facts:
+        patiently(partial(store.write, FACTS, facts))
+    run_folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(run_folder / FACTS, facts)
 
 
 def publish(run_folder: Path, output: Path) -> None:

@@ -16,6 +16,7 @@ the training loop works in: rank 0's `Uploader` carries it into the store, the d
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -25,12 +26,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from aegan import checkpoint, training_log
 from aegan.checkpoint import CheckpointError
 from pipelines.errors import UserError
+from pipelines.names import shown
+from pipelines.outputs import listed
+from pipelines.outside import SHA256, UntrustedError, check_name, path_inside
 from pipelines.storage import (
+    LARGER,
+    MAX_READ_BYTES,
     StorageError,
     delete_object,
     download_object,
@@ -45,6 +51,10 @@ POLL_SECONDS = 2.0
 CHECKPOINTS, LOG, SAMPLES, FACTS = "checkpoints", "metrics.jsonl", "samples", "run.json"
 DRIVER, PROGRESS, OUTCOME, STOP = "driver.json", "progress.json", "outcome.json", "stop"
 OUTBOX = "outbox"  # in the run folder: what is on its way into the store
+OBJECT = re.compile(  # whatever else lies there is none of ours: it is neither read nor deleted
+    r"(run|driver|progress|outcome)\.json|metrics\.jsonl|samples/step-[0-9]{8}-[a-z]+\.png"
+    r"|checkpoints/step-[0-9]{8}/(state\.json|[0-9a-f]{64}\.safetensors)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +69,11 @@ class RunStore:
 
     def look(self) -> None:
         """Ask the bucket what is there."""
-        listed = patiently(lambda: list(list_objects(self.url)))
-        self._names = {url.removeprefix(f"{self.url}/") for url, _ in listed}
+        found = patiently(lambda: list(list_objects(f"{self.url}/")))
+        names = {url.removeprefix(f"{self.url}/") for url, _ in found}
+        self._names = {name for name in names if OBJECT.fullmatch(name)}
+        if foreign := sorted(names - self._names):
+            log.warning("%s holds what no run writes, left alone: %s", self.url, listed(foreign))
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
@@ -103,9 +116,10 @@ class RunStore:
                 if step in self.steps():
                     self._fetch_checkpoint(step, checkpoints / ".fetched", final)
         for name in sorted(self._names):
-            wanted = name == FACTS or name.startswith(f"{SAMPLES}/")
-            if wanted and not (folder / name).exists():
-                self._download(name, folder / name)
+            if name == FACTS or name.startswith(f"{SAMPLES}/"):
+                file = path_inside(folder, name, origin=self.url)
+                if not file.exists():
+                    self._download(name, file, most_bytes=MAX_READ_BYTES)
 
     def discard(self, name: str) -> None:
         """Delete an object, to be uploaded anew."""
@@ -156,12 +170,12 @@ class RunStore:
     def _fetch_checkpoint(self, step: int, aside: Path, final: Path) -> None:
         aside.mkdir(parents=True)
         try:
-            self._download(_state_of(step), aside / checkpoint.STATE)
-            checkpoint.read_state(aside)
+            self._download(_state_of(step), aside / checkpoint.STATE, most_bytes=MAX_READ_BYTES)
+            _check_state(checkpoint.read_state(aside), step)
             self._download(_tensors_of(aside), aside / checkpoint.TENSORS)
             checkpoint.verify(aside)
-        except (StorageError, CheckpointError) as error:
-            if isinstance(error, StorageError) and error.code not in ("NoSuchKey", "404"):
+        except (StorageError, UntrustedError, CheckpointError) as error:
+            if isinstance(error, StorageError) and error.code not in ("NoSuchKey", "404", LARGER):
                 raise
             log.warning("checkpoint %d in %s is left out: %s", step, self.url, error)
             shutil.rmtree(aside)
@@ -170,10 +184,11 @@ class RunStore:
             self._states[step] = checkpoint.read_state(aside)["state_sha256"]
             aside.rename(final)
 
-    def _download(self, name: str, file: Path) -> None:
+    def _download(self, name: str, file: Path, *, most_bytes: int | None = None) -> None:
+        url = f"{self.url}/{check_name(name, origin=self.url, pattern=OBJECT)}"
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f".{file.name}.tmp")
-        patiently(partial(download_object, f"{self.url}/{name}", aside))
+        patiently(partial(download_object, url, aside, most_bytes=most_bytes))
         aside.replace(file)
 
     def _upload(self, file: Path, name: str) -> None:
@@ -237,7 +252,7 @@ class Uploader:
 
     def _send(self, outbox: Path, kept: list[int]) -> None:
         try:
-            patiently(partial(check_driver, self._store, self._driver))
+            patiently(partial(is_asked_to_stop, self._store, self._driver))
             self._store.send(outbox, kept)
         except BaseException:
             self._stop.set()
@@ -248,7 +263,7 @@ class Uploader:
         shown: dict[str, Any] | None = None
         while not self._closed.wait(POLL_SECONDS):
             try:
-                if check_driver(self._store, self._driver)["stop"]:
+                if is_asked_to_stop(self._store, self._driver):
                     self._stop.set()
                 rows = training_log.read(self._folder / LOG)
                 if rows and rows[-1] != shown:
@@ -270,14 +285,15 @@ def claim(store: RunStore) -> str:
     return driver
 
 
-def check_driver(store: RunStore, driver: str) -> dict[str, Any]:
-    """What the run's driver says; raises UserError if it is another one by now."""
-    found: dict[str, Any] = store.read(DRIVER) or {"driver": "", "host": "another machine"}
-    if found["driver"] != driver:
+def is_asked_to_stop(store: RunStore, driver: str) -> bool:
+    """Whether the run's driver wants it to end; raises UserError if it is another one by now."""
+    found = store.read(DRIVER) or {}
+    if found.get("driver") != driver:
+        host = shown(str(found.get("host", "another machine")))
         raise UserError(
-            f"another training of {store.url} was started on {found['host']}: this one has ended"
+            f"another training of {store.url} was started on {host}: this one has ended"
         )
-    return found
+    return found.get("stop") is True
 
 
 @contextmanager
@@ -294,12 +310,14 @@ def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]
                     store.write(DRIVER, request)
                     asked = True
                 row = store.read(PROGRESS)
-                if row is not None and row["step"] > step:
+                if _is_row(row) and row["step"] > step:
                     step = row["step"]
+                    folder.mkdir(parents=True, exist_ok=True)  # this disk may be another by now
                     with (folder / LOG).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                 outcome = store.read(OUTCOME)
-                if outcome is not None and outcome["driver"] == driver:
+                if _is_outcome(outcome) and outcome["driver"] == driver:
+                    folder.mkdir(parents=True, exist_ok=True)
                     checkpoint.write_json(folder / OUTCOME, outcome)
             except (OSError, StorageError) as error:
                 log.warning("progress is not shown: %s", error)
@@ -336,6 +354,37 @@ def _has_state(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _check_state(state: dict[str, Any], step: int) -> None:
+    """CheckpointError for a state that is as it was written, but not as the training loop writes.
+
+    Its hash says nothing of who wrote it.
+    """
+    log, tensors = state.get("log"), state.get("sha256")
+    rows = log.get("rows") if isinstance(log, dict) else None
+    ending = log.get("ending") if isinstance(log, dict) else None
+    sound = isinstance(rows, list) and all(map(_is_row, [*rows, *([ending] if ending else [])]))
+    if not sound or state.get("step") != step or not SHA256.fullmatch(str(tensors)):
+        raise CheckpointError("it is none of this step")
+
+
+def _is_row(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this is a row of a log: numbers, the step among them."""
+    return (
+        isinstance(value, dict)
+        and all(type(number) in (int, float) for number in value.values())
+        and type(value.get("step")) is int
+        and {"seconds", "images_per_second"} <= value.keys()
+    )
+
+
+def _is_outcome(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this says how a run ended, as workers do."""
+    if not isinstance(value, dict) or not isinstance(value.get("driver"), str):
+        return False
+    ended = type(value.get("finished")) is bool and type(value.get("step")) is int
+    return ended or isinstance(value.get("error"), str)
 
 
 def _folder_of(step: int) -> str:

@@ -2,12 +2,16 @@
 
 <storage>/data/<dataset_sha256>/ holds the files of artifacts/shards, manifest.json last.
 A node keeps them on its own disk, from which training reads them, resident or row group by row
-group.
+group. It takes no one's word but the driver's for what they are: the bucket's manifest only says
+that they are all there.
 """
 
+import hashlib
 import json
 import logging
 import os
+import re
+import stat
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -15,20 +19,24 @@ from typing import Any
 
 from filelock import FileLock
 
+from aegan.config import SPLITS
 from aegan.dataset import read_manifest
 from pipelines.errors import UserError
 from pipelines.files import new_folder, sha256_of
 from pipelines.outputs import FOLDERS, SHARDS
+from pipelines.outside import SHA256, UntrustedError, check_name, check_names, path_inside
 from pipelines.storage import (
+    LARGER,
+    StorageError,
     download_object,
     list_objects,
     patiently,
-    read_object,
     read_object_if_any,
     upload_object,
 )
 
 MANIFEST = "manifest.json"
+SHARD = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5,}}\.parquet")
 
 log = logging.getLogger(__name__)
 
@@ -37,51 +45,94 @@ def node_folder() -> Path:
     """Where a node keeps what it fetched: in its TMPDIR, for this user only."""
     folder = Path(tempfile.gettempdir()) / f"aegan-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    found = folder.lstat()  # a link of another user's would lead us into our own files
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise UserError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
+    folder.chmod(0o700)
     return folder
 
 
 def send_shards(folder: Path, storage: str) -> None:
     """Upload the shards unless they are there already."""
     manifest = read_manifest(folder)
-    url = _address(storage, manifest["dataset_sha256"])
+    shards = checked_shards(manifest, origin=str(folder / MANIFEST))
+    url = _address(storage, manifest)
     if patiently(partial(read_object_if_any, f"{url}/{MANIFEST}")) is not None:
         return
     stored = dict(patiently(lambda: list(list_objects(url))))
-    shards = _shards(manifest)
     log.info("uploading %d shards to %s", len(shards), url)
     for shard in shards:
         target = f"{url}/{shard['file']}"
+        file = path_inside(folder, shard["file"], origin=str(folder / MANIFEST))
         if stored.get(target) != shard["bytes"]:  # else of an upload that was cut off
-            patiently(partial(upload_object, folder / shard["file"], target))
+            patiently(partial(upload_object, file, target))
     patiently(partial(upload_object, folder / MANIFEST, f"{url}/{MANIFEST}"))
 
 
-def fetch_shards(storage: str, dataset_sha256: str) -> Path:
-    """The folder on this node that holds the shards; the first of its workers fetches them."""
-    url = _address(storage, dataset_sha256)
-    folder = node_folder() / "shards" / dataset_sha256
+def fetch_shards(storage: str, manifest: dict[str, Any]) -> Path:
+    """The folder on this node that holds the shards of the driver's manifest.
+
+    The first of its workers fetches them.
+    """
+    url = _address(storage, manifest)
+    shards = checked_shards(manifest, origin="the driver's manifest of the shards")
+    name = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    folder = node_folder() / "shards" / name
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            manifest = json.loads(patiently(partial(read_object, f"{url}/{MANIFEST}")))
+        if not _is_whole(folder, manifest, shards):
             with new_folder(folder, written=FOLDERS[SHARDS]) as aside:
-                for shard in _shards(manifest):
-                    file = aside / shard["file"]
-                    patiently(partial(download_object, f"{url}/{shard['file']}", file))
-                    if sha256_of(file) != shard["sha256"]:
-                        raise UserError(
-                            f"{url}/{shard['file']} is damaged: delete everything below {url}, "
-                            "then the same command uploads the shards again"
-                        )
+                for shard in shards:
+                    _fetch_shard(f"{url}/{shard['file']}", aside / shard["file"], shard)
                 (aside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
 
-def _address(storage: str, dataset_sha256: str) -> str:
-    return f"{storage.rstrip('/')}/data/{dataset_sha256}"
+def checked_shards(manifest: Any, *, origin: str) -> list[dict[str, Any]]:
+    """All shards that a manifest names: files called as ours are, whose hashes make up its own.
+
+    Raises UntrustedError.
+    """
+    try:
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        for shard in shards:
+            check_name(shard["file"], origin=origin, pattern=SHARD)
+            check_name(shard["sha256"], origin=origin, pattern=SHA256)
+            if type(shard["bytes"]) is not int:
+                raise TypeError
+        check_names((shard["file"] for shard in shards), origin=origin)
+        hashes = "".join(shard["sha256"] for shard in shards)
+        whole = manifest["dataset_sha256"] == hashlib.sha256(hashes.encode()).hexdigest()
+    except (KeyError, TypeError, AttributeError):
+        raise UntrustedError(origin, "is no manifest of shards") from None
+    if not whole:
+        raise UntrustedError(origin, "states another dataset_sha256 than its shards make")
+    return shards
 
 
-def _shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for split in manifest["splits"].values() for shard in split["shards"]]
+def _fetch_shard(url: str, file: Path, shard: dict[str, Any]) -> None:
+    try:
+        patiently(partial(download_object, url, file, most_bytes=shard["bytes"]))
+        sound = sha256_of(file) == shard["sha256"]
+    except StorageError as error:
+        if error.code != LARGER:
+            raise
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{url} is damaged: delete everything below {url.rpartition('/')[0]}, "
+            "then the same command uploads the shards again"
+        )
+
+
+def _is_whole(folder: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]) -> bool:
+    """Whether a node has these very shards: each was verified when it was fetched."""
+    try:
+        sizes = [(folder / shard["file"]).lstat().st_size for shard in shards]
+        return read_manifest(folder) == manifest and sizes == [shard["bytes"] for shard in shards]
+    except (OSError, ValueError):
+        return False
+
+
+def _address(storage: str, manifest: dict[str, Any]) -> str:
+    return f"{storage.rstrip('/')}/data/{manifest['dataset_sha256']}"

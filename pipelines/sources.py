@@ -234,7 +234,12 @@ def _on_disk(packed: Packed) -> Iterator[BinaryIO]:
 
 def read_bucket(url: str) -> Entries:
     """Every object below `s3://bucket/prefix`, several read at once, in the bucket's order."""
-    return _unpacked(_read_bucket(f"{url.rstrip('/')}/"))
+    return _unpacked(_read_bucket(_prefix(url)))
+
+
+def _prefix(url: str) -> str:
+    """What the addresses of all objects below this one begin with; a key may hold empty parts."""
+    return url if url.endswith("/") else f"{url}/"
 
 
 def _read_bucket(prefix: str) -> Iterator[Entry | Packed]:
@@ -269,7 +274,7 @@ def _fetched(found: RawFile | Skipped | str, prefix: str) -> Iterator[Entry | Pa
 
 def list_bucket(url: str) -> Entries:
     """The same objects as `read_bucket` in the same order, not read."""
-    prefix = f"{url.rstrip('/')}/"
+    prefix = _prefix(url)
     for address, size, etag in storage.list_versions(prefix):
         name = address.removeprefix(prefix)
         if address.endswith("/"):

@@ -1,12 +1,15 @@
 """The only boto3 module: list, read, write and delete objects of an S3 bucket.
 
 Credentials and endpoint are boto3's own (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...);
-without credentials requests go unsigned, as public buckets want them.
+without credentials requests go unsigned, as public buckets want them. AWS_REQUEST_PAYER=requester
+agrees to pay for what is read from a bucket that asks for it.
 """
 
 import functools
 import logging
+import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +27,7 @@ from botocore.exceptions import (
     ConnectionError,
     HTTPClientError,
     IncompleteReadError,
+    ParamValidationError,
 )
 
 from pipelines.errors import UserError
@@ -33,7 +37,15 @@ PARALLEL_READS = 8  # of small objects; each holds at most one in memory
 READ_ATTEMPTS = 4  # of a body that breaks off; whole requests are retried by botocore
 PATIENCE_SECONDS = 120.0  # how long a bucket that does not answer is asked again
 BUSY = ("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "InternalError")
+MAX_READ_BYTES = 64 * 2**20  # of an object that is read into memory
 CHANGED = "Changed"  # StorageError.code of an object with another etag
+LARGER = "Larger"  # the same of one with more bytes than it may have
+BUCKET = re.compile(  # of `s3://...`: the ARN of an access point, or a name or alias
+    r"s3://(arn:[^/]*:(?:outpost[/:][^/:]+[/:])?accesspoint[/:][^/]+|[^/]+)(?:/(.*))?", re.DOTALL
+)
+EXPECTED = (
+    "s3://bucket, s3://bucket/prefix or s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/prefix"
+)
 PASSING = (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError)
 
 Result = TypeVar("Result")
@@ -70,8 +82,26 @@ def list_versions(url: str) -> Iterator[tuple[str, int, str]]:
                     yield f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"]
 
 
+def is_object(url: str) -> bool:
+    """Whether the address is that of one object, with none below it."""
+    bucket, key = _split(url)
+    if not key:
+        return False
+    try:
+        with _clear_errors(url, "read"):
+            _client().head_object(Bucket=bucket, Key=key)
+    except StorageError as error:
+        if error.passing:
+            raise
+        return False  # or it may not be asked for: what is read next says so
+    return next(list_objects(f"{url.rstrip('/')}/"), None) is None
+
+
 def read_object(url: str, *, etag: str = "") -> bytes:
-    """The whole content of one object; StorageError if it has not the etag that is asked for."""
+    """The whole content of one object; StorageError if it has not the etag that is asked for.
+
+    The same for one of more than MAX_READ_BYTES, whatever a listing said of it.
+    """
     bucket, key = _split(url)
     with _clear_errors(url, "read"):
         for attempt in range(1, READ_ATTEMPTS + 1):
@@ -79,6 +109,7 @@ def read_object(url: str, *, etag: str = "") -> bytes:
                 answer = _client().get_object(Bucket=bucket, Key=key)
                 if etag and answer["ETag"] != etag:
                     raise StorageError(f"{url} has changed: its etag was {etag}", code=CHANGED)
+                _check_size(url, answer["ContentLength"], MAX_READ_BYTES)
                 content: bytes = answer["Body"].read()
                 return content
             except BotoCoreError:
@@ -97,11 +128,19 @@ def read_object_if_any(url: str) -> bytes | None:
         raise
 
 
-def download_object(url: str, file: Path) -> None:
-    """One object into a local file, in parallel parts."""
+def download_object(url: str, file: Path, *, most_bytes: int | None = None) -> None:
+    """One object into a local file, in parallel parts; StorageError once it has more than that."""
     bucket, key = _split(url)
+    arrived = 0
+
+    def count(more: int) -> None:
+        nonlocal arrived
+        arrived += more
+        if most_bytes is not None:
+            _check_size(url, arrived, most_bytes)
+
     with _clear_errors(url, "read"), clear_disk_errors(file):
-        _client().download_file(bucket, key, str(file))
+        _client().download_file(bucket, key, str(file), Callback=count)
 
 
 def write_object(url: str, content: bytes) -> None:
@@ -145,22 +184,52 @@ def patiently(action: Callable[[], Result], *, seconds: float | None = None) -> 
         pause = min(2 * pause, 10.0)
 
 
+def _check_size(url: str, size: int, most_bytes: int) -> None:
+    if size > most_bytes:
+        raise StorageError(f"{url} has more than the {most_bytes} bytes it may have", code=LARGER)
+
+
 def _split(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    if parts.scheme != "s3" or not parts.netloc:
-        raise UserError(f"{url} is no S3 address: expected s3://bucket or s3://bucket/prefix")
-    return parts.netloc, url.partition("://")[2].partition("/")[2]
+    """(bucket, key); a key may hold any characters, slashes at its beginning and `?` too."""
+    found = BUCKET.fullmatch(url)
+    if found is None:
+        raise UserError(f"{url} is no S3 address: expected {EXPECTED}")
+    return found[1], found[2] or ""
 
 
 @functools.cache
 def _client() -> Any:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # not which endpoint it found
     session = boto3.Session()
-    anonymous = {"signature_version": UNSIGNED} if session.get_credentials() is None else {}
+    credentials = session.get_credentials()
+    try:
+        if credentials is not None:
+            credentials.get_frozen_credentials()  # reads the files that they lie in
+    except OSError as error:
+        raise StorageError(
+            f"the credentials for S3 cannot be read ({error.strerror}: {error.filename}): "
+            "check AWS_WEB_IDENTITY_TOKEN_FILE, or what AWS_PROFILE names"
+        ) from None
+    anonymous = {"signature_version": UNSIGNED} if credentials is None else {}
     retries = {"mode": "standard", "total_max_attempts": 5}
     config = Config(connect_timeout=10, read_timeout=60, retries=retries, **anonymous)
     region = session.region_name or "us-east-1"
-    return session.client("s3", config=config, region_name=region)
+    try:
+        client = session.client("s3", config=config, region_name=region)
+        if urlsplit(client.meta.endpoint_url).scheme not in ("http", "https"):
+            raise ValueError(f"Invalid endpoint: {client.meta.endpoint_url}")
+    except ValueError as error:
+        raise StorageError(
+            f"the address of the S3 server is none ({error}): expected AWS_ENDPOINT_URL to begin "
+            "with https:// or http://, as in http://host:9000"
+        ) from None
+    if payer := os.environ.get("AWS_REQUEST_PAYER"):
+
+        def agree(params: dict[str, Any], **_: Any) -> None:
+            params["headers"]["x-amz-request-payer"] = payer
+
+        client.meta.events.register("before-call.s3", agree)
+    return client
 
 
 @contextmanager
@@ -175,15 +244,22 @@ def _clear_errors(url: str, action: Literal["read", "written", "deleted"]) -> It
             "NoSuchBucket": "check the bucket's name, and AWS_ENDPOINT_URL if it is not on AWS",
             "NoSuchKey": "check the path behind the bucket's name",
             "404": "check the bucket's name and the path behind it",
-        }.get(code, "check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights")
+            "AuthorizationHeaderMalformed": "set AWS_REGION to that of the bucket",
+        }.get(
+            code,
+            "check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights; "
+            "a bucket whose requester pays wants AWS_REQUEST_PAYER=requester",
+        )
         if passing:
             cure = "the server is at fault; run the same command again when it has recovered"
         raise StorageError(
             f"{url} cannot be {action} ({code}): {cure}", code=code, passing=passing
         ) from None
+    except ParamValidationError:
+        raise StorageError(f"{url} is no S3 address: expected {EXPECTED}") from None
     except (BotoCoreError, Boto3Error) as error:
         raise StorageError(
-            f"{url} cannot be {action}: {error}; "
+            f"{url} cannot be {action}: {' '.join(str(error).split())}; "
             "check the network, AWS_ENDPOINT_URL and AWS_PROFILE",
             passing=isinstance(error, PASSING),
         ) from None

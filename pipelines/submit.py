@@ -8,7 +8,6 @@ give its token, `compute.storage` in params.yaml the bucket. See docs/submitting
 """
 
 import argparse
-import json
 import logging
 import os
 import subprocess
@@ -16,13 +15,14 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from aegan.config import ComputeConfig
-from pipelines import params, ray_jobs, shipment, storage
+from pipelines import job_result, params, ray_jobs, shipment, storage
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file
 from pipelines.job import DVC_LOCK, DVC_REMOTE, REQUIREMENTS, content_id, remote_url, result_url
+from pipelines.job_result import JobResult
+from pipelines.outside import path_inside
 
 PASSED_ON = ("AWS_", "MLFLOW_")  # beginnings of the variables that --pass-env gives to the job
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         content = content_id(files_sha256, shipment.read_lock())
 
     if not options.stop and (result := read_result(address, content)) is not None:
-        log.info("job %s has succeeded already", result["job"])
+        log.info("job %s has succeeded already", result.job)
         fetch(result, address, files_sha256=files_sha256)
         return
 
@@ -139,32 +139,39 @@ def push_data(address: str) -> None:
         _dvc("push", "--remote", DVC_REMOTE)
 
 
-def read_result(address: str, content: str) -> dict[str, Any] | None:
+def read_result(address: str, content: str) -> JobResult | None:
     """What a job left that succeeded; None while there is none."""
-    written = storage.read_object_if_any(result_url(address, content))
-    result: dict[str, Any] | None = None if written is None else json.loads(written)
-    return result
+    url = result_url(address, content)
+    written = storage.read_object_if_any(url)
+    return None if written is None else job_result.parse(written, origin=url)
 
 
-def fetch(result: Mapping[str, Any], address: str, *, files_sha256: str) -> None:
-    """Make the job's dvc.lock, outputs and metrics those of this folder."""
-    for name in result["files"]:
-        _check_place(name)
-    for name, text in {str(DVC_LOCK): result["dvc_lock"], **result["files"]}.items():
-        with new_file(Path(name)) as aside:
-            aside.write_text(text, encoding="utf-8")
+def fetch(result: JobResult, address: str, *, files_sha256: str) -> None:
+    """Make the job's dvc.lock, outputs and metrics those of this folder; all checked before."""
+    origin = f"the result of job {result.job}"
+    hashes = job_result.check(result, origin=origin)
     set_remote(address)
-    _dvc("pull", "--force", "--remote", DVC_REMOTE, "--", *result["outputs"])
-    log.info("fetched: dvc.lock and %d outputs; `dvc metrics show`", len(result["outputs"]))
-    if files_sha256 != result["files_sha256"]:
+    before = DVC_LOCK.read_text(encoding="utf-8") if DVC_LOCK.exists() else None
+    try:
+        _write(DVC_LOCK, result.dvc_lock)
+        _dvc("fetch", "--remote", DVC_REMOTE, "--", *hashes)
+        job_result.check_folders(hashes, origin=origin)
+        _dvc("checkout", "--force", "--", *hashes)
+    except BaseException:  # Ctrl-C too: a lock without its outputs is of no use
+        DVC_LOCK.unlink()
+        if before is not None:
+            _write(DVC_LOCK, before)
+        raise
+    for name, text in result.files.items():
+        _write(path_inside(Path(), name, origin=origin), text)
+    log.info("fetched: dvc.lock and %d outputs; `dvc metrics show`", len(hashes))
+    if files_sha256 != result.files_sha256:
         log.info("the job had other files than are here: `dvc status` shows what differs")
 
 
-def _check_place(name: str) -> None:
-    """A bucket is not trusted to write anywhere."""
-    parts = Path(name).parts
-    if parts[:1] != ("artifacts",) or ".." in parts:
-        raise UserError(f"the job's result names {name}, which is none of its outputs: not fetched")
+def _write(file: Path, text: str) -> None:
+    with new_file(file) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def set_remote(address: str) -> None:

@@ -184,6 +184,29 @@ def fetch_model(uri: str, folder: Path) -> Path:
         return Path(artifacts.download_artifacts(f"{uri}/artifacts/model", dst_path=str(folder)))
 
 
+def pinned(uri: str) -> str:
+    """`models:/aegan@candidate` => `models:/aegan/3`, the version that it means now.
+
+    An address without alias stays as it is. Raises UserError.
+    """
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    if not alias:
+        return uri
+    with _readable_errors():
+        mlflow = _import_mlflow(writing=False)
+        try:
+            found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(
+                f"{uri}: there is no such model or alias in MLflow at "
+                f"{without_credentials(tracking_uri())}; `make run` registers one, `make mlflow` "
+                "shows what there is"
+            ) from None
+        return f"models:/{name}/{found.version}"
+
+
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
     """The newest version of that content whose files are still there."""
     query = f"name = '{model_name}' AND tags.content_sha256 = '{content_sha256}'"

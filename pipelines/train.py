@@ -36,10 +36,9 @@ from pipelines.files import clear_disk_errors
 from pipelines.follow import follow
 from pipelines.identity import weights_code_sha256
 from pipelines.outputs import SHARDS, TRAIN
-from pipelines.run_folder import is_complete, keep_facts, publish, write_log
+from pipelines.run_folder import is_complete, keep_facts, publish, write_facts, write_log
 from pipelines.run_store import (
     CHECKPOINTS,
-    FACTS,
     OUTCOME,
     STOP,
     RunStore,
@@ -145,9 +144,7 @@ def _train(
             log.info("starting run %s: %d images, arm %s", run_folder.name, images, arm)
             if start is not None:
                 _begin(start, config, manifest, run_folder, store)
-        checkpoint.write_json(run_folder / FACTS, facts)
-        if store:
-            store.write(FACTS, facts)
+        write_facts(facts, run_folder, store)
     reached = -1
     while True:
         outcome = run_workers(
@@ -168,6 +165,7 @@ def _train(
         store.look()
         store.fetch(run_folder)
         write_log(run_folder)
+        keep_facts(facts, run_folder, store)
 
 
 def _facts(
@@ -341,7 +339,7 @@ def _run(
             config=config,
             run_folder=run_folder,
             shards=shards,
-            dataset_sha256=facts["dataset_sha256"],
+            manifest=read_manifest(shards),
             storage=compute.storage if store else "",
             run_store=store.url if store else "",
             driver=driver,

@@ -36,7 +36,7 @@ class Assignment:
     config: TrainConfig
     run_folder: Path  # on a disk that all nodes share, unless there is a run store
     shards: Path  # likewise
-    dataset_sha256: str
+    manifest: dict[str, Any]  # of the shards: the driver's word for what they are
     storage: str  # s3://bucket/prefix; empty: the shared disk
     run_store: str  # the run's address there
     driver: str  # token of the driver in the run store
@@ -96,7 +96,7 @@ class _Place:
         self._store = RunStore(assignment.run_store) if assignment.run_store else None
         self._uploader: Uploader | None = None
         if self._store is not None:
-            self.shards = fetch_shards(assignment.storage, assignment.dataset_sha256)
+            self.shards = fetch_shards(assignment.storage, assignment.manifest)
             node = ray.get_runtime_context().get_node_id()
             place = hashlib.sha256(f"{node} {assignment.run_store}".encode()).hexdigest()[:12]
             self.run_folder = node_folder() / "runs" / f"{assignment.run_folder.name}-{place}"

@@ -60,6 +60,17 @@ def test_scans_of_a_jpeg_source_are_counted_and_those_of_its_thumbnail_are_not()
     assert image_headers.jpeg_scans(plain + progressive, enough=100) == 1
 
 
+@pytest.mark.fault("served requests")
+def test_scans_of_a_jpeg_are_counted_behind_bytes_that_its_decoder_passes_over():
+    content = encode(blocks(1, size=64)[0], "JPEG", progressive=True)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    comment = b"\xff\xfe\0\2 "  # and a byte that belongs to nothing
+    hostile = content[:-2] + (comment + scan) * 50 + content[-2:]
+    with Image.open(io.BytesIO(hostile)) as file:
+        file.load()
+    assert image_headers.jpeg_scans(hostile, enough=1000) > 50
+
+
 @given(st.binary(max_size=200), st.sampled_from([b"", b"GIF89a", b"II*\0", b"MM\0+", b"\xff\xd8"]))
 def test_any_bytes_of_a_source_are_counted_without_an_error(content, start):
     content = start + content

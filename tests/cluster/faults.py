@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from email.message import Message
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ class FaultyProxy:
 
     def __init__(self, endpoint: str) -> None:
         self.fault: Fault = lambda method, path: None
+        self.refuses: Callable[[Message], int | None] = lambda headers: None  # status, by headers
         self.refused = 0  # requests answered with an error so far
         self.delayed = 0
         self.requests: list[tuple[str, str]] = []
@@ -31,7 +33,7 @@ class FaultyProxy:
             def handle_any(self) -> None:
                 body = self.read_body()
                 proxy.requests.append((self.command, self.path))
-                fault = proxy.fault(self.command, self.path)
+                fault = proxy.refuses(self.headers) or proxy.fault(self.command, self.path)
                 if isinstance(fault, float):
                     proxy.delayed += 1
                     time.sleep(fault)

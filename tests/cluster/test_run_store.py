@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from aegan import checkpoint, training_log, training_loop
 from aegan.config import ComputeConfig, TrainConfig
+from aegan.dataset import read_manifest
 from aegan.training_loop import Outcome, train
 from pipelines import params, run_store, shard_store, storage
 from pipelines import train as driver
@@ -326,6 +328,41 @@ def test_a_finished_run_of_which_the_bucket_lost_a_piece_is_whole_after_a_resume
     assert ("note" in facts) == (name == "run.json")
 
 
+@pytest.mark.fault("killed processes")
+def test_whenever_the_drivers_disk_is_lost_the_run_in_the_bucket_is_published(
+    monkeypatch, proxy, bucket, shards, tmp_path, record_property
+):
+    """After each single write of a run: the driver goes on, or (every other time) another clone."""
+    monkeypatch.setattr(run_store, "POLL_SECONDS", 60.0)  # else progress is written now and then
+    config = tiny_config(num_steps=2, checkpoint_interval_steps=2, sample_interval_steps=2)
+    command(f"{bucket}/whole", tmp_path / "whole", shards, config)
+    writes = sum(method in WRITES for method, _ in proxy.requests)
+    record_property("faults", writes - 1)
+    for last in range(1, writes):
+        clone, left, dies = tmp_path / f"{last}", iter(range(last)), last % 2 == 0
+
+        def lose(
+            method: str, path: str, clone: Path = clone, left: Any = left, dies: bool = dies
+        ) -> int | None:
+            if method not in WRITES or next(left, None) is not None:
+                return None
+            shutil.rmtree(clone / "runs", ignore_errors=True)
+            return 403 if dies else None
+
+        proxy.fault = lose
+        if dies:
+            with pytest.raises(UserError):
+                command(f"{bucket}/{last}", clone, shards, config)
+            proxy.fault = lambda method, path: None
+            clone = tmp_path / f"{last}-other"
+        command(f"{bucket}/{last}", clone, shards, config)
+        published, whole = clone / "artifacts/train", tmp_path / "whole/artifacts/train"
+        assert model_of(clone) == model_of(tmp_path / "whole")
+        assert [p.name for p in published.rglob("*")] == [p.name for p in whole.rglob("*")]
+        # What was known when it began, not what is known now:
+        assert "note" not in json.loads((published / "run.json").read_text())
+
+
 def test_a_longer_run_is_a_resume_in_another_clone_too(bucket, shards, tmp_path, stored):
     longer = replace(CONFIG, training=replace(CONFIG.training, num_steps=11))
     folder = command(bucket, tmp_path / "b", shards, longer)
@@ -363,12 +400,12 @@ def test_shards_are_uploaded_once_and_fetched_once_per_node(
     puts = [path for method, path in proxy.requests if method == "PUT"]
     assert len(puts) == 4  # three shards, then the manifest
     assert "manifest.json" in puts[-1]
-    sha256 = json.loads((shards / "manifest.json").read_text())["dataset_sha256"]
+    manifest = read_manifest(shards)
     proxy.requests.clear()
     with ThreadPoolExecutor(3) as workers:
-        folders = set(workers.map(lambda _: shard_store.fetch_shards(bucket, sha256), range(3)))
+        folders = set(workers.map(lambda _: shard_store.fetch_shards(bucket, manifest), range(3)))
     (folder,) = folders
-    assert sum(method == "GET" for method, _ in proxy.requests) == 4
+    assert sum(method == "GET" for method, _ in proxy.requests) == 3  # not the manifest
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == {
         path.name: path.read_bytes() for path in shards.glob("*.parquet")
     }
@@ -383,14 +420,14 @@ def test_an_upload_of_shards_that_was_cut_off_is_completed(
     proxy.fault = lambda method, path: 403 if method == "PUT" and next(left, None) is None else None
     with pytest.raises(UserError, match="cannot be written"):
         shard_store.send_shards(shards, bucket)
-    sha256 = json.loads((shards / "manifest.json").read_text())["dataset_sha256"]
+    manifest = read_manifest(shards)
     proxy.fault = lambda method, path: None
-    with pytest.raises(UserError, match="NoSuchKey"):
-        shard_store.fetch_shards(bucket, sha256)
+    with pytest.raises(UserError, match="404"):
+        shard_store.fetch_shards(bucket, manifest)
     proxy.requests.clear()
     shard_store.send_shards(shards, bucket)
     assert sum(method == "PUT" for method, _ in proxy.requests) == 3  # one was there already
-    assert shard_store.fetch_shards(bucket, sha256).exists()
+    assert shard_store.fetch_shards(bucket, manifest).exists()
 
 
 @pytest.mark.fault("bucket")
@@ -399,10 +436,10 @@ def test_a_shard_with_other_bytes_than_the_manifest_says_is_refused(
 ):
     monkeypatch.setattr(shard_store, "node_folder", lambda: tmp_path)
     shard_store.send_shards(shards, bucket)
-    sha256 = json.loads((shards / "manifest.json").read_text())["dataset_sha256"]
+    manifest = read_manifest(shards)
     client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
-    key = f"data/{sha256}/train-00000.parquet"
+    key = f"data/{manifest['dataset_sha256']}/train-00000.parquet"
     client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=b"x")
     with pytest.raises(UserError, match=r"train-00000.parquet is damaged: delete everything below"):
-        shard_store.fetch_shards(bucket, sha256)
-    assert not (tmp_path / "shards" / sha256).exists()
+        shard_store.fetch_shards(bucket, manifest)
+    assert [path for path in (tmp_path / "shards").iterdir() if path.is_dir()] == []

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,13 +27,14 @@ import aegan
 from aegan.config import RegisterConfig
 from pipelines import register, tracking
 from pipelines.errors import UserError
-from tests.trained import write_project
+from tests.trained import ROOT, write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
 BIN = Path(sys.executable).parent
 START_SECONDS = 240
+MODEL = Path("artifacts/train/model")
 OURS = {"server.log", "sitecustomize.py", "__pycache__"}  # what the tests put into the home
 WATCH = '''
 import sys
@@ -168,14 +171,26 @@ def test_all_four_operations_answer_over_http(scoring: tuple[str, Path]) -> None
     assert torch.equal(pixels(frames), expected.flatten(0, 1))
 
 
-def test_the_key_inputs_does_as_well(scoring: tuple[str, Path]) -> None:
-    params = {"operation": "generate", "count": 2}
-    status, records = ask(scoring[0], {"inputs": [], "params": params})
-    assert (status, len(records)) == (200, 2)
+def test_records_under_the_key_inputs_are_the_same_rows(scoring: tuple[str, Path]) -> None:
+    _, records = ask(scoring[0], body("generate", [], count=2))
     latents = [{"latent": record["latent"]} for record in records]
-    assert ask(scoring[0], {"inputs": latents, "params": params}) == (200, records)
+    request = {"inputs": latents, "params": {"operation": "generate"}}
+    assert ask(scoring[0], request) == (200, records)
 
 
+def test_whole_number_latents_are_answered_within_mlflow_too(scoring: tuple[str, Path]) -> None:
+    status, records = ask(scoring[0], body("generate", [{"latent": [1] * 8}]))
+    assert status == 200
+    assert ask(scoring[0], body("generate", [{"latent": [1.0] * 8}])) == (200, records)
+
+
+def test_a_count_of_null_counts_as_not_given_within_mlflow(scoring: tuple[str, Path]) -> None:
+    assert ask(scoring[0], body("generate", [], count=None)) == ask(
+        scoring[0], body("generate", [])
+    )
+
+
+@pytest.mark.fault("served requests")
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -183,19 +198,23 @@ def test_the_key_inputs_does_as_well(scoring: tuple[str, Path]) -> None:
         (b"\xff", "valid JSON"),
         ({}, "exactly one of the input fields"),
         ({"params": {"operation": "generate"}}, "exactly one of the input fields"),
-        ({"dataframe_records": []}, "operation is None; allowed: generate, encode"),
+        ({"dataframe_records": []}, "params.operation is missing"),
         ({"dataframe_records": 5, "params": {"operation": "generate"}}, "list of records"),
-        (body("explode", []), "operation is 'explode'; allowed: generate, encode"),
-        (body("generate", [], count=0), "count is 0; it must lie between 1 and 1024"),
+        ({"inputs": {"latent": [[1.0] * 8]}, "params": {"operation": "generate"}}, "send rows as"),
+        ({"instances": [{"latent": [1] * 8}], "params": {"operation": "generate"}}, "send rows as"),
+        (body("explode", []), "expected one of generate, encode"),
+        (body("generate", [], count=0), "params.count is 0"),
         (body("generate", [], count="many"), "count"),
         (body("generate", [], count=2.5), "count"),
+        (body("generate", [{"latents": [1.0] * 8}]), 'column "latents" is unknown'),
         (body("generate", [{"latent": [1.0, 2.0]}]), "row 0: latent must be a list of 8"),
         (body("generate", [{"latent": [float("nan")] * 8}]), "finite"),
         (body("generate", [{"latent": [1.0, None]}]), "latent"),
         (body("generate", [{"latent": "abc"}]), "latent"),
-        (body("generate", [{"latent": [0.0] * 8}, {"image": "AAAA"}]), "latent"),
-        (body("encode", []), "needs the column image"),
-        (body("encode", [{"picture": "AAAA"}]), "needs the column image"),
+        (body("generate", [{"latent": None}]), "row 0 has neither image nor latent"),
+        (body("generate", [{"latent": [0.0] * 8}, {"image": "AAAA"}]), "row 1 has image"),
+        (body("encode", []), "needs rows with the column image"),
+        (body("encode", [{"picture": "AAAA"}]), 'column "picture" is unknown'),
         (body("encode", [{"image": "§"}]), "row 0: image is not base64"),
         (body("encode", [{"image": 7}]), "image"),
         (body("encode", [{"image": None}]), "image"),
@@ -207,7 +226,7 @@ def test_a_wrong_request_gets_status_400_and_a_reason(
     status, answer = ask(scoring[0], request_)
     assert status == 400
     assert message in answer["message"]
-    assert "Traceback" not in answer["message"]
+    assert "Traceback" not in json.dumps(answer)
 
 
 def test_a_refusal_does_not_send_the_request_back(scoring: tuple[str, Path]) -> None:
@@ -220,6 +239,73 @@ def test_serving_calls_nobody_and_leaves_nothing_in_the_home(scoring: tuple[str,
     assert ask(scoring[0], body("generate", []))[0] == 200
     assert "NETWORK" not in scoring[1].read_text()
     assert {path.name for path in scoring[1].parent.iterdir()} <= OURS
+
+
+EVIL = """
+from pathlib import Path
+Path("executed").touch()
+"""
+
+
+@pytest.mark.fault("registry")
+def test_serving_a_registered_version_executes_nothing_that_the_registry_holds(
+    project: Path, scoring: tuple[str, Path]
+) -> None:
+    copy = project.parent / "attacked"
+    shutil.copytree(project, copy)
+    for file in (copy / "mlruns").rglob("*.py"):
+        file.write_text(file.read_text() + EVIL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    load = "import mlflow; mlflow.pyfunc.load_model('models:/aegan@candidate')"
+    theirs = {**environment, "MLFLOW_TRACKING_URI": f"sqlite:///{copy}/mlflow.db"}
+    adopt = (
+        f"from pipelines.tracking import pinned; print(pinned('models:/aegan@candidate')); {load}"
+    )
+    subprocess.run([sys.executable, "-c", adopt], cwd=copy, env=theirs, check=True, timeout=200)
+    (copy / "executed").unlink()  # so it is an attack
+
+    log = copy / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.serve", "--port", "0"],
+            cwd=copy,
+            env=environment,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        give_up = time.monotonic() + START_SECONDS
+        while not (found := re.search(r"(http://127.0.0.1:\d+)/invocations", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+        status, records = ask(found[1], body("generate", [], count=2, seed=3))
+        assert status == 200
+        assert torch.equal(pixels(records), aegan.sample(aegan.load(MODEL), 2, seed=3))
+        with urllib.request.urlopen(f"{found[1]}/version", timeout=20) as response:
+            assert json.load(response)["model"] == "models:/aegan/1"
+        assert not (copy / "executed").exists()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_an_alias_that_points_at_nothing_is_one_line_with_the_cure(
+    scoring: tuple[str, Path],
+) -> None:
+    name = "models:/aegan@champion"
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipelines.serve", "--port", "0", "--model", name],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert f"error: {name}: there is no such model or alias" in line
+    assert "make run" in line
 
 
 def test_a_tracking_server_takes_the_model_and_gives_it_back(

@@ -14,6 +14,7 @@ from aegan.config import DataConfig
 from pipelines import storage
 from pipelines.download import download
 from pipelines.errors import UserError
+from tests.cluster.faults import FaultyProxy
 from tests.pictures import blocks, encode, write_folder
 from tests.s3 import s3_server
 
@@ -176,3 +177,136 @@ def test_a_public_bucket_is_read_without_credentials(bucket, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     storage._client.cache_clear()
     assert storage.read_object("s3://images/open.txt") == b"public"
+
+
+def unset_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.mark.fault("bucket")
+@pytest.mark.parametrize("address", ["127.0.0.1:9000", "minio:9000", "localhost", "ftp://host"])
+def test_a_bucket_at_an_address_that_is_none_is_one_clear_error(bucket, monkeypatch, address):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    storage._client.cache_clear()
+    with pytest.raises(UserError) as error:
+        storage.read_object("s3://images/x")
+    assert address in str(error.value)
+    assert "expected AWS_ENDPOINT_URL to begin with https:// or http://" in str(error.value)
+
+
+@pytest.mark.fault("bucket")
+def test_a_bucket_whose_credentials_lie_in_a_missing_file_is_one_clear_error(
+    bucket, monkeypatch, tmp_path
+):
+    unset_credentials(monkeypatch)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
+    expected = rf"No such file or directory: {tmp_path}/token.*check AWS_WEB_IDENTITY_TOKEN_FILE"
+    for action in (
+        lambda: storage.read_object("s3://images/x"),
+        lambda: list(storage.list_objects("s3://images")),
+        lambda: storage.write_object("s3://images/x", b""),
+        lambda: storage.download_object("s3://images/x", tmp_path / "x"),
+    ):
+        storage._client.cache_clear()
+        with pytest.raises(UserError, match=expected):
+            action()
+
+
+@pytest.mark.fault("bucket")
+def test_one_object_of_a_bucket_is_a_source_if_it_holds_images_whatever_its_name(bucket, tmp_path):
+    images = [encode(image) for image in blocks(3)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("1.png", images[0])
+    bucket("single/packed", (tmp_path / "a.zip").read_bytes())
+    bucket("single/one.png", images[1])
+    bucket("single/set", b"")  # beside a prefix of the same name
+    bucket("single/set/2.png", images[2])
+    for source, name in (("packed", "1.png"), ("set", "2.png"), ("set/", "2.png")):
+        download(config(f"s3://images/single/{source}"), tmp_path / "raw")
+        rows = pq.read_table(next((tmp_path / "raw").glob("*.parquet"))).to_pylist()
+        assert [row["source"] for row in rows] == [name]
+    with pytest.raises(UserError, match=r"one.png is neither .* it is one image: put many into"):
+        download(config("s3://images/single/one.png"), tmp_path / "raw")
+    with pytest.raises(UserError, match=r"is true, but .*packed' is no s3://bucket/prefix"):
+        download(config("s3://images/single/packed", in_place=True), tmp_path / "raw")
+
+
+@pytest.mark.fault("bucket")
+def test_keys_with_empty_parts_in_a_bucket_are_read_and_a_prefix_of_them_too(bucket, tmp_path):
+    images = [encode(image) for image in blocks(4, seed=7)]
+    keys = ("twice//a.png", "twice//b//c.png", "twice/d.png", "twice///e.png")
+    for key, content in zip(keys, images, strict=True):
+        bucket(key, content)
+    found = {}
+    for place in ("twice", "twice//", "twice//b"):
+        for in_place in (False, True):
+            source = config(f"s3://images/{place}", in_place=in_place)
+            download(source, tmp_path / "raw")
+            table = pq.read_table(tmp_path / "raw/files-00000.parquet")
+            found[place, in_place] = set(table.column("source").to_pylist())
+            if in_place:
+                urls = table.column("url").to_pylist()
+                assert {storage.read_object(url) for url in urls} <= set(images)
+    for in_place in (False, True):
+        assert found["twice", in_place] == {"/a.png", "/b//c.png", "d.png", "//e.png"}
+        assert found["twice//", in_place] == {"a.png", "b//c.png", "/e.png"}
+        assert found["twice//b", in_place] == {"/c.png"}
+
+
+@pytest.mark.fault("bucket")
+def test_a_bucket_whose_requester_pays_is_read_by_who_says_so(bucket, endpoint, monkeypatch):
+    """A server that refuses, as S3 does, what does not say that it pays."""
+    bucket("paid/a.png", b"content")
+    proxy = FaultyProxy(endpoint)
+    proxy.refuses = lambda headers: 403 if headers.get("x-amz-request-payer") is None else None
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage._client.cache_clear()
+    with pytest.raises(UserError, match=r"AccessDenied.*requester pays wants AWS_REQUEST_PAYER="):
+        storage.read_object("s3://images/paid/a.png")
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    storage._client.cache_clear()
+    assert dict(storage.list_objects("s3://images/paid")) == {"s3://images/paid/a.png": 7}
+    assert storage.read_object("s3://images/paid/a.png") == b"content"
+    assert storage.is_object("s3://images/paid/a.png")
+    proxy.close()
+
+
+@pytest.mark.fault("bucket")
+@pytest.mark.parametrize(
+    ("bucket_part", "host"),
+    [
+        ("name-abcdef-s3alias", "name-abcdef-s3alias.s3.amazonaws.com"),
+        (
+            "arn:aws:s3:us-west-2:123456789012:accesspoint/name",
+            "name-123456789012.s3-accesspoint.us-west-2.amazonaws.com",
+        ),
+        (
+            "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-01/accesspoint/name",
+            "name-123456789012.op-01.s3-outposts.us-west-2.amazonaws.com",
+        ),
+    ],
+)
+def test_the_access_point_of_a_bucket_is_an_address(bucket, monkeypatch, bucket_part, host):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    storage._client.cache_clear()
+    name, key = storage._split(f"s3://{bucket_part}/prefix//a.png")
+    assert (name, key) == (bucket_part, "prefix//a.png")
+    url = storage._client().generate_presigned_url(
+        "get_object", Params={"Bucket": name, "Key": key}
+    )
+    assert url.startswith(f"https://{host}/prefix//a.png?")
+
+
+@pytest.mark.fault("bucket")
+@pytest.mark.parametrize(
+    "address",
+    ["s3://", "s3:///key", "s3://Bad Name!/x", "s3://arn:aws:s3:::name/x", "s3://arn:x/y"],
+)
+def test_an_address_of_a_bucket_that_is_none_is_one_clear_error(bucket, address):
+    with pytest.raises(UserError, match=r"is no S3 address: expected s3://bucket, .*accesspoint"):
+        list(storage.list_objects(address))

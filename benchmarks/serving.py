@@ -1,0 +1,221 @@
+"""What one request of `make serve` may cost, and its speed beside `mlflow models serve`.
+
+.venv/bin/python -m benchmarks.serving costs    # the costliest pictures, as many as are allowed
+.venv/bin/python -m benchmarks.serving speed    # artifacts/train/model behind both servers
+"""
+
+import base64
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import requests
+from PIL import Image
+
+import aegan
+from aegan import service
+from pipelines import endpoint
+from tests.aegan.test_colour import press_profile
+from tests.pictures import chunk, encode, png
+
+MODEL, BIN = Path("artifacts/train/model"), Path(sys.executable).parent
+TIMES = 40
+WIDE, THIN = (4096, 4096), (64, 65_500)  # of equal use: a thin picture is not shrunk before colours
+
+
+def noise(size: tuple[int, int], *, channels: int = 3) -> Image.Image:
+    """A picture that no encoder makes small."""
+    shape = (size[1], size[0], channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
+    return Image.frombytes(mode, size, pixels.tobytes())
+
+
+def of_many_scans(side: int, scans: int) -> bytes:
+    """A small JPEG whose scans each cost a walk over all its blocks."""
+    content = encode(Image.new("L", (side, side), 100), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * scans + content[-2:]
+
+
+def of_texts(texts: int) -> bytes:
+    """A small PNG whose texts unpack to 1 MiB each."""
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes((1 << 20) - 1)))
+    return png(np.zeros((16, 16, 3), np.uint8), text * texts)
+
+
+COSTLY: dict[str, Callable[[], bytes]] = {
+    "JPEG of 100 scans": lambda: of_many_scans(1024, 90),
+    "the same without end": lambda: of_many_scans(1024, 90)[:-2],
+    "progressive JPEG": lambda: of_many_scans(4096, 0),
+    "thin JPEG": lambda: encode(Image.new("RGB", THIN, (9, 99, 200)), "JPEG"),
+    "thin CMYK JPEG": lambda: encode(Image.new("CMYK", THIN, (9, 99, 200, 4)), "JPEG"),
+    "thin CMYK JPEG, profile": lambda: encode(
+        Image.new("CMYK", THIN, (9, 99, 200, 4)), "JPEG", icc_profile=press_profile()
+    ),
+    "thin PNG of gamma 1": lambda: png(
+        np.full((THIN[1], THIN[0], 3), 77, np.uint8), chunk(b"gAMA", (100_000).to_bytes(4, "big"))
+    ),
+    "thin PNG, transparent": lambda: encode(Image.new("RGBA", THIN, (9, 9, 9, 99)), "PNG"),
+    "16-bit PNG": lambda: png(
+        np.zeros((THIN[1], THIN[0], 3), np.uint16), chunk(b"tRNS", bytes(6)), depth=16
+    ),
+    "PNG of texts": lambda: of_texts(60),
+    "PNG": lambda: encode(Image.new("RGB", WIDE), "PNG"),
+    "WebP": lambda: encode(noise((2048, 2048)), "WEBP", quality=60, method=0),
+    "AVIF": lambda: encode(noise((2048, 2048)), "AVIF", quality=30, speed=10),
+    "JPEG 2000": lambda: encode(
+        noise((2048, 2048)), "JPEG2000", quality_mode="rates", quality_layers=[24]
+    ),
+    "TIFF": lambda: encode(Image.new("RGB", WIDE), "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF of JPEG": lambda: encode(Image.new("RGB", (512, 512)), "TIFF", compression="jpeg"),
+    "PPM of 9 bits": lambda: b"P6\n512 512\n300\n" + bytes(512 * 512 * 6),
+    "plain PPM": lambda: b"P3\n512 512\n255\n" + b"9 " * (512 * 512 * 3),
+    "GIF": lambda: encode(Image.new("RGB", WIDE), "GIF"),
+}
+
+
+def cost(
+    content: bytes, folder: Path, results: "multiprocessing.Queue[tuple[int, float, float]]"
+) -> None:
+    """Rows, seconds and further MiB of the largest request of one picture that is answered."""
+    model = aegan.load(folder)
+    image = base64.b64encode(content).decode()
+    ask(model, [base64.b64encode(encode(Image.new("RGB", (9, 9)))).decode()])
+    work = service.work_of(content, enough=service.MAX_WORK)
+    rows = min(
+        service.MAX_ROWS, service.MAX_WORK // work, endpoint.MAX_BODY_BYTES // (len(image) + 20)
+    )
+    before = peak_mebibytes()
+    started = time.perf_counter()
+    ask(model, [image] * rows)
+    results.put((rows, time.perf_counter() - started, peak_mebibytes() - before))
+
+
+def ask(model: aegan.AEGAN, images: list[str]) -> None:
+    """Encode pictures, as a request would."""
+    service.operate(model, [{"image": image} for image in images], {"operation": "encode"})
+
+
+def peak_mebibytes() -> float:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def costs(folder: Path) -> None:
+    """Each kind in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    for name, make in COSTLY.items():
+        content, results = make(), context.Queue()
+        process = context.Process(target=cost, args=(content, folder, results))
+        process.start()
+        rows, seconds, mebibytes = results.get(timeout=300)
+        process.join()
+        print(
+            f"{name:24} {len(content) / 1e6:6.2f} MB x {rows:4} rows "
+            f"{seconds:6.2f} s {mebibytes:5.0f} MiB",
+            flush=True,
+        )
+
+
+def speed(folder: Path) -> None:
+    """Requests a second and latency of one caller, both servers at once, asked in turns."""
+    with TemporaryDirectory() as store:
+        ours = [sys.executable, "-m", "pipelines.serve", "--model", str(folder), "--port", "{port}"]
+        theirs = [
+            *(str(BIN / "mlflow"), "models", "serve", "-m", save_for_mlflow(folder, Path(store))),
+            *("--env-manager", "local", "--host", "127.0.0.1", "--port", "{port}"),
+        ]
+        with running(ours) as our_address, running(theirs) as their_address:
+            image = base64.b64encode(encode(noise((256, 256)), "JPEG")).decode()
+            requests_ = {
+                "generate 1": ([], {"operation": "generate"}),
+                "generate 64": ([], {"operation": "generate", "count": 64}),
+                "reconstruct 1": ([{"image": image}], {"operation": "reconstruct"}),
+                "reconstruct 64": ([{"image": image}] * 64, {"operation": "reconstruct"}),
+            }
+            for name, (rows, params) in requests_.items():
+                body = {"dataframe_records": rows, "params": params}
+                for server, found in in_turns(
+                    body, {"make serve": our_address, "mlflow models serve": their_address}
+                ).items():
+                    middle, late = np.quantile(found, (0.5, 0.95)) * 1000
+                    print(
+                        f"{name:16} {server:20} {len(found) / sum(found):7.1f}/s, "
+                        f"{middle:6.1f} ms, 95%: {late:6.1f} ms",
+                        flush=True,
+                    )
+
+
+def in_turns(body: object, addresses: dict[str, str]) -> dict[str, list[float]]:
+    """Seconds of each of many requests, by server; one connection for each."""
+    times: dict[str, list[float]] = {server: [] for server in addresses}
+    sessions = {server: requests.Session() for server in addresses}
+    for _ in range(TIMES):
+        for server, address in addresses.items():
+            started = time.perf_counter()
+            sessions[server].post(address, json=body, timeout=60).raise_for_status()
+            times[server].append(time.perf_counter() - started)
+    return times
+
+
+def save_for_mlflow(folder: Path, store: Path) -> str:
+    """The model as `register` writes it, in a folder."""
+    import mlflow
+
+    from pipelines import serving
+
+    path = str(store / "model")
+    mlflow.pyfunc.save_model(
+        path,
+        python_model="pipelines/serving.py",
+        artifacts={"model": str(folder)},
+        code_paths=["aegan"],
+        signature=serving.SIGNATURE,
+    )
+    return path
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[str]:
+    """A server's process until the block ends; gives where it takes requests."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    filled = [part.format(port=port) for part in command]
+    process = subprocess.Popen(
+        filled,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while True:
+            try:
+                requests.get(f"http://127.0.0.1:{port}/ping", timeout=5)
+                break
+            except requests.ConnectionError:
+                if process.poll() is not None:
+                    raise
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else MODEL
+    {"costs": costs, "speed": speed}[sys.argv[1]](folder)
