@@ -1,9 +1,10 @@
-"""Which names MLflow takes, said before a training instead of after it, and how a filter quotes them."""
+"""Which names MLflow takes, said before a training and not after it; how a filter quotes them."""
 
 import re
 
 from aegan.config import RegisterConfig
 from pipelines.errors import UserError
+from pipelines.names import shown
 
 MAX_LETTERS = 250
 ALIAS = re.compile(r"[\w-]+", re.ASCII)
@@ -16,21 +17,21 @@ def check(config: RegisterConfig) -> None:
     for key, value in (("experiment", config.experiment), ("model_name", config.model_name)):
         if not _is_text(value):
             raise UserError(
-                f"params.yaml: register.{key} is '{value}'; expected 1 to {MAX_LETTERS} printable "
-                "letters without blanks around them"
+                f"params.yaml: register.{key} is '{shown(value)}'; expected 1 to {MAX_LETTERS} "
+                "printable letters without blanks around them"
             )
     name, alias = config.model_name, config.alias
     wrong = [letter for letter in IN_ADDRESSES if letter in name]
     if wrong or name in (".", "..") or name.endswith("\\") or ("'" in name and '"' in name):
         reason = f"holds {wrong[0]}" if wrong else "is none that MLflow can look for"
         raise UserError(
-            f"params.yaml: register.model_name is '{name}', which {reason}; expected letters, "
-            "digits, blanks, - and _"
+            f"params.yaml: register.model_name is '{shown(name)}', which {reason}; expected "
+            "letters, digits, blanks, - and _"
         )
     if not ALIAS.fullmatch(alias) or RESERVED_ALIAS.fullmatch(alias) or len(alias) > MAX_LETTERS:
         raise UserError(
-            f"params.yaml: register.alias is '{alias}'; expected letters, digits, - and _, but not "
-            "latest or v and a number, which MLflow keeps for itself"
+            f"params.yaml: register.alias is '{shown(alias)}'; expected letters, digits, - and _, "
+            "but not latest or v and a number, which MLflow keeps for itself"
         )
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 OWNERS = {  # library => the only modules of pipelines/ that may import it
     "boto3": {"storage"},
     "botocore": {"storage"},
-    "mlflow": {"tracking", "serving"},
+    "mlflow": {"mlflow_page", "mlflow_store", "serving", "tracking"},
     "ray": {
         "cluster",
         "decode_on_ray",
@@ -60,6 +60,7 @@ NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is know
     "aegan/service.py": "what a registered model answers",
     "aegan/model_files.py": "pipelines/tracking.py loads models; training has checkpoints",
     "pipelines/files.py": "how the finished folder comes into place",
+    "pipelines/mlflow_store.py": "where models are kept that weights start from",
     "pipelines/serving.py": "pipelines/tracking.py registers it",
     "pipelines/storage.py": "how bytes travel",
     "pipelines/tracking.py": "fetches weights to start from; their hash is in the run's name",
