@@ -35,9 +35,8 @@ check: .venv/installed ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mlflow: .venv/installed ## open the MLflow page on this machine
-	@$(BIN)/python -m pipelines.mlflow_files
-	$(MLFLOW) ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --workers 1
+mlflow: .venv/installed ## open the MLflow page on this machine, PORT=5000; it asks for the password shown
+	@$(BIN)/python -m pipelines.mlflow_page "$(or $(PORT),5000)"
 
 serve: export MODEL := $(MODEL)
 serve: export PORT := $(PORT)

@@ -38,7 +38,7 @@ ENVIRONMENT = {  # set unless the user has set them
 CHATTY = ("alembic", "urllib3", "mlflow.store.db.utils")  # which repeat every error with its stack
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 BUCKETS = ("s3", "gs")
-SQLITE_WAIT_SECONDS = 10
+SQLITE_WAIT_SECONDS = 5
 PATIENCE_SECONDS = 600  # with another registration in the same store
 AGAIN = "then run the same command again"
 

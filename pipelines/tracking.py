@@ -311,16 +311,15 @@ def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -
 
 
 def _remove_run(client: Any, run: Any) -> None:
-    """Delete a run and the models logged in it; on this machine their files, too."""
-    folders = [run.info.run_id]
-    for model in _logged_models(client, run):
-        client.delete_logged_model(model.model_id)
-        folders.append(f"models/{model.model_id}")
-    client.delete_run(run.info.run_id)
+    """Delete a run and the models logged in it; on this machine their files first."""
+    models = [model.model_id for model in _logged_models(client, run)]
     if mlflow_store.database_file():
-        for folder in folders:  # not where the store says that they are
-            home = mlflow_store.files_folder() / run.info.experiment_id
+        home = mlflow_store.files_folder() / run.info.experiment_id  # not where the store says
+        for folder in (run.info.run_id, *(f"models/{model}" for model in models)):
             shutil.rmtree(home / folder, ignore_errors=True)
+    for model in models:
+        client.delete_logged_model(model)
+    client.delete_run(run.info.run_id)
 
 
 def _logged_models(client: Any, run: Any) -> list[Any]:
