@@ -187,9 +187,9 @@ def _cure(reason: str) -> str:
         return "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
     if "error code 404" in reason or "failed with exception" in reason:
         return "is MLFLOW_TRACKING_URI right, and an MLflow server running there?"
-    if "sqlite3" in reason:
+    if "sqlite3" in reason and database_file():
         return _cure_of_sqlite(reason)
-    return "see docs/serving.md"
+    return f"see docs/serving.md, {AGAIN}"
 
 
 def _cure_of_sqlite(reason: str) -> str:

@@ -365,6 +365,7 @@ def _log_numbers(
 
 def _log_record(client: Any, run_id: str, record: Record) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     _log_numbers(client, run_id, record.params, record.points)
     dataset = Dataset(
@@ -375,7 +376,10 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
         profile=json.dumps(record.dataset["profile"]),
     )
     training = InputTag("mlflow.data.context", "training")
-    client.log_inputs(run_id, [DatasetInput(dataset, [training])])
+    try:
+        client.log_inputs(run_id, [DatasetInput(dataset, [training])])
+    except MlflowException:  # of two who log the first use of the same data at once, one fails
+        client.log_inputs(run_id, [DatasetInput(dataset, [training])])
     for folder, paths in record.files.items():
         for path in paths:
             log = client.log_artifacts if path.is_dir() else client.log_artifact

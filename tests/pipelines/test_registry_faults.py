@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -12,15 +13,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
-import requests
 
-from pipelines import mlflow_store
+from aegan.config import RegisterConfig
+from pipelines import register, tracking
+from pipelines.errors import UserError
 from pipelines.files import hash_files
-from tests.compose import free_port, wait_until
 from tests.registrations import ROOT, Outcome, Registrations, registrations
-from tests.trained import write_project
+from tests.trained import write_model, write_project
 
 KILLS_WHILE_NEW, KILLS_LATER = 4, 8
 
@@ -290,3 +290,47 @@ def run_unprivileged(project: Path, *arguments: str) -> subprocess.CompletedProc
         text=True,
         check=False,
     )
+
+
+@pytest.fixture
+def own(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the filled project, entered; its model's files in the store."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(shutil.copytree(filled, tmp_path / "project"))
+    tracking.load_model("models:/aegan@candidate")  # the copy's paths
+    [model] = Path("mlruns").glob("1/models/m-*/artifacts/artifacts/model")
+    return model
+
+
+@pytest.mark.fault("registry")
+def test_other_weights_than_those_registered_are_refused(own: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "other", seed=1)
+    shutil.copytree(tmp_path / "other", own, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="not those that were registered"):
+        tracking.load_model("models:/aegan@candidate")
+
+
+@pytest.mark.fault("registry")
+def test_only_the_files_of_a_model_are_fetched_and_none_without_end(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own / "sitecustomize.py").write_text("raise SystemExit")
+    fetched = tracking.fetch_model("models:/aegan@candidate", tmp_path)
+    names = ["config.json", "ema.safetensors", "weights.safetensors"]
+    assert sorted(path.name for path in fetched.iterdir()) == names
+    monkeypatch.setattr(tracking, "MAX_FILE_BYTES", 2**20)
+    with (own / "ema.safetensors").open("ab") as file:
+        file.truncate(2**30)
+    with pytest.raises(UserError, match="File too large"):
+        tracking.load_model("models:/aegan@candidate")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    assert limit == resource.RLIM_INFINITY or limit > 2**20
+
+
+@pytest.mark.fault("names from outside")
+def test_names_with_quotes_are_found_again(own: Path, record_property: Any) -> None:
+    for name in ("a'b", 'a"b', "a`b %_", "x' OR name != 'y", "-- a; b"):
+        config = RegisterConfig(experiment=f"of {name}", model_name=name, alias="candidate")
+        assert not register.register(config).reused
+        assert register.register(config).reused
+    record_property("faults", 5)
