@@ -32,19 +32,20 @@ class Guard:
         self._expected = b"Basic " + b64encode(f"{USER}:{password}".encode())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._answer(scope)(scope, receive, send)
+
+    def _answer(self, scope: Any) -> Any:
         from starlette.responses import PlainTextResponse
 
         if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
+            return self._app
         headers = dict(scope["headers"])
         if scope["type"] != "http" or not _from_here(headers, scope["method"]):
-            answer = PlainTextResponse("for pages of this address only", 403)
-        elif not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            return PlainTextResponse("for pages of this address only", 403)
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
             login = {"WWW-Authenticate": 'Basic realm="MLflow", charset="UTF-8"'}
-            answer = PlainTextResponse("user and password: see `make mlflow`", 401, login)
-        else:
-            return await self._app(scope, receive, send)
-        return await answer(scope, receive, send)
+            return PlainTextResponse("user and password: see `make mlflow`", 401, login)
+        return self._app
 
 
 def _from_here(headers: dict[bytes, bytes], method: str) -> bool:

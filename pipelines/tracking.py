@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -80,7 +80,7 @@ def register(record: Record, *, experiment: str, model_name: str, alias: str) ->
         if not registered:
             registered = _create_version(mlflow, client, record, experiment, model_name, identity)
         _end_unfinished(client, experiment, identity)
-        client.set_registered_model_alias(model_name, alias, registered.number)
+        _twice(client.set_registered_model_alias, model_name, alias, registered.number)
         return registered
 
 
@@ -337,6 +337,16 @@ def _experiment(mlflow: Any, name: str) -> str:
     return experiment_id
 
 
+def _twice(call: Callable[..., Any], *arguments: Any) -> None:
+    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call(*arguments)
+    except MlflowException:
+        call(*arguments)
+
+
 @contextmanager
 def _unless_there() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
@@ -365,7 +375,6 @@ def _log_numbers(
 
 def _log_record(client: Any, run_id: str, record: Record) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.exceptions import MlflowException
 
     _log_numbers(client, run_id, record.params, record.points)
     dataset = Dataset(
@@ -376,10 +385,7 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
         profile=json.dumps(record.dataset["profile"]),
     )
     training = InputTag("mlflow.data.context", "training")
-    try:
-        client.log_inputs(run_id, [DatasetInput(dataset, [training])])
-    except MlflowException:  # of two who log the first use of the same data at once, one fails
-        client.log_inputs(run_id, [DatasetInput(dataset, [training])])
+    _twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
     for folder, paths in record.files.items():
         for path in paths:
             log = client.log_artifacts if path.is_dir() else client.log_artifact
