@@ -13,15 +13,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import boto3
 import pytest
 
 from aegan.config import RegisterConfig
-from pipelines import register, tracking
+from pipelines import mlflow_files, register, tracking
 from pipelines.errors import UserError
 from pipelines.files import hash_files
 from tests.registrations import ROOT, Outcome, Registrations, registrations
+from tests.s3 import s3_server
 from tests.trained import write_model, write_project
 
+NAMES = {"experiment": "aegan", "model_name": "aegan", "alias": "candidate"}
 KILLS_WHILE_NEW, KILLS_LATER = 4, 8
 
 
@@ -325,6 +328,27 @@ def test_only_the_files_of_a_model_are_fetched_and_none_without_end(
         tracking.load_model("models:/aegan@candidate")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     assert limit == resource.RLIM_INFINITY or limit > 2**20
+
+
+def test_a_store_whose_files_were_copied_to_a_bucket_goes_on_there(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(f"AWS_{name}", "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        bucket = boto3.resource("s3").create_bucket(Bucket="models")
+        for file in Path("mlruns").rglob("*"):
+            if file.is_file():
+                bucket.upload_file(str(file), f"of/mlruns/{file.relative_to('mlruns')}")
+        mlflow_files.move(Path.cwd() / "mlflow.db", "s3://models/of/mlruns")
+        shutil.rmtree("mlruns")
+        assert tracking.load_model("models:/aegan@candidate").latent_dim == 8
+        assert register.register(RegisterConfig(**NAMES)).reused
+        change_content(Path.cwd(), 3.0)
+        assert register.register(RegisterConfig(**NAMES)).number == "2"
+        assert not Path("mlruns").exists()
 
 
 @pytest.mark.fault("names from outside")
