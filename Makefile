@@ -2,11 +2,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# MLflow: load no pickles, start no job workers, use the stages' store.
-MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
-	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	PYTHONWARNINGS=ignore mlflow
-
 .PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean tidy
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
@@ -35,8 +30,9 @@ check: .venv/installed ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mlflow: .venv/installed ## open the MLflow page on this machine, PORT=5000; it asks for the password shown
-	@$(BIN)/python -m pipelines.mlflow_page "$(or $(PORT),5000)"
+mlflow: export PORT := $(PORT)
+mlflow: .venv/installed ## open the MLflow page on this machine (PORT=5000); it asks for the password shown
+	@$(BIN)/python -m pipelines.mlflow_page $(if $(PORT),"$$PORT")
 
 serve: export MODEL := $(MODEL)
 serve: export PORT := $(PORT)

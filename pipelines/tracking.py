@@ -22,7 +22,14 @@ from pipelines import mlflow_store
 from pipelines.errors import UserError
 from pipelines.files import hash_files
 from pipelines.mlflow_names import quoted
-from pipelines.mlflow_store import alone, check_place, open_store, readable_errors
+from pipelines.mlflow_store import (
+    alone,
+    check_place,
+    open_store,
+    readable_errors,
+    tracking_uri,
+    without_credentials,
+)
 
 SERVING_SCRIPT = Path(__file__).with_name("serving.py")
 MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
@@ -221,8 +228,8 @@ def pinned(uri: str) -> str:
     name, _, alias = uri.removeprefix("models:/").partition("@")
     if not alias:
         return uri
-    with _readable_errors():
-        mlflow = _import_mlflow(writing=False)
+    with readable_errors():
+        mlflow = open_store(writing=False)
         try:
             found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
         except mlflow.exceptions.MlflowException as error:
