@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,16 +182,23 @@ def _private_folder() -> Iterator[str]:
     """Where a private Ray has its sockets and logs: nobody else on this machine may look inside.
 
     Ray opens its own folder to all (0777), so that one lies in another, which only this user may
-    enter. A socket's path is short: a TMPDIR that is too long gives way to /tmp.
+    enter.
+    """
+    with TemporaryDirectory(
+        prefix=PRIVATE_FOLDER, dir=private_place(), ignore_cleanup_errors=True
+    ) as folder:
+        yield f"{folder}/r"
+
+
+def private_place() -> str:
+    """The folder that a private Ray's own is made in; raises UserError.
+
+    A socket's path is short: a TMPDIR that is too long gives way to /tmp.
     """
     places = [os.environ.get("RAY_TMPDIR", ""), tempfile.gettempdir(), "/tmp"]
     for place in map(os.path.abspath, filter(None, places)):
         if len(os.fsencode(place)) <= MAX_PLACE_BYTES and os.access(place, os.W_OK | os.X_OK):
-            with TemporaryDirectory(
-                prefix=PRIVATE_FOLDER, dir=place, ignore_cleanup_errors=True
-            ) as folder:
-                yield f"{folder}/r"
-            return
+            return place
     raise UserError(
         f"Ray needs a folder for its sockets whose path has at most {MAX_PLACE_BYTES} bytes and "
         "where this user may write: set RAY_TMPDIR to one"
@@ -201,6 +208,42 @@ def _private_folder() -> Iterator[str]:
 def shipped_environment() -> dict[str, str]:
     """What workers on other nodes need of this process's environment to find the bucket."""
     return {name: os.environ[name] for name in SHIPPED_ENVIRONMENT if name in os.environ}
+
+
+def resources() -> tuple[dict[str, float], dict[str, float]]:
+    """(all, free) of the cluster: CPUs, GPUs, ..."""
+    import ray
+
+    return ray.cluster_resources(), ray.available_resources()
+
+
+def nodes() -> dict[str, str]:
+    """The living nodes: id => address."""
+    import ray
+
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def on_each_node(action: Callable[[], Any], *, seconds: float) -> Iterator[tuple[str, Any]]:
+    """(address, what the action returns in a process there, or the error that it ends with)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+    def run() -> Any:
+        return action()
+
+    here = nodes()
+    started = [
+        run.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in here
+    ]
+    ray.wait(started, num_returns=len(started), timeout=seconds)
+    for address, result in zip(here.values(), started, strict=True):
+        try:
+            yield address, ray.get(result, timeout=0)
+        except ray.exceptions.RayError as error:
+            yield address, error
 
 
 def cpus_of_this_node() -> int:

@@ -173,6 +173,22 @@ def follow_to_the_end(client: Client, job: str) -> None:
         raise UserError(f"job {job} has {details.status.lower()}: {reason}")
 
 
+def wait(client: Client, job: str, *, seconds: float) -> tuple[str, str]:
+    """(status, log) of a short job at its end; one that takes longer is stopped: UserError."""
+    deadline = time.monotonic() + seconds
+    with clear_errors():
+        while not (details := client.get_job_info(job)).status.is_terminal():
+            if time.monotonic() > deadline:
+                client.stop_job(job)
+                raise UserError(
+                    f"a small job does not end in {seconds:.0f} s (it is {details.status.lower()})"
+                    ": `ray status` on the cluster tells what it waits for"
+                )
+            time.sleep(0.5)
+        log_lines = client.get_job_logs(job)
+    return str(details.status), f"{log_lines}\n{details.message or ''}"
+
+
 def follow(client: Client, job: str) -> JobDetails:
     """Write the job's log to standard output until it ends; a broken connection is made again."""
     shown = 0

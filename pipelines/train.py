@@ -29,7 +29,7 @@ from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, TrainConfig, identity
 from aegan.dataset import read_manifest
 from aegan.start import Start, begin, record
-from pipelines import locks, params
+from pipelines import checks, locks, params
 from pipelines.cluster import ray_session, shipped_environment, uses_gpu
 from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors
@@ -86,6 +86,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     config = params.load_train_config()
+    checks.before_training()
     with locks.hold("train"):
         run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
         publish(run_folder, TRAIN)

@@ -35,6 +35,7 @@ MAY_IMPORT = {"tune": {"train"}}  # a search consists of trainings
 NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on, and why
     "aegan/__init__.py": "names of other modules, which count themselves",
     "aegan/config.py": "types of the parameters; dvc.yaml names the parameters",
+    "pipelines/checks.py": "whether the machine is large enough",
     "pipelines/cluster.py": "where training and decoding run",
     "pipelines/errors.py": "how a stage ends when it fails",
     "pipelines/follow.py": "what is shown meanwhile, and metrics of the machine",
