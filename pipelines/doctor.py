@@ -1,7 +1,7 @@
 """`aegan doctor`: whether a run would find what it needs, here and on the cluster.
 
 One line for each thing, ok, warn or fail, with its cure; the exit status is 1 if any fails. The
-cluster's part runs there as a small job (`--nodes`), or here on a node of it (RAY_ADDRESS=host:port).
+cluster's part runs there as a small job (`--nodes`), or here (RAY_ADDRESS=host:port).
 """
 
 import argparse
