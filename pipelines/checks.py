@@ -18,7 +18,7 @@ from pipelines import cluster
 from pipelines.errors import UserError
 
 GIB = 2**30
-LEAST_DISK, ENOUGH_DISK = 1 * GIB, 5 * GIB  # for raw files, shards, checkpoints of the demo
+LEAST_DISK, ENOUGH_DISK = GIB // 10, 5 * GIB  # for a few checkpoints; for data and cache too
 LEAST_MEMORY, ENOUGH_MEMORY = 1 * GIB, 2.5 * GIB  # the demo takes 2.2
 ENOUGH_SHARED_MEMORY = cluster.LOCAL_OBJECT_STORE_BYTES * 3 // 2
 CGROUPS = Path("/sys/fs/cgroup")

@@ -49,6 +49,7 @@ from pipelines.run_store import (
 from pipelines.shard_store import send_shards
 from pipelines.start_from import read_start
 from pipelines.storage import is_s3
+from pipelines.worker_death import explain
 
 RUNS = Path("runs")
 LIBRARY = Path(__file__).parent.parent / "aegan"
@@ -407,8 +408,8 @@ def _run(
     elif (run_folder / OUTCOME).exists():  # rank 0 ended alone, the others wait in vain
         outcome = json.loads((run_folder / OUTCOME).read_text(encoding="utf-8"))
     else:
-        reason = results[0] if results else "no worker said why"
-        raise UserError(f"training failed: {reason} (AEGAN_RAY_LOGS=1 shows all that Ray says)")
+        reason = explain(results[0]) if results else "no worker said why"
+        raise UserError(f"training failed: {reason}")
     shutil.rmtree(run_folder / "ray", ignore_errors=True)
     return outcome
 

@@ -50,6 +50,7 @@ NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on,
     "pipelines/ray_address.py": "where training and decoding run",
     "pipelines/run_store.py": "where checkpoints are kept; each is verified by its hash",
     "pipelines/shard_store.py": "where shards are kept; each is verified by its hash",
+    "pipelines/worker_death.py": "words for workers that died",
 }
 NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is known of them
     "aegan/colour.py": "how aegan/image_files.py reads",
