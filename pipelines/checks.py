@@ -5,6 +5,7 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Literal
 
 import psutil
 
-from aegan.config import ComputeConfig
-from pipelines import cluster
+from aegan.config import ComputeConfig, RegisterConfig
+from pipelines import cluster, params
 from pipelines.errors import UserError
+from pipelines.names import shown
 
 GIB = 2**30
 LEAST_DISK, ENOUGH_DISK = GIB // 10, 5 * GIB  # for a few checkpoints; for data and cache too
@@ -39,11 +41,23 @@ class Finding:
 
 def before_training() -> None:
     """Say what may end a training on this machine; UserError for what surely would."""
+    check_alias(params.load(RegisterConfig).alias)
     for finding in of_this_machine():
         if finding.status == "fail":
             raise UserError(f"{finding.subject}: {finding.found}; {finding.cure}")
         if finding.status == "warn":
             log.warning("%s: %s; %s", finding.subject, finding.found, finding.cure)
+
+
+def check_alias(alias: str) -> None:
+    """UserError for a name that MLflow refuses, which it says only once there is a model."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,250}", alias) is None or re.fullmatch(
+        r"latest|v\d+", alias, re.IGNORECASE
+    ):
+        raise UserError(
+            f"params.yaml: register.alias is '{shown(alias)}'; expected letters, digits, - and _, "
+            "but not latest or v and a number, which MLflow keeps for itself"
+        )
 
 
 def of_this_machine(*, private_ray: bool | None = None) -> Iterator[Finding]:

@@ -54,7 +54,7 @@ def examine() -> Iterator[Finding]:
     try:
         compute = params.load(config.ComputeConfig)
         params.load_train_config()
-        params.load(config.RegisterConfig)
+        checks.check_alias(params.load(config.RegisterConfig).alias)
     except UserError as error:
         yield Finding("fail", "params.yaml", str(error))
         return

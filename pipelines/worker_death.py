@@ -1,11 +1,11 @@
-"""Why workers of a training died, in our words: Ray's own are sixty lines about its object store."""
+"""Why workers of a training died, in our words: Ray's own are sixty lines."""
 
 import re
 
 CURE = (
-    "lower training.batch_size, or compute.micro_batch_size for the same batches in smaller pieces, "
-    "set training.reader: streamed to keep the images on disk, or take a machine with more memory; "
-    "the same command goes on from the last checkpoint"
+    "lower training.batch_size, or set compute.micro_batch_size for the same batch in smaller "
+    "pieces, training.reader: streamed to keep the images on disk, or take a machine with more "
+    "memory; the same command goes on from the last checkpoint"
 )
 LOW_MEMORY = re.compile(
     r"running low on memory\..*?was ([\d.]+GB) used / ([\d.]+GB) limit", re.DOTALL

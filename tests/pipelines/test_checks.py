@@ -1,5 +1,6 @@
 """What is said of a machine that is too small, and that it is said before a training."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def within(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(PARAMS, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.fault("killed processes")
@@ -73,9 +80,19 @@ def test_a_training_that_would_run_out_of_memory_does_not_begin(tmp_path, monkey
 @pytest.mark.fault("disk full")
 def test_a_training_on_a_full_disk_does_not_begin(tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", kilobytes=64):
+        shutil.copy(PARAMS, tmp_path / "disk")
         monkeypatch.chdir(tmp_path / "disk")
         with pytest.raises(UserError, match=r"^disk: 0\.0 GiB free in .*; free some, or link"):
             checks.before_training()
+
+
+@pytest.mark.fault("registry")
+@pytest.mark.parametrize("alias", ["latest", "V3", "a b", ""])
+def test_a_training_whose_models_alias_the_registry_refuses_does_not_begin(alias):
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("alias: candidate", f"alias: '{alias}'"))
+    with pytest.raises(UserError, match=f"register.alias is '{alias}'; expected letters"):
+        checks.before_training()
 
 
 @pytest.mark.fault("disk full")
