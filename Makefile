@@ -7,7 +7,7 @@ MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_
 	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	PYTHONWARNINGS=ignore mlflow
 
-.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean tidy
+.PHONY: run doctor submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean tidy
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -17,6 +17,9 @@ run: .venv/installed ## images -> trained, evaluated, registered model and a rep
 
 submit: .venv/installed ## the same on the Ray cluster that RAY_ADDRESS names (docs/submitting.md)
 	@$(BIN)/python -m pipelines.submit
+
+doctor: .venv/installed ## what a run would find here and on the cluster: memory, disk, bucket, registry, nodes
+	@$(BIN)/python -m pipelines.doctor
 
 test: .venv/installed ## the whole test suite
 	$(BIN)/python -m pytest
