@@ -335,7 +335,6 @@ def test_a_failing_job_ends_with_1_and_its_reason_and_the_next_is_a_new_attempt(
         assert secret not in json.dumps(jobs(cluster))
 
 
-@pytest.mark.fault("other users")
 def test_no_secret_stands_in_arguments_or_logs_on_the_clusters_machine(finished, cluster):
     secrets = [text.encode() for text in (SECRET, TOKEN)]
     for process in psutil.process_iter():
@@ -360,13 +359,12 @@ def test_the_doctor_looks_at_the_cluster_and_at_the_bucket_from_its_nodes(finish
         r"^ok    Ray: http://127\.0\.0\.1:\d+ answers and takes this token$",
         r"^ok    Ray: joined; 1 nodes$",
         r"^(ok|warn)  +cores and GPUs: [\d.]+ of 2 CPUs free, 0 of 0 GPUs free; wanted: 1 CPUs$",
-        r"^ok    node 127\.0\.0\.1, packages: torch",
-        r"^ok    node 127\.0\.0\.1, bucket: s3://bucket/project can be written",
+        r"^ok    node [\d.]+, packages: torch",
+        r"^ok    node [\d.]+, bucket: s3://bucket/project can be written",
     ):
         assert re.search(found, said, re.MULTILINE), said
 
 
-@pytest.mark.fault("ray addresses")
 def test_the_doctor_names_a_wrong_token(finished, cluster):
     said = doctor(finished.project, {**cluster, "RAY_AUTH_TOKEN": "wrong"}, expected=1)
     assert "does not accept this token: check RAY_AUTH_TOKEN" in said
