@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean tidy
+.PHONY: run doctor submit test test-cluster test-faults test-quick check mlflow serve refresh tune lock clean tidy
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -12,6 +12,9 @@ run: .venv/installed ## images -> trained, evaluated, registered model and a rep
 
 submit: .venv/installed ## the same on the Ray cluster that RAY_ADDRESS names (docs/submitting.md)
 	@$(BIN)/python -m pipelines.submit
+
+doctor: .venv/installed ## what a run would find here and on the cluster: memory, disk, bucket, registry, nodes
+	@$(BIN)/python -m pipelines.doctor
 
 test: .venv/installed ## the whole test suite
 	$(BIN)/python -m pytest

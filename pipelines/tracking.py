@@ -159,6 +159,14 @@ def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan
         return aegan.load(path, weights=weights)
 
 
+def check_store() -> str:
+    """The address of the store, once it has answered this user; raises UserError."""
+    with readable_errors():
+        client = open_store(writing=False).MlflowClient()
+        client.search_registered_models(max_results=1)
+        return without_credentials(tracking_uri())
+
+
 def is_address(uri: str) -> bool:
     """Whether a model's address is one of MLflow."""
     return uri.startswith(("models:/", "runs:/"))

@@ -17,6 +17,7 @@ OWNERS = {  # library => the only modules of pipelines/ that may import it
         "decode_on_ray",
         "metrics_export",
         "process_group",
+        "ray_address",
         "ray_jobs",
         "search",
         "train",
@@ -35,6 +36,7 @@ MAY_IMPORT = {"tune": {"train"}}  # a search consists of trainings
 NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on, and why
     "aegan/__init__.py": "names of other modules, which count themselves",
     "aegan/config.py": "types of the parameters; dvc.yaml names the parameters",
+    "pipelines/checks.py": "whether the machine is large enough",
     "pipelines/cluster.py": "where training and decoding run",
     "pipelines/errors.py": "how a stage ends when it fails",
     "pipelines/follow.py": "what is shown meanwhile, and metrics of the machine",
@@ -48,8 +50,10 @@ NOT_IN_OUTPUTS = {  # modules of ours that stages import but need not depend on,
     "pipelines/params.py": "dvc.yaml names the parameters",
     "pipelines/process_group.py": "how workers meet",
     "pipelines/progress.py": "what is shown meanwhile",
+    "pipelines/ray_address.py": "where training and decoding run",
     "pipelines/run_store.py": "where checkpoints are kept; each is verified by its hash",
     "pipelines/shard_store.py": "where shards are kept; each is verified by its hash",
+    "pipelines/worker_death.py": "words for workers that died",
 }
 NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is known of them
     "aegan/colour.py": "how aegan/image_files.py reads",
