@@ -2,12 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# MLflow: load no pickles, start no job workers, use the stages' store.
-MLFLOW := PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
-	MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	PYTHONWARNINGS=ignore mlflow
-
-.PHONY: run submit test test-cluster test-faults test-quick check mlflow serve refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-quick check mlflow serve refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -17,6 +12,9 @@ run: .venv/installed ## images -> trained, evaluated, registered model and a rep
 
 submit: .venv/installed ## the same on the Ray cluster that RAY_ADDRESS names (docs/submitting.md)
 	@$(BIN)/python -m pipelines.submit
+
+doctor: .venv/installed ## what a run would find here and on the cluster: memory, disk, bucket, registry, nodes
+	@$(BIN)/python -m pipelines.doctor
 
 test: .venv/installed ## the whole test suite
 	$(BIN)/python -m pytest
@@ -35,9 +33,9 @@ check: .venv/installed ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mlflow: .venv/installed ## open the MLflow page on this machine
-	@$(BIN)/python -m pipelines.mlflow_files
-	$(MLFLOW) ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --workers 1
+mlflow: export PORT := $(PORT)
+mlflow: .venv/installed ## open the MLflow page on this machine (PORT=5000); it asks for the password shown
+	@$(BIN)/python -m pipelines.mlflow_page $(if $(PORT),"$$PORT")
 
 serve: export MODEL := $(MODEL)
 serve: export PORT := $(PORT)

@@ -4,7 +4,7 @@ import sys
 
 from pipelines.errors import UserError, run_stage
 
-USAGE = "usage: aegan submit [--help]"
+USAGE = "usage: aegan submit | doctor [--help]"
 
 
 def main() -> None:
@@ -17,6 +17,10 @@ def _main() -> None:
             from pipelines import submit  # which loads Ray
 
             submit.main(arguments)
+        case ["doctor", *arguments]:
+            from pipelines import doctor
+
+            doctor.main(arguments)
         case ["--help" | "-h"]:
             print(USAGE)
         case _:

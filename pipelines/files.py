@@ -1,9 +1,10 @@
 """Files and folders that appear whole or not at all: written aside, then renamed."""
 
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def project_folder() -> Path:
     here = Path.cwd()
     copies = (folder for folder in here.parents if here.is_relative_to(folder / ".dvc/tmp/exps"))
     return next(copies, here)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the names and contents of files and of all files in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and file.suffix != ".pyc":
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(f"{file.relative_to(path.parent)}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,20 +77,28 @@ def dvc_config(address: str) -> str:
 
 def check_versions(lock: Path) -> None:
     """UserError where the packages that decide what comes out are not those of the lock."""
-    lines = lock.read_text(encoding="utf-8").splitlines()
-    locked = dict(line.split("==") for line in lines if "==" in line)
-    found = {package: installed_version(package) for package in CHECKED}
-    different = [
-        f"{package} {found[package] or 'missing'} (locked: {locked[package]})"
-        for package in CHECKED
-        if found[package] != locked[package]
-    ]
-    if different:
+    if different := different_versions(locked_versions(lock)):
         raise UserError(
             f"the cluster's packages are not those of {lock}: {', '.join(different)}; build its "
             "image from this checkout (infra/Dockerfile), or let Ray install them: "
             "`aegan submit --install`"
         )
+
+
+def locked_versions(lock: Path) -> dict[str, str]:
+    """The versions that the lock names of the packages that decide what comes out."""
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    locked = dict(line.split("==") for line in lines if "==" in line)
+    return {package: locked[package] for package in CHECKED}
+
+
+def different_versions(locked: Mapping[str, str]) -> list[str]:
+    """Which packages are here in another version, and which."""
+    return [
+        f"{package} {installed_version(package) or 'missing'} (locked: {wanted})"
+        for package, wanted in locked.items()
+        if installed_version(package) != wanted
+    ]
 
 
 def installed_version(package: str) -> str:

@@ -1,14 +1,16 @@
 """The MLflow store in the project's folder goes along when that folder is moved, renamed or copied.
 
 MLflow writes absolute paths into its database: a copy would write into the original's folder. No
-command of MLflow changes them, so they are changed in the database itself.
+command of MLflow changes them, so they are changed in the database itself. With an address,
+`python -m pipelines.mlflow_files s3://bucket/prefix`, it names the files that were copied there.
 """
 
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 
-from pipelines.errors import run_stage
+from pipelines.errors import UserError, run_stage
 from pipelines.files import project_folder
 
 FOLDER = "mlruns"  # beside the database
@@ -21,7 +23,10 @@ PLACES = (  # every column that holds where files are
 
 
 def main() -> None:
-    adopt(project_folder() / "mlflow.db")
+    file = project_folder() / "mlflow.db"
+    adopt(file)
+    if len(sys.argv) > 1:
+        move(file, sys.argv[1])
 
 
 def adopt(file: Path) -> None:
@@ -41,11 +46,27 @@ def adopt(file: Path) -> None:
                     )
 
 
+def move(file: Path, address: str) -> None:
+    """Make the files copied from `mlruns/` to a bucket those that it names; raises UserError."""
+    if not file.exists() or not address.startswith("s3://"):
+        raise UserError(
+            f"expected a store {file} and the address of a copy of {FOLDER}/ as s3://bucket/prefix"
+        )
+    home = f"{file.parent / FOLDER}/"
+    with closing(sqlite3.connect(file)) as database, database:
+        for table, column in PLACES:
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                f"WHERE substr({column}, 1, ?) = ?",
+                (f"{address.rstrip('/')}/", len(home) + 1, len(home), home),
+            )
+
+
 def _moved(place: str, project: Path) -> str:
     """Where a path in another folder's `mlruns/` is in this one's; empty if it stays as it is."""
     before, folder, inside = place.rpartition(f"/{FOLDER}/")
     here = project / FOLDER / inside
-    if not folder or Path(before).resolve() == project.resolve():
+    if not folder or "://" in before or Path(before).resolve() == project.resolve():
         return ""
     return str(here) if here.exists() or not Path(place).exists() else ""
 

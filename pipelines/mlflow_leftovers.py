@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pipelines import tracking
+from pipelines import mlflow_store
 from pipelines.errors import UserError
 from pipelines.files import project_folder
 from pipelines.mlflow_files import FOLDER, PLACES
@@ -27,12 +27,12 @@ DELETED = (  # runs, and models of theirs, that were deleted and that no version
 def run_names() -> set[str]:
     """Names of trainings and searches that a run or a model version in MLflow was made from."""
     if (
-        tracking.tracking_uri() == tracking.DEFAULT_URI
+        mlflow_store.tracking_uri() == mlflow_store.DEFAULT_URI
         and not (project_folder() / "mlflow.db").exists()
     ):
         return set()
-    with tracking._readable_errors():
-        client = tracking._import_mlflow(writing=False).MlflowClient()
+    with mlflow_store.readable_errors():
+        client = mlflow_store.open_store(writing=False).MlflowClient()
         names = set()
         for search in (_all_runs, _all_versions):
             for tags in search(client):
@@ -42,10 +42,10 @@ def run_names() -> set[str]:
 
 def purge(ids: Sequence[str]) -> None:
     """Remove deleted runs and their models from the local store for good; raises UserError."""
-    client = tracking._import_mlflow().MlflowClient()
+    client = mlflow_store.open_store().MlflowClient()
     runs = [name for name in ids if not name.startswith("m-")]
     models = [name for name in ids if name.startswith("m-")]
-    with tracking._readable_errors():
+    with mlflow_store.readable_errors():
         for model in models:
             client.delete_logged_model(model)
     uri = f"sqlite:///{project_folder() / 'mlflow.db'}"

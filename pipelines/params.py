@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aegan import config
-from pipelines import locks
+from pipelines import locks, mlflow_names
 from pipelines.errors import UserError, run_stage
 
 PARAMS_FILE = Path("params.yaml")
@@ -34,10 +34,14 @@ Section = TypeVar("Section")
 
 
 def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
-    """The section of `params.yaml` that belongs to a config class, checked; raises UserError."""
-    raw = read(path)
+    """The section of `params.yaml` that belongs to a config class; raises UserError.
+
+    All sections are checked: what is wrong in the last stage's is said before the first one works.
+    """
+    sections = {name: parse_section(name, values) for name, values in read(path).items()}
+    mlflow_names.check(sections["register"])
     name = next(key for key, value in SECTIONS.items() if value is section)
-    return cast(Section, parse_section(name, raw[name]))
+    return cast(Section, sections[name])
 
 
 def load_train_config(path: Path = PARAMS_FILE) -> config.TrainConfig:

@@ -17,9 +17,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipelines.errors import UserError
+from pipelines.names import shown
 
 STOP_SECONDS = 120  # for a checkpoint, before Ray kills a stopped job
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 120
+FIRST_ANSWER_SECONDS = 20  # of an address that may be anything
+STARTING_SECONDS = 120.0  # how long a cluster that says that it is still starting is asked again
 RECONNECT_SECONDS = 5
 SILENCE_SECONDS = 60  # of the log, after which the connection may be a dead one
 LOST_SECONDS = 600  # without an answer from the cluster, after which nobody waits any longer
@@ -28,12 +31,38 @@ LOST = (OSError, RuntimeError, aiohttp.ClientError, TimeoutError)  # how a conne
 log = logging.getLogger(__name__)
 
 
+class StartingError(RuntimeError):
+    """A cluster that has said for long that it is still starting."""
+
+
 class Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, which by itself waits for an answer for ever."""
+    """Ray's client, which by itself waits for an answer for ever, but never for the cluster."""
+
+    _answered = False
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
-        return super()._do_request(method, endpoint, timeout=timeout, **options)
+        timeout = (CONNECT_SECONDS, ANSWER_SECONDS if self._answered else FIRST_ANSWER_SECONDS)
+        give_up = time.monotonic() + STARTING_SECONDS
+        said = False
+        while True:
+            response = super()._do_request(method, endpoint, timeout=timeout, **options)
+            self._answered = True
+            if not _is_starting(response):
+                return response
+            if time.monotonic() > give_up:
+                raise StartingError(f"{response.status_code}: {response.text[:200]}")
+            if not said:
+                log.info("the cluster is still starting: waiting for it")
+                said = True
+            time.sleep(RECONNECT_SECONDS)
+
+
+def _is_starting(response: Any) -> bool:
+    """Whether this is what a cluster answers, or a proxy before it, until it takes jobs."""
+    starting: bool = response.status_code in (502, 503) or (
+        response.status_code == 500 and "No available agent" in response.text
+    )
+    return starting
 
 
 def connect() -> Client:
@@ -64,6 +93,11 @@ def clear_errors() -> Iterator[None]:
             ) from None
         raise UserError(
             f"the cluster at {address} does not accept this token: check RAY_AUTH_TOKEN"
+        ) from None
+    except StartingError as error:
+        raise UserError(
+            f"the cluster at {address} is still starting ({shown(str(error))}): run the same "
+            "command again in a minute; if it says so for long, ask `ray status` there"
         ) from None
     except OSError:  # of which requests' errors are a kind
         raise UserError(
@@ -137,6 +171,22 @@ def follow_to_the_end(client: Client, job: str) -> None:
         lines = (details.message or "it did not say why").strip().splitlines()
         reason = lines[-1].removeprefix("error: ")
         raise UserError(f"job {job} has {details.status.lower()}: {reason}")
+
+
+def wait(client: Client, job: str, *, seconds: float) -> tuple[str, str]:
+    """(status, log) of a short job at its end; one that takes longer is stopped: UserError."""
+    deadline = time.monotonic() + seconds
+    with clear_errors():
+        while not (details := client.get_job_info(job)).status.is_terminal():
+            if time.monotonic() > deadline:
+                client.stop_job(job)
+                raise UserError(
+                    f"a small job does not end in {seconds:.0f} s (it is {details.status.lower()})"
+                    ": `ray status` on the cluster tells what it waits for"
+                )
+            time.sleep(0.5)
+        log_lines = client.get_job_logs(job)
+    return str(details.status), f"{log_lines}\n{details.message or ''}"
 
 
 def follow(client: Client, job: str) -> JobDetails:

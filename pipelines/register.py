@@ -5,11 +5,9 @@ model holds the weights and answers requests. The same content registered again 
 """
 
 import csv
-import hashlib
 import json
 import math
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +15,9 @@ from typing import Any
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import locks, params, tracking
+from pipelines import locks, mlflow_store, params, tracking
 from pipelines.errors import UserError, run_stage
-from pipelines.files import project_folder, write_json
+from pipelines.files import hash_files, project_folder, write_json
 from pipelines.source_address import without_secrets
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
@@ -47,7 +45,7 @@ def register(config: RegisterConfig) -> tracking.Version:
         "alias": config.alias,
         "model_uri": f"models:/{config.model_name}@{config.alias}",
         "run_id": version.run_id,
-        "tracking_uri": tracking.without_credentials(tracking.tracking_uri()),
+        "tracking_uri": mlflow_store.without_credentials(mlflow_store.tracking_uri()),
         "model_sha256": record.version_tags["model_sha256"],
     }
     write_json(registration, OUTPUT)
@@ -63,7 +61,7 @@ def collect() -> tracking.Record:
         raise UserError(f"{MODEL}/config.json not found: run `dvc repro` first")
 
     final = {f"evaluate/{name}": value for name, value in numbers(scores)}
-    now, step = time.time(), run["chosen_step"]
+    measured, step = SCORES.stat().st_mtime, run["chosen_step"]
     identity = {
         "run_name": run["run_name"],
         "model_sha256": hash_files([MODEL]),
@@ -85,7 +83,7 @@ def collect() -> tracking.Record:
         },
         points=[
             *curves(Path("runs") / run["run_name"]),
-            *(tracking.Point(name, value, step, now) for name, value in final.items()),
+            *(tracking.Point(name, value, step, measured) for name, value in final.items()),
         ],
         run_tags=identity | _code_version(run),
         version_tags=identity
@@ -140,17 +138,6 @@ def numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield name, float(value)
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 (hex) over the names and contents of files and of all files in folders."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.is_file() and file.suffix != ".pyc":
-                content = hashlib.sha256(file.read_bytes()).hexdigest()
-                digest.update(f"{file.relative_to(path.parent)}\0{content}\n".encode())
-    return digest.hexdigest()
-
-
 def _code_version(run: Mapping[str, Any]) -> dict[str, str]:
     tags = {
         "code_sha256": run.get("code_sha256"),
@@ -191,16 +178,13 @@ def main() -> None:
     config = params.load(RegisterConfig)
     with locks.hold("register"):
         version = register(config)
-    uri = tracking.without_credentials(tracking.tracking_uri())
-    if uri == tracking.DEFAULT_URI and project_folder() != Path.cwd():  # in a copy of DVC's
-        uri = f"sqlite:///{project_folder() / 'mlflow.db'}"
+    uri, where = mlflow_store.without_credentials(mlflow_store.tracking_uri()), ""
+    if uri == mlflow_store.DEFAULT_URI and project_folder() != Path.cwd():  # in a copy of DVC's
+        uri, where = f"sqlite:///{project_folder() / 'mlflow.db'}", f" -C {project_folder()}"
     done = "this content is registered already:" if version.reused else "registered:"
     print(f"{done} {config.model_name} version {version.number}, alias {config.alias}")
     print(f"model: models:/{config.model_name}@{config.alias} in {uri}")
-    if uri.startswith("http"):
-        print(f"MLflow page: {uri}")
-    else:
-        print(f"MLflow page: .venv/bin/mlflow ui --backend-store-uri {uri} --host 127.0.0.1")
+    print(f"MLflow page: {uri if uri.startswith('http') else f'make{where} mlflow'}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneConfig
-from pipelines import tracking
+from pipelines import mlflow_store, tracking
 from pipelines.cluster import show_ray_logs, uses_gpu
 from pipelines.errors import UserError
 from pipelines.progress import progress
@@ -106,7 +106,7 @@ def search(
     """All trials by number, the first of them with the settings `start`; goes on where it was."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    tracking.set_environment()  # Ray Tune imports MLflow to count who uses it
+    mlflow_store.set_environment()  # Ray Tune imports MLflow to count who uses it
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not show_ray_logs():
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors come with the results

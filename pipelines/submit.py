@@ -2,6 +2,7 @@
 
     aegan submit              the job of these files: started, or followed if it runs, or fetched
     aegan submit --stop       end it; training saves a checkpoint first
+    aegan submit --dry-run    only say what would go there
 
 RAY_ADDRESS names the cluster's dashboard (http://host:8265), RAY_AUTH_MODE=token and RAY_AUTH_TOKEN
 give its token, `compute.storage` in params.yaml the bucket. See docs/submitting.md.
@@ -10,10 +11,11 @@ give its token, `compute.storage` in params.yaml the bucket. See docs/submitting
 import argparse
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aegan.config import ComputeConfig
@@ -22,15 +24,27 @@ from pipelines.errors import UserError, run_stage
 from pipelines.files import new_file
 from pipelines.job import DVC_LOCK, DVC_REMOTE, REQUIREMENTS, content_id, remote_url, result_url
 from pipelines.job_result import JobResult
+from pipelines.names import shown
 from pipelines.outside import path_inside
 
-PASSED_ON = ("AWS_", "MLFLOW_")  # beginnings of the variables that --pass-env gives to the job
+# Names of variables that hold secrets, but for those that say where something is.
+SECRET_VARIABLE = re.compile(
+    r"(?!.*_(FILE|PATH|DIR|URL|URI|MODE)$)"
+    r".*(SECRET|TOKEN|PASS(WORD|WD|PHRASE)|PRIVATE|CREDENTIAL|(^|_|API)KEY(_|$))",
+    re.IGNORECASE,
+)
+
+COMMIT = "AEGAN_GIT_COMMIT"  # the variable that every job gets
 
 log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    variables = passed_variables(options.pass_env)
+    if options.dry_run:
+        preview(variables)
+        return
     address = params.load(ComputeConfig).storage
     if not storage.is_s3(address):
         raise UserError(
@@ -73,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             job,
             files,
             command=f"python -m pipelines.job {content} {files_sha256}",
-            pass_env=options.pass_env,
+            variables=variables,
             install=options.install,
         )
     ray_jobs.follow_to_the_end(client, job)
@@ -96,11 +110,59 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pass-env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="give this variable of this machine to the job, for instance MLFLOW_TRACKING_URI; "
+        "never one that holds a secret",
+    )
+    parser.add_argument(
+        "--dry-run",
         action="store_true",
-        help="give this machine's AWS_* and MLFLOW_* variables to the job; whoever may use the "
-        "cluster can read them there",
+        help="list the files and the names of the variables that would go, and what would not",
     )
     return parser
+
+
+def passed_variables(names: Sequence[str]) -> dict[str, str]:
+    """The variables of --pass-env; UserError for a secret: Ray keeps them where others read them.
+
+    That is the job's record, arguments of processes and logs on the cluster's machines.
+    """
+    for name in names:
+        if name not in os.environ:
+            raise UserError(f"--pass-env {shown(name)}: there is no such variable here")
+        if SECRET_VARIABLE.match(name) or any(shipment.find_secrets(name, os.environ[name])):
+            raise UserError(
+                f"--pass-env {shown(name)}: it holds a secret, which everyone who may use the "
+                "cluster, or its machines, could read there; give the cluster's machines rights of "
+                "their own (an instance role, a Kubernetes secret: docs/submitting.md)"
+            )
+    return {name: os.environ[name] for name in names}
+
+
+def preview(variables: Mapping[str, str]) -> None:
+    """Say what a job would be made of and what stays here; UserError for what is refused."""
+    found = shipment.collect()
+    size = sum(map(len, found.files.values()))
+    print(f"would be shipped: {len(found.files)} files, {size:,} bytes")
+    for name, content in found.files.items():
+        print(f"{len(content):>12,}  {shown(name)}")
+    kept = {
+        "since their names are those of secrets": found.secret,
+        "since they are folders to git (links, other repositories)": found.folders,
+        "since git does not know them (git add)": shipment.unknown_files(),
+        "since no job needs them": list(shipment.NOT_NEEDED),
+    }
+    for reason, names in kept.items():
+        if names:
+            print(f"stays here, {reason}: {', '.join(map(shown, names))}")
+    print(f"variables of the job: {', '.join([COMMIT, *variables])}")
+    storage_address = params.load(ComputeConfig).storage
+    if not storage.is_s3(storage_address):
+        print(f"before a job: compute.storage is {storage_address}; it must be s3://bucket/prefix")
+    if found.refused:
+        raise UserError("would be refused: " + "; ".join(found.refused))
 
 
 def submit(
@@ -109,15 +171,12 @@ def submit(
     files: Mapping[str, bytes],
     *,
     command: str,
-    pass_env: bool,
+    variables: Mapping[str, str],
     install: bool,
 ) -> None:
     """Start a job on these files."""
     if unknown := shipment.unknown_files():
         log.info("not shipped, since git does not know them (git add): %s", ", ".join(unknown))
-    variables = {"AEGAN_GIT_COMMIT": shipment.git_commit()}
-    if pass_env:
-        variables |= {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
     lock = files[str(REQUIREMENTS)].decode().splitlines() if install else []
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "files.zip"
@@ -127,7 +186,7 @@ def submit(
             job,
             command=command,
             package=package,
-            variables=variables,
+            variables={COMMIT: shipment.git_commit(), **variables},
             packages=[line for line in lock if "==" in line],
         )
 

@@ -1,16 +1,15 @@
 """The seam to MLflow: store one trained model with all that is known of it, and load it again.
 
-MLflow is imported on first use only: that takes seconds, and its telemetry must be off before.
-The store is `MLFLOW_TRACKING_URI`, else a SQLite file in the working folder.
+A registration that is cut off anywhere leaves nothing that a later one does not take away, and
+however many register one content, one version of it remains (docs/reliability.md).
 """
 
 import json
-import logging
 import os
-import re
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, closing, contextmanager
+import resource
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,25 +17,24 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import aegan
-from pipelines import mlflow_files
+from aegan import model_folder
+from pipelines import mlflow_store
 from pipelines.errors import UserError
-from pipelines.files import project_folder
+from pipelines.files import hash_files
+from pipelines.mlflow_names import quoted
+from pipelines.mlflow_store import (
+    alone,
+    check_place,
+    open_store,
+    readable_errors,
+    tracking_uri,
+    without_credentials,
+)
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 SERVING_SCRIPT = Path(__file__).with_name("serving.py")
-ENVIRONMENT = {  # set unless the user has set them
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's own 7 wait for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "GIT_PYTHON_REFRESH": "quiet",  # MLflow asks for the commit; a machine without git is fine
-}
-SQLITE_WAIT_SECONDS = 10
 MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
+MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
 SERVED_PACKAGES = ("mlflow", "numpy", "pillow", "pyarrow", "safetensors", "torch")
 
 
@@ -73,34 +71,23 @@ class Version:
     reused: bool
 
 
-def set_environment() -> None:
-    """Switch MLflow's telemetry and chatter off; has to come before anything imports it."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-def tracking_uri() -> str:
-    """Where runs and models are kept."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-
-
-def without_credentials(text: str) -> str:
-    """`https://user:password@host/` => `https://host/`, wherever it stands in a text."""
-    return re.sub(r"://[^/\s@]*@", "://", text)
-
-
 def register(record: Record, *, experiment: str, model_name: str, alias: str) -> Version:
     """Store a record as a run and a model version and point the alias at it; raises UserError.
 
     The alias is moved last: what it points at is whole. A whole version of the same content is
     reused.
     """
-    with _readable_errors():
-        mlflow = _import_mlflow()
+    with readable_errors(), alone():
+        mlflow = open_store()
         client = mlflow.MlflowClient()
-        found = _find_version(mlflow, client, model_name, record.content_sha256)
-        registered = found or _create_version(mlflow, client, record, experiment, model_name)
-        client.set_registered_model_alias(model_name, alias, registered.number)
+        identity = {"content_sha256": record.content_sha256, "registered_model": model_name}
+        if mlflow_store.database_file():  # we are alone: whatever is unfinished was cut off
+            _end_unfinished(client, experiment, {})
+        registered = _find_version(mlflow, client, model_name, record.content_sha256)
+        if not registered:
+            registered = _create_version(mlflow, client, record, experiment, model_name, identity)
+        _end_unfinished(client, experiment, identity)
+        _twice(client.set_registered_model_alias, model_name, alias, registered.number)
         return registered
 
 
@@ -108,8 +95,8 @@ def log_search(
     search: str, *, experiment: str, tags: Mapping[str, Any], files: Sequence[Path]
 ) -> str:
     """The run that the trials of a search are nested in, with its results; returns the run's id."""
-    with _readable_errors():
-        mlflow = _import_mlflow()
+    with readable_errors(), alone():
+        mlflow = open_store()
         client = mlflow.MlflowClient()
         run_id = _search_run(mlflow, client, search, experiment)
         for name, value in tags.items():
@@ -133,12 +120,12 @@ def log_trial(
 
     A run of that name that was cut off when it was written, or has other tags, is replaced.
     """
-    with _readable_errors():
-        mlflow = _import_mlflow()
+    with readable_errors(), alone():
+        mlflow = open_store()
         client = mlflow.MlflowClient()
         parent = _search_run(mlflow, client, search, experiment)
         experiment_id = client.get_run(parent).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = '{name}'"
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {quoted(name)}"
         for run in client.search_runs([experiment_id], query):
             if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
                 return
@@ -151,8 +138,8 @@ def log_trial(
 
 def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     """The id of the run of that name, which is made where there is none."""
-    experiment_id = mlflow.set_experiment(experiment).experiment_id
-    found = client.search_runs([experiment_id], f"tags.search = '{search}'")
+    experiment_id = _experiment(mlflow, experiment)
+    found = client.search_runs([experiment_id], f"tags.search = {quoted(search)}")
     if found:
         run_id: str = found[0].info.run_id
         return run_id
@@ -167,9 +154,17 @@ def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan
 
     Raises UserError.
     """
-    with _readable_errors(), TemporaryDirectory() as folder:
+    with readable_errors(), TemporaryDirectory() as folder:
         path = fetch_model(str(uri), Path(folder)) if is_address(str(uri)) else uri
         return aegan.load(path, weights=weights)
+
+
+def check_store() -> str:
+    """The address of the store, once it has answered this user; raises UserError."""
+    with readable_errors():
+        client = open_store(writing=False).MlflowClient()
+        client.search_registered_models(max_results=1)
+        return without_credentials(tracking_uri())
 
 
 def is_address(uri: str) -> bool:
@@ -178,10 +173,59 @@ def is_address(uri: str) -> bool:
 
 
 def fetch_model(uri: str, folder: Path) -> Path:
-    """Download the model folder of `models:/aegan@candidate` below a folder; raises UserError."""
-    with _readable_errors():
-        artifacts = _import_mlflow(writing=False).artifacts
-        return Path(artifacts.download_artifacts(f"{uri}/artifacts/model", dst_path=str(folder)))
+    """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
+
+    Only the files of a model are asked for, none larger than a model can be, from the store's own
+    places; where the version says what it holds (`model_sha256`), they must be that.
+    """
+    with readable_errors():
+        mlflow = open_store(writing=False)
+        place, recorded = _locate(mlflow.MlflowClient(), uri)
+        check_place(place, uri)
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        repository, model = get_artifact_repository(place), folder / "model"
+        model.mkdir()
+        with _no_larger_files(MAX_FILE_BYTES):
+            for name in (model_folder.CONFIG, *model_folder.FILES.values()):
+                # One file, as it is called here: a listing would be the store's to write.
+                repository._download_file(f"artifacts/model/{name}", str(model / name))
+    if recorded and hash_files([model]) != recorded:
+        raise UserError(
+            f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "
+            "they were changed or damaged in the store; register the model again"
+        )
+    return model
+
+
+def _locate(client: Any, uri: str) -> tuple[str, str | None]:
+    """Where the files of a model are, and the hash that its version was registered with."""
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    if uri.startswith("runs:/"):
+        run_id, _, name = uri.removeprefix("runs:/").partition("/")
+        models = _logged_models(client, client.get_run(run_id))
+        found = next((model for model in models if model.name == name), None)
+        if not found:
+            raise UserError(f"{uri}: this run has no model of that name")
+        return found.artifact_location, None
+    name, *number = get_model_name_and_version(client, uri)
+    if not number:  # models:/m-0123456789abcdef
+        return client.get_logged_model(name).artifact_location, None
+    tags = client.get_model_version(name, number[0]).tags
+    return client.get_model_version_download_uri(name, number[0]), tags.get("model_sha256")
+
+
+@contextmanager
+def _no_larger_files(max_bytes: int) -> Iterator[None]:
+    """This process writes no file of more bytes: what sends one without end is told off by it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = [max_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def pinned(uri: str) -> str:
@@ -192,8 +236,8 @@ def pinned(uri: str) -> str:
     name, _, alias = uri.removeprefix("models:/").partition("@")
     if not alias:
         return uri
-    with _readable_errors():
-        mlflow = _import_mlflow(writing=False)
+    with readable_errors():
+        mlflow = open_store(writing=False)
         try:
             found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
         except mlflow.exceptions.MlflowException as error:
@@ -208,10 +252,12 @@ def pinned(uri: str) -> str:
 
 
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
-    """The newest version of that content whose files are still there."""
-    query = f"name = '{model_name}' AND tags.content_sha256 = '{content_sha256}'"
-    versions = client.search_model_versions(query, order_by=["version_number DESC"])
-    for found in versions:
+    """The first version of that content whose files are still there.
+
+    The first: numbers only grow, so that all who register one content at once agree on it.
+    """
+    query = f"name = {quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
+    for found in client.search_model_versions(query, order_by=["version_number ASC"]):
         uri = f"models:/{model_name}/{found.version}"
         files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
         if any(file.path == "MLmodel" for file in files):
@@ -220,24 +266,111 @@ def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str
 
 
 def _create_version(
-    mlflow: Any, client: Any, record: Record, experiment: str, model_name: str
+    mlflow: Any,
+    client: Any,
+    record: Record,
+    experiment: str,
+    model_name: str,
+    identity: Mapping[str, str],
 ) -> Version:
-    """A run that holds the record, and the model version made from it."""
-    mlflow.set_experiment(experiment)
-    with mlflow.start_run(run_name=record.run_name, tags=dict(record.run_tags)) as run:
-        run_id: str = run.info.run_id
-        _log_record(client, run_id, record)
-        model = _log_model(mlflow, record.model_folder)
-        if not client.search_registered_models(f"name = '{model_name}'"):
-            client.create_registered_model(model_name)
-        made = client.create_model_version(
-            model_name,
-            model.model_uri,
-            run_id,
-            tags={**record.version_tags, "content_sha256": record.content_sha256},
-            model_id=model.model_id,
-        )
-        return Version(number=str(made.version), run_id=run_id, reused=False)
+    """A run that holds the record, and the model version made from it.
+
+    A server may get the same from another machine meanwhile: the first version counts, and the
+    other is taken back here, by whoever made it.
+    """
+    _experiment(mlflow, experiment)
+    run = None
+    try:
+        tags = {**record.run_tags, **identity}
+        with mlflow.start_run(run_name=record.run_name, tags=tags) as run:
+            check_place(run.info.artifact_uri, f"a new run of the experiment {experiment}")
+            _log_record(client, run.info.run_id, record)
+            model = _log_model(mlflow, record.model_folder)
+            with _unless_there():
+                client.create_registered_model(model_name)
+            made = client.create_model_version(
+                model_name,
+                model.model_uri,
+                run.info.run_id,
+                tags={**record.version_tags, "content_sha256": record.content_sha256},
+                model_id=model.model_id,
+            )
+    except mlflow.MlflowException:
+        # Who registered the same content first has taken our unfinished run away: theirs it is.
+        first = _find_version(mlflow, client, model_name, record.content_sha256)
+        if not first or not run or first.run_id == run.info.run_id:
+            raise
+        return first
+    first = _find_version(mlflow, client, model_name, record.content_sha256)
+    if first and first.number != str(made.version):
+        client.delete_model_version(model_name, made.version)
+        _remove_run(client, run)
+        return first
+    return Version(number=str(made.version), run_id=run.info.run_id, reused=False)
+
+
+def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -> None:
+    """Take away runs with these tags that were cut off; one that has its version is whole."""
+    found = client.get_experiment_by_name(experiment)
+    if not found or found.lifecycle_stage != "active":
+        return
+    conditions = [f"tags.{name} = {quoted(value)}" for name, value in identity.items()]
+    query = " AND ".join(["attributes.status != 'FINISHED'", *conditions])
+    for run in client.search_runs([found.experiment_id], query):
+        if "registered_model" not in run.data.tags:  # a search's, or somebody else's
+            continue
+        if client.search_model_versions(f"run_id = '{run.info.run_id}'"):
+            client.set_terminated(run.info.run_id)
+        else:
+            _remove_run(client, run)
+
+
+def _remove_run(client: Any, run: Any) -> None:
+    """Delete a run and the models logged in it; on this machine their files first."""
+    models = [model.model_id for model in _logged_models(client, run)]
+    if mlflow_store.database_file():
+        home = mlflow_store.files_folder() / run.info.experiment_id  # not where the store says
+        for folder in (run.info.run_id, *(f"models/{model}" for model in models)):
+            shutil.rmtree(home / folder, ignore_errors=True)
+    for model in models:
+        client.delete_logged_model(model)
+    client.delete_run(run.info.run_id)
+
+
+def _logged_models(client: Any, run: Any) -> list[Any]:
+    found: list[Any] = client.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
+    )
+    return found
+
+
+def _experiment(mlflow: Any, name: str) -> str:
+    """The id of the experiment of that name, which is made where there is none."""
+    experiment = mlflow.set_experiment(name)
+    check_place(experiment.artifact_location, f"the experiment {name}")
+    experiment_id: str = experiment.experiment_id
+    return experiment_id
+
+
+def _twice(call: Callable[..., Any], *arguments: Any) -> None:
+    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call(*arguments)
+    except MlflowException:
+        call(*arguments)
+
+
+@contextmanager
+def _unless_there() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _log_numbers(
@@ -267,7 +400,7 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
         profile=json.dumps(record.dataset["profile"]),
     )
     training = InputTag("mlflow.data.context", "training")
-    client.log_inputs(run_id, [DatasetInput(dataset, [training])])
+    _twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
     for folder, paths in record.files.items():
         for path in paths:
             log = client.log_artifacts if path.is_dir() else client.log_artifact
@@ -297,77 +430,3 @@ def _log_model(mlflow: Any, folder: Path) -> Any:
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _import_mlflow(*, writing: bool = True) -> Any:
-    """MLflow with its telemetry and chatter off, pointed at a store that is known to answer."""
-    set_environment()
-    given, uri = os.environ.get("MLFLOW_TRACKING_URI"), tracking_uri()
-    local = uri.startswith("sqlite:///")
-    if local:
-        path = project_folder() / uri.removeprefix("sqlite:///")
-        _check_sqlite(path, writing=writing)
-        mlflow_files.adopt(path)
-        uri = f"sqlite:///{path}"  # MLflow caches stores by URI, whatever the folder
-    import mlflow
-
-    for chatty in ("alembic", "urllib3"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    mlflow.set_tracking_uri(uri)  # which writes the variable: it is the user's, put it back
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if given is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = given
-    if local:
-        with chdir(path.parent):  # where MLflow opens a store it will keep the files
-            mlflow.MlflowClient().search_experiments(max_results=1)
-    return mlflow
-
-
-def _check_sqlite(path: Path, *, writing: bool) -> None:
-    """A missing, locked or damaged file is found in seconds; MLflow itself retries for minutes."""
-    if not path.exists():
-        if writing:
-            return
-        raise UserError(
-            f"{path} not found: run from the project's root folder after `make run`, or set "
-            "MLFLOW_TRACKING_URI to a server"
-        )
-    try:
-        with closing(sqlite3.connect(path, timeout=SQLITE_WAIT_SECONDS)) as database:
-            if writing:
-                database.execute("BEGIN IMMEDIATE")
-            database.execute("SELECT count(*) FROM sqlite_master")
-            database.rollback()
-    except sqlite3.Error as error:
-        raise UserError(
-            f"{path}: {error}; close the program that uses it, or move the file away and register "
-            "again"
-        ) from None
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """What MLflow and its stores raise, as one line that names the store and holds no password."""
-    try:
-        yield
-    except UserError:
-        raise
-    except aegan.ModelError as error:
-        raise UserError(str(error)) from None
-    except Exception as error:
-        of_a_store = type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "botocore."))
-        if not (of_a_store or isinstance(error, (OSError, ModuleNotFoundError))):
-            raise
-        where = without_credentials(tracking_uri())
-        reason = without_credentials(f"{error}\n".splitlines()[0]).split(" with url:")[0][:300]
-        raise UserError(f"MLflow at {where}: {reason}; {_cure(reason)}") from error
-
-
-def _cure(reason: str) -> str:
-    if "Invalid Host header" in reason:
-        return "let the server accept this host name (`mlflow server --allowed-hosts HOST:PORT`)"
-    if "error code 401" in reason or "error code 403" in reason:
-        return "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
-    if "error code 404" in reason or "failed with exception" in reason:
-        return "is MLFLOW_TRACKING_URI right, and an MLflow server running there?"
-    return "see docs/serving.md"

@@ -29,7 +29,7 @@ from aegan.config import ComputeConfig, TrainConfig, identity
 from aegan.dataset import read_manifest
 from aegan.networks import ARCHITECTURES
 from aegan.start import Start, begin, record
-from pipelines import locks, params
+from pipelines import checks, locks, params
 from pipelines.cluster import ray_session, shipped_environment, uses_gpu
 from pipelines.errors import UserError, run_stage
 from pipelines.files import clear_disk_errors
@@ -49,6 +49,7 @@ from pipelines.run_store import (
 from pipelines.shard_store import send_shards
 from pipelines.start_from import read_start
 from pipelines.storage import is_s3
+from pipelines.worker_death import explain
 
 RUNS = Path("runs")
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
@@ -63,6 +64,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     config = params.load_train_config()
+    checks.before_training()
     with locks.hold("train"):
         run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
         publish(run_folder, TRAIN)
@@ -387,8 +389,8 @@ def _run(
     elif (run_folder / OUTCOME).exists():  # rank 0 ended alone, the others wait in vain
         outcome = json.loads((run_folder / OUTCOME).read_text(encoding="utf-8"))
     else:
-        reason = results[0] if results else "no worker said why"
-        raise UserError(f"training failed: {reason} (AEGAN_RAY_LOGS=1 shows all that Ray says)")
+        reason = explain(results[0]) if results else "no worker said why"
+        raise UserError(f"training failed: {reason}")
     shutil.rmtree(run_folder / "ray", ignore_errors=True)
     return outcome
 

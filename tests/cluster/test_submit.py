@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 TOKEN = "token-of-the-test-cluster"
 SECRET = "secret-of-the-test-bucket"
+MY_SECRET = "secret-of-this-user-alone"
 COPIED = [".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
 COPIED += ["requirements.lock"]
 SMALL_PARAMETERS = {
@@ -99,7 +100,7 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, str]]:
             head = subprocess.Popen(command, env=environment, cwd=folder, stdout=file, stderr=file)
         try:
             wait_for_port(port, head, output)
-            yield {**environment, "RAY_ADDRESS": address}
+            yield {**environment, "RAY_ADDRESS": address, "RAY_FOLDER": folder}
         finally:
             tree = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
             head.terminate()
@@ -320,14 +321,53 @@ def test_a_failing_job_ends_with_1_and_its_reason_and_the_next_is_a_new_attempt(
     failed = f"error: job {job} has failed: dvc repro failed: data.source /no/such/folder not found"
     assert last_line(output).startswith(failed)
 
-    output = submit(project, cluster, "--pass-env", expected=1)
+    mine = {**cluster, "MY_SETTING": "a value", "AWS_SECRET_ACCESS_KEY": MY_SECRET}
+    refused = submit(project, mine, "--pass-env", "AWS_SECRET_ACCESS_KEY", expected=1)
+    assert refused.startswith("error: --pass-env AWS_SECRET_ACCESS_KEY: it holds a secret")
+    output = submit(project, mine, "--pass-env", "MY_SETTING", expected=1)
     assert f"job {job} has failed: starting attempt 2" in output
     assert f"error: job {job}-2 has failed: dvc repro failed" in output
     passed = {name: info["runtime_env"]["env_vars"] for name, info in jobs(cluster).items()}
-    assert "AWS_SECRET_ACCESS_KEY" not in passed[job]
-    assert passed[f"{job}-2"]["AWS_SECRET_ACCESS_KEY"] == SECRET
-    assert SECRET not in output
-    assert TOKEN not in output
+    assert "MY_SETTING" not in passed[job]
+    assert passed[f"{job}-2"]["MY_SETTING"] == "a value"
+    for secret in (MY_SECRET, SECRET, TOKEN):
+        assert secret not in output
+        assert secret not in json.dumps(jobs(cluster))
+
+
+def test_no_secret_stands_in_arguments_or_logs_on_the_clusters_machine(finished, cluster):
+    secrets = [text.encode() for text in (SECRET, TOKEN)]
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            assert not any(s in " ".join(process.cmdline()).encode() for s in secrets), process
+    logs = [file for file in Path(cluster["RAY_FOLDER"]).rglob("*") if file.is_file()]
+    assert any(file.name.startswith("raylet") for file in logs)
+    assert [file for file in logs if any(s in file.read_bytes() for s in secrets)] == []
+
+
+def doctor(project: Path, environment: dict[str, str], *, expected: int) -> str:
+    command = [sys.executable, "-m", "pipelines.cli", "doctor"]
+    done = subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_doctor_looks_at_the_cluster_and_at_the_bucket_from_its_nodes(finished, cluster):
+    said = doctor(finished.project, cluster, expected=0)
+    for found in (
+        r"^ok    bucket, from here: s3://bucket/project can be written, listed, read and deleted",
+        r"^ok    Ray: http://127\.0\.0\.1:\d+ answers and takes this token$",
+        r"^ok    Ray: joined; 1 nodes$",
+        r"^(ok|warn)  +cores and GPUs: [\d.]+ of 2 CPUs free, 0 of 0 GPUs free; wanted: 1 CPUs$",
+        r"^ok    node [\d.]+, packages: torch",
+        r"^ok    node [\d.]+, bucket: s3://bucket/project can be written",
+    ):
+        assert re.search(found, said, re.MULTILINE), said
+
+
+def test_the_doctor_names_a_wrong_token(finished, cluster):
+    said = doctor(finished.project, {**cluster, "RAY_AUTH_TOKEN": "wrong"}, expected=1)
+    assert "does not accept this token: check RAY_AUTH_TOKEN" in said
 
 
 def test_a_cluster_with_other_packages_than_the_locks_is_one_clear_error(cluster, tmp_path):

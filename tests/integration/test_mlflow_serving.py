@@ -25,7 +25,7 @@ from PIL import Image
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import register, tracking
+from pipelines import mlflow_store, register, tracking
 from pipelines.errors import UserError
 from tests.trained import ROOT, write_project
 
@@ -118,7 +118,7 @@ def scoring(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         register.register(CONFIG)
         command = ("models", "serve", "-m", "models:/aegan@candidate", "--env-manager", "local")
-        store = tracking.DEFAULT_URI
+        store = mlflow_store.DEFAULT_URI
         with server(*command, answers="/ping", home=home, MLFLOW_TRACKING_URI=store) as running:
             yield running
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from aegan.config import LossConfig, TrainingConfig
+from aegan.config import DataConfig, LossConfig, TrainingConfig
 from pipelines import identity, params
 from pipelines.errors import UserError
 
@@ -29,13 +29,39 @@ def test_every_section_of_the_projects_own_parameters_is_valid(name):
     assert isinstance(params.load(section, ROOT / "params.yaml"), section)
 
 
+@pytest.mark.fault("names from outside")
+def test_names_that_mlflow_refuses_are_said_before_any_stage_works(file, record_property):
+    wrong = {
+        "alias": ["latest", "LATEST", "v3", "V12", "", "the best", "a/b", "ä", "a\nb", "x" * 300],
+        "model_name": ["", " ", "a/b", "a:b", "a@b", "a?b", "a#b", ".", "..", "a\\", "a ", "a\nb"],
+        "experiment": ["", " ", "a\nb", "x" * 600],
+    }
+    wrong["model_name"].append("""a'b"c""")  # MLflow's filters could not hold it
+    good, yaml = file.read_text(), YAML()
+    for key, values in wrong.items():
+        for value in values:
+            document = yaml.load(good)
+            document["register"][key] = value
+            yaml.dump(document, file)
+            with pytest.raises(UserError, match=rf"params.yaml: register.{key} is '"):
+                params.load(DataConfig, file)  # what the first stage reads
+    record_property("faults", sum(map(len, wrong.values())))
+
+
+@pytest.mark.fault("names from outside")
+def test_a_mistake_in_the_last_stages_section_is_said_before_the_first_works(file):
+    edit(file, "alias: candidate", "alias: 3")
+    with pytest.raises(UserError, match=r"register.alias is 3; expected str"):
+        params.load(DataConfig, file)
+
+
 def test_numbers_in_scientific_notation_are_numbers(file):
     edit(file, "learning_rate: 5.0e-4\n  disc", "learning_rate: 2e-4\n  disc")
     assert params.load(TrainingConfig, file).learning_rate == 0.0002
 
 
 def test_a_whole_number_serves_where_a_fraction_is_expected(file):
-    edit(file, "lambda_image_reconstruction: ", "lambda_image_reconstruction: 12 # ")
+    edit(file, "\n  lambda_image_reconstruction: ", "\n  lambda_image_reconstruction: 12 # ")
     assert params.load(LossConfig, file).lambda_image_reconstruction == 12.0
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import register, tracking
+from pipelines import mlflow_store, register, tracking
 from pipelines.errors import UserError
 from tests.trained import ROOT, RUN_NAME, START, write_project
 
@@ -219,7 +219,7 @@ def test_a_store_that_is_no_database_is_one_clear_error(
 def test_a_locked_store_is_one_clear_error(
     registered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SQLITE_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(mlflow_store, "SQLITE_WAIT_SECONDS", 0.1)
     other = sqlite3.connect("mlflow.db")
     other.execute("BEGIN EXCLUSIVE")
     try:

@@ -1,10 +1,17 @@
 """What is shipped with a job, what names it, and what is said before anything is submitted."""
 
 import json
+import logging
 import os
 import re
+import socket
 import subprocess
+import threading
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -59,6 +66,155 @@ def name_of_job() -> str:
 def test_code_and_parameters_are_shipped_but_no_secrets_data_or_documents(project):
     expected = {"aegan/losses.py", "dvc.yaml", "params.yaml", "presets/small.yaml"}
     assert shipment.shipped_files().keys() == expected
+
+
+USUAL_SECRETS = [
+    *(".env", "app/.env.local", "prod.env", ".envrc", ".netrc", "_netrc", ".pgpass", ".npmrc"),
+    *(".pypirc", ".git-credentials", ".htpasswd", ".s3cfg", ".boto", ".vault-token", "id_rsa"),
+    *("keys/id_ed25519", "id_ecdsa", "id_dsa.bak", "server.pem", "server.key", "cert.p12"),
+    *("cert.pfx", "store.jks", "passwords.kdbx", "putty.ppk", "AuthKey.p8", "key.asc"),
+    *("credentials", "credentials.json", "gcp-credentials.json", "client_secret_1.json"),
+    *("service-account-prod.json", "serviceAccountKey.json", "kaggle.json", "kubeconfig.yaml"),
+    *("terraform.tfstate", "terraform.tfstate.backup", "prod.tfvars", "secrets.yaml"),
+    *("secrets.toml", "k8s-secret.yml", "aegan/secret", "token.txt", "password.txt"),
+    *(".aws/config", ".ssh/config", ".kube/config", ".docker/config.json", "secrets/db"),
+    *(".dvc/config.local", "vpn.ovpn", "krb5.keytab"),
+]
+
+
+@pytest.mark.fault("names from outside")
+def test_files_with_the_usual_names_of_secrets_stay_here_in_whatever_case(project, record_property):
+    names = [*USUAL_SECRETS, *(f"capital/{name.upper()}" for name in USUAL_SECRETS)]
+    record_property("faults", len(names))
+    for name in names:
+        write(name, "not for others\n")
+    git("add", "--force", ".")
+    found = shipment.collect()
+    assert set(names) & found.files.keys() == set()
+    assert set(names) <= set(found.secret)
+    assert found.refused == []
+
+
+def test_code_is_shipped_whatever_its_name(project):
+    for name in ("aegan/secrets.py", "pipelines/token.py", "aegan/credentials.py"):
+        write(name, "a = 1\n")
+    git("add", ".")
+    assert shipment.collect().files.keys() > {"aegan/secrets.py", "pipelines/token.py"}
+
+
+@pytest.mark.fault("other users")
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ('key = "AKIA' + 'QWERTYUIOPASDFGH"', "AWS Access Key"),
+        ("-----BEGIN RSA " + "PRIVATE KEY-----", "Private Key"),
+        ("token: ghp_" + "a1B2" * 9, "GitHub Token"),
+        ("uri: https://me:" + "pa55w0rd@mlflow.example", "Basic Auth Credentials"),
+    ],
+)
+def test_a_key_or_token_in_a_file_is_refused_with_its_line_and_kind(project, line, kind):
+    write("presets/small.yaml", f"training: {{}}\n{line}\n")
+    with pytest.raises(UserError) as error:
+        shipment.shipped_files()
+    assert str(error.value).startswith(
+        f"not shipped: presets/small.yaml, line 2, looks like a secret ({kind}): take it out"
+    )
+    write("presets/small.yaml", f"{line}  # {shipment.ALLOWED}\n")
+    assert "presets/small.yaml" in shipment.shipped_files()
+
+
+@pytest.mark.fault("names from outside")
+def test_what_a_link_leads_to_outside_of_the_project_is_never_read(project, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "private.txt").write_text("private\n")
+    links = {
+        "aegan/table.csv": outside / "private.txt",
+        "aegan/near.csv": Path("../..") / outside.relative_to(project.parent) / "private.txt",
+        "aegan/inside.txt": Path("../.env"),
+        "aegan/folder": outside,
+    }
+    for name, target in links.items():
+        Path(name).unlink(missing_ok=True)
+        Path(name).symlink_to(target)
+        git("add", name)
+        with pytest.raises(UserError, match=rf"not shipped: {name} is a link .*dry-run"):
+            shipment.shipped_files()
+        Path(name).unlink()
+    # A folder that has become a link since git looked at it.
+    write("library/terms.py", "a = 1\n")
+    git("add", "library")
+    Path("library/terms.py").rename(outside / "terms.py")
+    Path("library").rmdir()
+    Path("library").symlink_to(outside)
+    with pytest.raises(UserError, match=r"library/terms\.py is a link that leads out"):
+        shipment.shipped_files()
+
+
+def test_a_link_within_the_project_is_shipped_as_what_it_leads_to(project):
+    Path("presets/other.yaml").symlink_to("small.yaml")
+    git("add", ".")
+    assert shipment.shipped_files()["presets/other.yaml"] == b"training: {}\n"
+
+
+def test_a_dry_run_lists_what_goes_and_what_stays_without_cluster_and_bucket(
+    project, monkeypatch, capsys
+):
+    for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    write("aegan/new.py", "b = 1\n")
+    submit.main(["--dry-run", "--pass-env", "MLFLOW_TRACKING_URI"])
+    said = capsys.readouterr().out
+    assert re.search(r"would be shipped: 4 files, [\d,]+ bytes", said)
+    assert re.search(r"^ +6  aegan/losses\.py$", said, re.MULTILINE)
+    assert "names are those of secrets: .env, aegan/.env, server.pem\n" in said
+    assert "git does not know them (git add): aegan/new.py\n" in said
+    assert "no job needs them: benchmarks, docs, infra" in said
+    assert "variables of the job: AEGAN_GIT_COMMIT, MLFLOW_TRACKING_URI\n" in said
+    assert "http://mlflow:5000" not in said
+    assert "compute.storage is runs; it must be s3://bucket/prefix" in said
+
+
+def test_a_dry_run_shows_everything_and_then_what_would_be_refused(project, capsys):
+    Path("aegan/hosts").symlink_to("/etc/hosts")
+    git("add", ".")
+    with pytest.raises(UserError, match="would be refused: aegan/hosts is a link that leads out"):
+        submit.main(["--dry-run"])
+    assert "aegan/losses.py" in capsys.readouterr().out
+
+
+@pytest.mark.fault("other users")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "x"),
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("AWS_SESSION_TOKEN", "x"),
+        ("MLFLOW_TRACKING_PASSWORD", "x"),
+        ("WANDB_API_KEY", "x"),
+        ("RAY_AUTH_TOKEN", "x"),
+        ("MLFLOW_TRACKING_URI", "https://me:pa55w0rd@mlflow.example"),
+        ("SETTINGS", "AKIA" + "QWERTYUIOPASDFGH"),
+    ],
+)
+def test_no_secret_of_this_machine_can_be_handed_to_a_job(project, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"--pass-env {name}: it holds a secret, .* instance role"):
+        submit.main(["--pass-env", name])
+
+
+def test_variables_that_say_where_things_are_can_be_handed_to_a_job(monkeypatch):
+    places = {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example",
+        "AWS_ENDPOINT_URL": "http://garage:3900",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/secrets/token",
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": "/etc/ca.pem",
+    }
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    assert submit.passed_variables(list(places)) == places
+    with pytest.raises(UserError, match="--pass-env NO_SUCH: there is no such variable here"):
+        submit.passed_variables(["NO_SUCH"])
 
 
 def test_files_are_shipped_as_they_are_now_not_as_they_were_committed(project):
@@ -149,6 +305,75 @@ def test_an_address_that_is_no_dashboards_is_one_clear_error(monkeypatch, addres
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=rf"RAY_ADDRESS is '{address}': expected .*http://host"):
         ray_jobs.connect()
+
+
+@contextmanager
+def answering(*answers: tuple[int, str]) -> Iterator[tuple[str, list[str]]]:
+    """A server in the place of a dashboard that answers so, the last answer for ever."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers[min(len(asked), len(answers) - 1)]
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+STARTING = (500, "No available agent to submit job, please try again later.")
+VERSION = (200, json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": ""}))
+
+
+@pytest.mark.fault("ray addresses")
+@pytest.mark.parametrize("answer", [STARTING, (503, "starting"), (502, "no backend")])
+def test_a_cluster_that_is_still_starting_is_asked_again(monkeypatch, caplog, answer):
+    monkeypatch.setattr(ray_jobs, "RECONNECT_SECONDS", 0.05)
+    caplog.set_level(logging.INFO)
+    with answering(answer, answer, VERSION) as (address, asked):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        ray_jobs.connect()
+    assert len(asked) > 2
+    assert caplog.text.count("the cluster is still starting: waiting for it") == 1
+
+
+@pytest.mark.fault("ray addresses")
+def test_a_cluster_that_never_starts_is_one_line_and_is_not_called_something_else(monkeypatch):
+    monkeypatch.setattr(ray_jobs, "RECONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(ray_jobs, "STARTING_SECONDS", 0.2)
+    with answering(VERSION, STARTING) as (address, _):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(
+            UserError, match=r"is still starting \(500: No available agent .*\): run"
+        ):
+            ray_jobs.connect()
+
+
+@pytest.mark.fault("ray addresses")
+@pytest.mark.parametrize("first", [b"", b"SSH-2.0-OpenSSH_9\r\n"])
+def test_a_port_that_speaks_no_http_is_one_line_in_seconds(monkeypatch, first):
+    assert ray_jobs.CONNECT_SECONDS + ray_jobs.FIRST_ANSWER_SECONDS <= 30
+    monkeypatch.setattr(ray_jobs, "FIRST_ANSWER_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answer = threading.Thread(target=lambda: server.accept()[0].sendall(first), daemon=True)
+        answer.start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.getsockname()[1]}")
+        before = time.monotonic()
+        with pytest.raises(UserError, match="cannot be reached: check RAY_ADDRESS"):
+            ray_jobs.connect()
+        assert time.monotonic() - before < 10
 
 
 def test_attempts_of_a_job_are_numbered_and_lead_back_to_it():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipelines import locks, mlflow_leftovers, tidy, tracking
+from pipelines import locks, mlflow_leftovers, mlflow_store, tidy
 from pipelines.errors import UserError
 
 DAY = 86400.0
@@ -142,7 +142,7 @@ def contents_of_cache() -> set[str]:
 @pytest.mark.fault("left behind")
 @pytest.mark.slow
 def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, monkeypatch):
-    mlflow = tracking._import_mlflow()
+    mlflow = mlflow_store.open_store()
     client = mlflow.MlflowClient()
     experiment = client.create_experiment("aegan")
     runs = {}

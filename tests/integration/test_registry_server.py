@@ -1,0 +1,193 @@
+"""Registrations at a real MLflow server: at once, cut off, and one that wants to do harm."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from pipelines import tracking
+from pipelines.errors import UserError
+from tests.compose import free_port, wait_until
+from tests.registrations import Registrations, registrations
+from tests.trained import write_project
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
+
+
+class Server:
+    """`mlflow server` with an SQLite file and its files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = ["server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(self.folder / "files"), "--workers", "1"]
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *command, "--port", str(self.port)],
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+            )
+        health = f"{self.address}/health"
+        wait_until(lambda: requests.get(health, timeout=10).ok, seconds=120, what="a server")
+
+    def kill(self) -> None:
+        process = psutil.Process(self._process.pid)
+        for one in [process, *process.children(recursive=True)]:
+            one.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def column(self, query: str) -> list[Any]:
+        with closing(sqlite3.connect(self.folder / "mlflow.db", timeout=30)) as database:
+            found = [value for (value,) in database.execute(query)]
+            database.commit()
+            return found
+
+    def runs(self, status: str) -> int:
+        of_status = f"lifecycle_stage = 'active' AND status = '{status}'"
+        return int(self.column(f"SELECT count(*) FROM runs WHERE {of_status}")[0])
+
+    def versions(self) -> list[int]:
+        return self.column(
+            "SELECT version FROM model_versions WHERE current_stage <> 'Deleted_Internal'"
+        )
+
+    def check_each_is_there(self, times: int) -> None:
+        """So many contents are registered: each once, nothing else, and the last has the alias."""
+        assert (self.runs("FINISHED"), self.runs("RUNNING"), self.runs("FAILED")) == (times, 0, 0)
+        models = "SELECT count(*) FROM logged_models WHERE lifecycle_stage = 'active'"
+        assert self.column(models) == [times]
+        assert len(self.versions()) == times
+        assert self.column("SELECT version FROM registered_model_aliases") == self.versions()[-1:]
+
+
+@pytest.fixture(scope="module")
+def registering() -> Iterator[Registrations]:
+    with registrations() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests, which register contents of their own: it takes seconds to start."""
+    running = Server(tmp_path_factory.mktemp("server"))
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def before(server: Server) -> int:
+    """How many contents are registered."""
+    return len(server.versions()) if (server.folder / "mlflow.db").exists() else 0
+
+
+def test_three_at_once_register_one_content_once(
+    registering: Registrations, server: Server, before: int, tmp_path: Path, record_property: Any
+) -> None:
+    projects = [write_project(tmp_path / name, seed=1) for name in "abc"]
+    outcomes = registering.run(*projects, environment={"MLFLOW_TRACKING_URI": server.address})
+    assert [(outcome.code, outcome.errors) for outcome in outcomes] == [(0, "")] * 3
+    server.check_each_is_there(before + 1)
+    record_property("faults", 3)
+
+
+def test_a_server_that_dies_meanwhile_is_one_line_and_the_same_command_goes_on(
+    registering: Registrations, server: Server, before: int, tmp_path: Path, record_property: Any
+) -> None:
+    project = write_project(tmp_path / "project", seed=2)
+    environment = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    registering.start(project, environment=environment)
+    wait_until(lambda: server.runs("RUNNING") > 0, seconds=60, what="a run that is being written")
+    server.kill()
+    [outcome] = registering.wait()
+    assert outcome.code == 1, outcome
+    [line] = outcome.errors.splitlines()
+    assert "is MLFLOW_TRACKING_URI right, and an MLflow server running there?" in line
+    server.start()
+    assert server.runs("RUNNING") == 1
+    assert len(server.versions()) == before
+    [killed] = registering.run(project, environment=environment, kill_at=60)
+    assert killed.code == -signal.SIGKILL  # now it is the client
+    [outcome] = registering.run(project, environment=environment)
+    assert (outcome.code, outcome.errors) == (0, "")
+    server.check_each_is_there(before + 1)
+    record_property("faults", 2)
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """Another server: its host and port, and what it was sent."""
+    heard: list[str] = []
+
+    class Listening(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(f"{self.path} {self.headers['Authorization']}")
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Listening) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{other.server_port}", heard
+        other.shutdown()
+
+
+def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
+    registering: Registrations,
+    server: Server,
+    listener: tuple[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Any,
+) -> None:
+    host, heard = listener
+    project = write_project(tmp_path / "project", seed=3)
+    [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
+    assert outcome.code == 0, outcome
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    assert tracking.load_model("models:/aegan@candidate").latent_dim == 8
+    elsewhere = shutil.copytree("artifacts/train", tmp_path / "elsewhere/artifacts").parent
+    places = [
+        f"mlflow-artifacts://{host}/x",
+        f"http://{host}/api/2.0/mlflow-artifacts/artifacts/x",
+        f"ftp://{host}/x",
+        f"dbfs://{host}/x",
+        str(elsewhere),
+        elsewhere.as_uri(),
+        f"mlruns/../../{elsewhere.name}",
+        f"file:{project}/mlruns/../{elsewhere}",
+    ]
+    for place in places:
+        server.column(f"UPDATE model_versions SET storage_location = '{place}' RETURNING 1")
+        with pytest.raises(UserError, match="none of the places of the registry"):
+            tracking.load_model("models:/aegan@candidate")
+    server.column(f"UPDATE experiments SET artifact_location = '{elsewhere}' RETURNING 1")
+    files = sorted(elsewhere.rglob("*"))
+    Path("artifacts/evaluate/metrics.json").write_text('{"frechet_distance": {"ema": 1.0}}')
+    [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
+    assert outcome.code == 1
+    assert "none of the places of the registry" in outcome.errors
+    assert sorted(elsewhere.rglob("*")) == files
+    assert heard == []
+    record_property("faults", len(places) + 1)

@@ -1,0 +1,48 @@
+"""A training whose worker dies for good ends with one line in our words, on a real Ray."""
+
+import time
+
+import psutil
+import pytest
+
+from tests.project import finish, make_project, start, train_workers
+from tests.tiny import tiny_shards
+
+pytestmark = pytest.mark.integration
+CURES = ("training.batch_size", "compute.micro_batch_size", "training.reader: streamed")
+
+
+def make(tmp_path):
+    shards = tiny_shards(tmp_path / "shards")
+    return make_project(
+        tmp_path / "project", shards, training__num_steps=100_000, compute__max_failures=0
+    )
+
+
+def check_last_line(output: str, reason: str) -> None:
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(f"error: training failed: {reason}"), output
+    assert all(cure in last for cure in CURES)
+    assert "Traceback" not in output
+    assert "Object store memory usage" not in output
+
+
+@pytest.mark.fault("killed processes")
+def test_a_worker_that_rays_memory_monitor_ends_is_one_line_with_what_to_lower(tmp_path):
+    # The monitor takes the machine for full from the start, so the first process of the training is
+    # ended as soon as it is there.
+    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    output = finish(start(make(tmp_path), **limits), expected=1)
+    check_last_line(output, "the machine ran out of memory (")
+
+
+def test_a_worker_that_is_killed_for_good_is_one_line_with_what_to_lower(tmp_path):
+    project = make(tmp_path)
+    process = start(project)
+    deadline = time.monotonic() + 120
+    while not list(project.glob("runs/*/metrics.jsonl")):  # one that has not begun is started anew
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    (worker,) = train_workers(psutil.Process(process.pid).children(recursive=True))
+    worker.kill()
+    check_last_line(finish(process, expected=1), "a worker's process was killed from outside")

@@ -1,0 +1,112 @@
+"""What is said of a machine that is too small, and that it is said before a training."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aegan.config import ComputeConfig
+from pipelines import checks, params
+from pipelines.errors import UserError
+from tests.disks import small_disk
+from tests.tiny import PARAMS
+
+COMPUTE = params.load(ComputeConfig, PARAMS)
+
+
+def control_group(folder: Path, **files: int | str) -> Path:
+    folder.mkdir(parents=True)
+    for name, value in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n")
+    return folder
+
+
+def within(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(checks, "_control_groups", lambda: iter([folder]))
+
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(PARAMS, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.fault("killed processes")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("memory__max", "memory__current", "inactive_file"),
+        ("memory__limit_in_bytes", "memory__usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_the_memory_of_a_container_is_its_limit_without_the_cache_of_files(
+    tmp_path, monkeypatch, names
+):
+    limit, used, cache = names
+    folder = control_group(tmp_path / "group", **{limit: 2 * GIB, used: GIB})
+    (folder / "memory.stat").write_text(f"anon 1\n{cache} {GIB // 2}\n")
+    within(monkeypatch, folder)
+    assert checks.memory_bounds() == (2 * GIB, 3 * GIB // 2)
+    finding = checks.memory()
+    assert (finding.status, finding.found) == ("warn", "1.5 GiB of 2.0 GiB free")
+    assert "training.batch_size, compute.micro_batch_size (training.reader" in finding.cure
+
+
+def test_groups_without_a_limit_leave_the_machines_memory(tmp_path, monkeypatch):
+    total = checks.psutil.virtual_memory().total
+    for name, no_limit in (("memory__max", "max"), ("memory__limit_in_bytes", 2**63 - 4096)):
+        within(monkeypatch, control_group(tmp_path / name, **{name: no_limit}))
+        assert checks.memory_bounds()[0] == total
+
+
+def test_the_groups_of_this_process_are_found():
+    assert all(folder.is_dir() for folder in checks._control_groups())
+
+
+@pytest.mark.fault("killed processes")
+def test_a_training_that_would_run_out_of_memory_does_not_begin(tmp_path, monkeypatch):
+    within(
+        monkeypatch,
+        control_group(tmp_path / "group", memory__max=GIB, memory__current=GIB - 2**28),
+    )
+    with pytest.raises(UserError, match=r"^memory: 0\.2 GiB of 1\.0 GiB free; end other programs"):
+        checks.before_training()
+
+
+@pytest.mark.fault("disk full")
+def test_a_training_on_a_full_disk_does_not_begin(tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", kilobytes=64):
+        shutil.copy(PARAMS, tmp_path / "disk")
+        monkeypatch.chdir(tmp_path / "disk")
+        with pytest.raises(UserError, match=r"^disk: 0\.0 GiB free in .*; free some, or link"):
+            checks.before_training()
+
+
+@pytest.mark.fault("disk full")
+def test_a_small_shared_memory_is_a_warning_with_its_cure(tmp_path):
+    with small_disk(tmp_path / "shm", kilobytes=64):
+        finding = checks.shared_memory(tmp_path / "shm")
+    assert finding.status == "warn"
+    assert "docker run --shm-size=1g" in finding.cure
+    assert checks.shared_memory(tmp_path / "none").found == "not there"
+
+
+@pytest.mark.fault("ray addresses")
+def test_where_no_folder_for_rays_sockets_is_short_enough_one_line_says_so(monkeypatch):
+    monkeypatch.setattr("pipelines.cluster.MAX_PLACE_BYTES", 3)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"at most 3 bytes .*: set RAY_TMPDIR to one"):
+        checks.before_training()
+
+
+def test_more_workers_than_cores_are_named(monkeypatch):
+    compute = params.load(ComputeConfig, PARAMS)
+    compute = replace(compute, num_workers=10_000)
+    finding = checks.cores(compute)
+    assert finding.status == "fail"
+    assert finding.cure == "lower compute.num_workers"
+    assert checks.cores(COMPUTE).status == "ok"
