@@ -35,6 +35,7 @@ from pipelines.download import download
 from pipelines.errors import UserError
 from pipelines.names import shown
 from pipelines.preprocess import preprocess
+from tests.faulty_decoder import FAULTY_DECODER
 from tests.pictures import blocks, encode, write_folder
 
 CONFIG = PreprocessConfig(
@@ -709,22 +710,6 @@ def test_killed_half_way_the_next_run_gives_the_same_bytes_and_no_worker_stays(f
     wait_until(lambda: all(has_ended(worker) for worker in workers))
     run(faces / "raw", tmp_path)
     assert hashes(tmp_path) == hashes(faces)
-
-
-FAULTY_DECODER = """
-import ctypes, os, resource, signal
-from PIL import PngImagePlugin
-
-def load(self, load=PngImagePlugin.PngImageFile.load):
-    if self.size == (17, 19):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        ctypes.string_at(0)  # what no Python error announces
-    if self.size == (17, 23):
-        os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short
-    return load(self)
-
-PngImagePlugin.PngImageFile.load = load
-"""
 
 
 def decode_badly(folder: Path, images: Path) -> tuple[int, str]:

@@ -545,14 +545,16 @@ def test_a_zip_entry_without_a_name_is_a_source_that_gets_one(tmp_path):
     assert list(without_repetitions(read_archive(file, ""))) == [RawFile("unnamed", b"x")]
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3))
 def test_damage_anywhere_is_one_error_or_listed_and_loses_nothing_in_silence(
-    tmp_path, mode, places
+    tmp_path, record_property, mode, places
 ):
+    record_property("faults", 40)
     contents = {f"{i}{'long' * 30}.png": b"%d" % i * 99 for i in range(5)}
     file = tmp_path / "archive"
     make_zip(file, contents) if mode == "zip" else make_tar(file, contents, mode)
