@@ -166,7 +166,6 @@ def test_an_object_changed_since_the_listing_is_one_clear_error(images, s3, tmp_
     assert not (project / "artifacts/shards").exists()
 
 
-@pytest.mark.fault("killed processes")
 def test_killed_in_the_middle_it_goes_on_with_the_parts_it_has(images, stored, proxy, tmp_path):
     project = snapshot(tmp_path / "in-place", images, in_place=True)
     proxy.fault = lambda method, path: 5.0 if path.endswith("large/0019.jpg") else None
