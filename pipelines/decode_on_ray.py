@@ -20,6 +20,8 @@ from pipelines.decode import Piece, decode_rows
 from pipelines.errors import UserError
 from pipelines.shards import write_parquet
 
+LOST_TASKS = 5  # tries of a piece whose node or process is lost; by default Ray never ends
+
 
 def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[None]:
     """Write the part of each piece; yields after each. Raises UserError."""
@@ -30,7 +32,7 @@ def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[Non
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         if not show_ray_logs():
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the error says it
         # A block is a piece, and the result one row, which Ray Data neither joins nor splits.
         listings = ray.data.from_arrow([_listing(*numbered) for numbered in enumerate(pieces)])
         parts = listings.map_batches(
@@ -39,6 +41,7 @@ def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[Non
             batch_format="pyarrow",
             fn_args=(config, PIL.__version__),
             num_cpus=1,
+            max_retries=LOST_TASKS,
             runtime_env={"env_vars": shipped_environment()},
         )
         try:

@@ -206,7 +206,6 @@ def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, 
     assert_same_dataset(project, stored)
 
 
-@pytest.mark.fault("killed processes")
 def test_a_task_that_a_file_crashes_ends_the_run_in_one_line_with_the_cure(bucket, s3, tmp_path):
     client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
     for row, image in enumerate([*blocks(10), np.zeros((19, 17, 3), np.uint8)]):
