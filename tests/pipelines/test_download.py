@@ -135,7 +135,7 @@ def test_shards_and_row_groups_are_bounded(tmp_path, monkeypatch):
         ("nowhere/at/all", "data.source nowhere/at/all not found (a path counts from"),
         ("kaggle:only-a-name", "kaggle:only-a-name is no data set: expected kaggle:owner/name"),
         ("kaggle:../../etc", "expected kaggle:owner/name"),
-        ("s3://", "expected s3://bucket or s3://bucket/prefix"),
+        ("s3://", "expected s3://bucket, s3://bucket/prefix"),
         ("http://example.org/set.zip", "is not encrypted: use https://"),
     ],
 )
