@@ -1,5 +1,6 @@
 """The `aegan` command."""
 
+import os
 import sys
 
 from pipelines.errors import UserError, run_stage
@@ -8,7 +9,12 @@ USAGE = "usage: aegan submit | doctor [--help]"
 
 
 def main() -> None:
-    run_stage(_main)
+    try:
+        run_stage(_main)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _main() -> None:

@@ -20,16 +20,19 @@ from pipelines.decode import Piece, decode_rows
 from pipelines.errors import UserError
 from pipelines.shards import write_parquet
 
+LOST_TASKS = 5  # tries of a piece whose node or process is lost; by default Ray never ends
+
 
 def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[None]:
     """Write the part of each piece; yields after each. Raises UserError."""
     with ray_session():
         import ray.data
+        import ray.exceptions
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         if not show_ray_logs():
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the error says it
         # A block is a piece, and the result one row, which Ray Data neither joins nor splits.
         listings = ray.data.from_arrow([_listing(*numbered) for numbered in enumerate(pieces)])
         parts = listings.map_batches(
@@ -38,15 +41,23 @@ def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[Non
             batch_format="pyarrow",
             fn_args=(config, PIL.__version__),
             num_cpus=1,
+            max_retries=LOST_TASKS,
             runtime_env={"env_vars": shipped_environment()},
         )
-        for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for number, part, error in zip(*batch.columns, strict=True):
-                if error.as_py():
-                    raise UserError(error.as_py())
-                table = pa.ipc.open_stream(part.as_buffer()).read_all()
-                write_parquet(iter([table]), pieces[number.as_py()].part)
-                yield
+        try:
+            for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for number, part, problem in zip(*batch.columns, strict=True):
+                    if problem.as_py():
+                        raise UserError(problem.as_py())
+                    table = pa.ipc.open_stream(part.as_buffer()).read_all()
+                    write_parquet(iter([table]), pieces[number.as_py()].part)
+                    yield
+        except ray.exceptions.RayError as error:  # after some more tries, which Ray makes itself
+            raise UserError(
+                f"decoding on the cluster ended ({str(error).splitlines()[0]}): run the same "
+                "command again. If a file crashes the decoder, -S data.in_place=false decodes on "
+                "this machine and names it (AEGAN_RAY_LOGS=1 shows all that Ray says)"
+            ) from None
 
 
 def _listing(number: int, piece: Piece) -> pa.Table:

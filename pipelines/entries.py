@@ -34,8 +34,7 @@ DAMAGE = (
     ValueError,
     IndexError,
     OverflowError,
-    NotImplementedError,
-    RecursionError,
+    RuntimeError,  # encrypted; also how deep a parser may go
 )
 
 

@@ -15,6 +15,7 @@ FORM = "RAY_ADDRESS=host:6379 on a node of the cluster (6379 is Ray's port unles
 FORM += (
     "with another one; 8265, the dashboard's, is for `RAY_ADDRESS=http://host:8265 make submit`)"
 )
+ELSE = ("HTTP/2", "Socket closed", "reset by peer", "Broken pipe")  # gRPC's words for other servers
 HOST_AND_PORT = re.compile(r"[^\s/:@]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 
 
@@ -59,8 +60,8 @@ def _ask(address: str, name: str, *, stale: bool) -> None:
     except grpc.RpcError as error:
         if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             raise UserError(
-                f"{name} lets nobody in: RAY_AUTH_MODE and RAY_AUTH_TOKEN must be those of the "
-                "cluster"
+                f"{name} lets nobody in with this token: RAY_AUTH_MODE and RAY_AUTH_TOKEN must be "
+                "those of the cluster"
             ) from None
         cure = "it has ended: start it again (`ray start`), or unset RAY_ADDRESS"
         raise UserError(
@@ -77,7 +78,7 @@ def _reason(error: Any) -> str:
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer in {ANSWER_SECONDS:.0f} s"
     text = " ".join(str(error.details()).split())
-    if "HTTP/2" in text or "Socket closed" in text:
+    if any(sign in text for sign in ELSE):
         return "something else listens there"
     return shown(text.rpartition(": ")[2][:200])
 

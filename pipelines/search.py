@@ -111,9 +111,10 @@ def search(
     if not show_ray_logs():
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors come with the results
     trainable = tune.with_resources(
-        tune.with_parameters(trial_process, task=task), {"cpu": share.cpus, "gpu": share.gpus}
+        tune.with_parameters(trial_process, task=task.resolved()),
+        {"cpu": share.cpus, "gpu": share.gpus},
     )
-    experiment = folder / "search"
+    experiment = folder.resolve() / "search"
     if _is_whole(experiment):
         log.info("going on with search %s", record.search)
         tuner = tune.Tuner.restore(str(experiment), trainable=trainable, resume_errored=True)
@@ -132,7 +133,7 @@ def search(
             ),
             run_config=tune.RunConfig(
                 name=experiment.name,
-                storage_path=str(folder),
+                storage_path=str(folder.resolve()),
                 failure_config=tune.FailureConfig(max_failures=max_failures),
                 callbacks=[Follower(scheduler, task, record, config.num_trials)],
                 verbose=0,
@@ -166,7 +167,7 @@ def train_all(
     remote = ray.remote(
         num_cpus=share.cpus, num_gpus=share.gpus, max_retries=max_failures, max_calls=0
     )(train_and_judge)
-    results = [remote.remote(task, config, split) for config in configs]
+    results = [remote.remote(task.resolved(), config, split) for config in configs]
     waiting = list(results)
 
     def ended() -> Any:
@@ -227,7 +228,8 @@ def read_trial(
 class Follower(tune.Callback):  # type: ignore[misc]
     """Shows and records each trial that ends; keeps the scheduler's state, which Tune forgets.
 
-    Without it, the first trials after a restart would meet no others to be compared with.
+    Without it, the first trials after a restart would meet no others to be compared with. Ray's
+    record holds all of this: the paths of `task` must lead from wherever the project is then.
     """
 
     def __init__(self, scheduler: Any, task: Task, record: Record, num_trials: int) -> None:

@@ -39,6 +39,7 @@ from pipelines.errors import UserError
 from pipelines.files import clear_disk_errors
 from pipelines.names import UniqueNames, decoded, shown
 
+FOLDER_LOST = "folder not readable"  # and all below it
 LINK_TO_NOTHING = "link: leads nowhere"
 LINK_ELSEWHERE = "link: leads to another file system, not followed"
 LINK_IN_A_CIRCLE = "link: leads to a folder that is read anyway, or to one above it"
@@ -104,8 +105,18 @@ def _walk(folder: Path) -> Iterator[_Found]:
             seen.add((known.st_dev, known.st_ino))
             with os.scandir(where) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
-            for entry in found:
-                path = inside + entry.name
+        except OSError as error:
+            if not inside:
+                raise UserError(
+                    f"the folder {shown(str(top))} cannot be read ({error.strerror}): "
+                    "make it readable, `chmod -R u+rX FOLDER`"
+                ) from None
+            # A path of its own may be too long for the system, too.
+            yield _Found(inside.removesuffix("/"), is_linked, f"{FOLDER_LOST}: {error.strerror}")
+            continue
+        for entry in found:
+            path = inside + entry.name
+            try:
                 if refusal(path, 0):
                     yield _Found(path, is_linked)
                 elif entry.is_symlink():
@@ -118,11 +129,8 @@ def _walk(folder: Path) -> Iterator[_Found]:
                     pending.append(f"{path}/")
                 else:
                     yield _Found(path, is_linked, "" if entry.is_file() else "special file")
-        except OSError as error:
-            raise UserError(
-                f"the folder {shown(where.removesuffix('/'))} cannot be read ({error.strerror}): "
-                "make it readable, `chmod -R u+rX FOLDER`, or take it out of data.source"
-            ) from None
+            except OSError as error:  # where the system must ask what kind it is, and may not
+                yield _Found(path, is_linked, f"not readable: {error.strerror}")
 
 
 def _follow(link: os.DirEntry[str], device: int) -> tuple[str, bool]:
@@ -167,10 +175,10 @@ def read_archive(file: Path, name: str) -> Entries:
 
 def _look_into(file: BinaryIO, name: str, outer: Allowance | None) -> Iterator[Entry | Packed]:
     """The entries of an archive, table or array; the content, not the name, says what it is."""
-    start = file.read(START_BYTES)
-    allowance = Allowance(name, file.seek(0, os.SEEK_END), outer=outer)
-    file.seek(0)
     try:
+        start = file.read(START_BYTES)
+        allowance = Allowance(name, file.seek(0, os.SEEK_END), outer=outer)
+        file.seek(0)
         if start.startswith(b"PAR1"):
             yield from tables.read_table(file, name, allowance)
         elif start.startswith(b"\x93NUMPY"):
@@ -192,7 +200,18 @@ def _look_into(file: BinaryIO, name: str, outer: Allowance | None) -> Iterator[E
         else:
             yield from archives.read_zip(file, allowance)
     except DAMAGE as error:
-        raise UserError(f"{name} is damaged ({cause(error)}): fetch or pack it again") from None
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    """What is wrong with an archive, or with the disk that it lies on."""
+    try:
+        return UserError(f"{name} is damaged ({cause(error)}): fetch or pack it again")
+    except OSError as problem:
+        return UserError(
+            f"{name} cannot be read ({problem.strerror}): check its disk, or take it out of "
+            "data.source"
+        )
 
 
 def _unpacked(entries: Iterable[Entry | Packed]) -> Entries:
@@ -225,9 +244,7 @@ def _on_disk(packed: Packed) -> Iterator[BinaryIO]:
             with clear_disk_errors(Path(tempfile.gettempdir())):
                 shutil.copyfileobj(packed.file, copy, 1024**2)
         except DAMAGE as error:
-            raise UserError(
-                f"{shown(packed.source)} is damaged ({cause(error)}): fetch or pack it again"
-            ) from None
+            raise _damaged(shown(packed.source), error) from None
         copy.seek(0)
         yield cast(BinaryIO, copy)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from pipelines.entries import (
     refusal,
 )
 from pipelines.names import shown
+from pipelines.outputs import listed
 
 ROWS_AT_ONCE = 8  # a row may be a file of the largest size
 IMAGE_COLUMNS = ("image", "img", "content", "bytes", "jpg", "jpeg", "png", "webp")
@@ -63,6 +65,9 @@ def read_table(file: BinaryIO, name: str, allowance: Allowance) -> Entries:
 
 def _image_column(schema: pa.Schema, name: str) -> str:
     """The column that holds bytes of images: one of the usual names first, else the only one."""
+    twice = [column for column, times in Counter(schema.names).items() if times > 1]
+    if twice:
+        raise NoImagesError(f"{name} has several columns of one name ({listed(twice)})")
     found = [field.name for field in schema if _holds_bytes(field.type)]
     known = [column for column in IMAGE_COLUMNS if column in found]
     if known or len(found) == 1:

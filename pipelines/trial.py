@@ -47,11 +47,15 @@ class Task:
 
     start: TrainConfig  # the settings of params.yaml, as short as a trial
     objectives: tuple[str, ...]
-    shards: Path
+    shards: Path  # in the driver a path within the project, which may be moved meanwhile
     runs: Path  # every trial has its own folder there
     device: str
     threads: int
     execution: Mapping[str, Any]  # keywords of the loop that say how it computes
+
+    def resolved(self) -> "Task":
+        """The same for a process that works in another folder."""
+        return replace(self, shards=self.shards.resolve(), runs=self.runs.resolve())
 
     def config(self, settings: Mapping[str, float], *, seed: int) -> TrainConfig:
         """What a trial trains: the start with some settings changed."""

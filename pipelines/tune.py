@@ -72,7 +72,7 @@ def tune(
     dataset_sha256 = manifest["dataset_sha256"]
     start = shortened(start, num_steps=config.num_steps, interval=config.grace_steps)
     name = search_name(start, config, dataset_sha256)
-    folder = (RUNS / name).resolve()
+    folder = RUNS / name  # within the project: what Ray keeps of it holds where the project is
     folder.mkdir(parents=True, exist_ok=True)
     for variable, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)  # for the processes of a private Ray
@@ -92,7 +92,7 @@ def _tune(
     task = Task(
         start=start,
         objectives=OBJECTIVES[config.objective],
-        shards=SHARDS.resolve(),
+        shards=SHARDS,
         runs=folder / "trials",
         device=share.device,
         threads=compute.threads_per_worker or share.cpus,

@@ -201,6 +201,7 @@ def test_a_jpeg_source_that_lacks_only_its_end_is_read(progressive):
     assert reason(whole[: len(whole) * 3 // 4] + b"\xff") == too_early
 
 
+@pytest.mark.fault("damaged files")
 def test_too_many_pixels_are_refused_before_any_is_decoded():
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(b"\0" * 99))
@@ -236,6 +237,7 @@ def test_a_large_jpeg_of_a_source_is_read_at_a_reduced_scale():
     assert reason(progressive, max_pixels=50_000).startswith("too many pixels: 512x1024 in a prog")
 
 
+@pytest.mark.fault("damaged files")
 def test_a_jpeg_source_of_thousands_of_scans_is_refused():
     content = encode(blocks(1, size=512)[0], "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
@@ -247,6 +249,7 @@ def test_a_jpeg_source_of_thousands_of_scans_is_refused():
     )
 
 
+@pytest.mark.fault("damaged files")
 def test_a_source_file_of_a_hundred_thousand_parts_is_refused_before_it_is_opened():
     jpeg, part = encode(PICTURE, "JPEG"), b"\xff\xe5\0\2"
     assert reason(jpeg[:2] + part * 110_000 + jpeg[2:]).endswith("more than 100000 parts")
@@ -256,6 +259,7 @@ def test_a_source_file_of_a_hundred_thousand_parts_is_refused_before_it_is_opene
     )
 
 
+@pytest.mark.fault("damaged files")
 def test_a_tiff_source_of_costly_strips_or_tiles_is_refused():
     grey = ((258, 8), (259, 1), (262, 1))
     content = tiff(np.zeros((16, 16), np.uint8), *grey)
@@ -273,6 +277,7 @@ def test_long_texts_and_profiles_in_a_png_source_do_not_lose_the_picture():
         np.testing.assert_array_equal(decode(png(PICTURE, extra)), PICTURE)
 
 
+@pytest.mark.fault("damaged files")
 def test_a_jpeg2000_source_that_belies_its_size_is_refused():
     content = bytearray(encode(PICTURE, "JPEG2000"))
     at = content.index(b"\xff\x4f\xff\x51") + 8
@@ -307,6 +312,7 @@ def test_more_frames_of_a_source_than_one_file_may_cost_are_refused():
     assert decode(content, max_pixels=256).shape == (16, 16, 3)
 
 
+@pytest.mark.fault("damaged files")
 def test_lack_of_memory_is_no_fault_of_the_source(tmp_path):
     script = """
 import resource, sys
@@ -331,6 +337,7 @@ def test_values_of_unknown_range_are_refused():
     assert reason(encode(floats, "TIFF")).startswith("unknown range")
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_a_truncated_file_is_refused(format):
     content = encode(blocks(1, size=64)[0], format)
@@ -340,6 +347,7 @@ def test_a_truncated_file_is_refused(format):
     )
 
 
+@pytest.mark.fault("damaged files")
 @settings(deadline=None)
 @given(st.sampled_from([*LOSSLESS, "JPEG", "GIF"]), st.data())
 def test_a_damaged_file_gives_an_image_or_a_reason_and_never_another_error(format, data):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
@@ -16,6 +17,7 @@ from aegan.config import DataConfig
 from pipelines import download as download_stage
 from pipelines.download import download
 from tests.cluster.nodes import RayCluster, two_nodes
+from tests.faulty_decoder import FAULTY_DECODER
 from tests.pictures import blocks, encode
 from tests.project import ROOT, finish, start
 
@@ -202,6 +204,20 @@ def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, 
     cluster.nodes[0].lose()
     finish(driver)
     assert_same_dataset(project, stored)
+
+
+def test_a_task_that_a_file_crashes_ends_the_run_in_one_line_with_the_cure(bucket, s3, tmp_path):
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
+    for row, image in enumerate([*blocks(10), np.zeros((19, 17, 3), np.uint8)]):
+        name, content = f"faces/{row:04d}.png", encode(image)
+        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=name, Body=content)
+    project = snapshot(tmp_path / "in-place", f"{bucket}/faces", in_place=True)
+    (tmp_path / "sitecustomize.py").write_text(FAULTY_DECODER)
+    output = finish(start(project, "preprocess", PYTHONPATH=f"{tmp_path}:{ROOT}"), expected=1)
+    assert "Traceback" not in output
+    last = output.splitlines()[-1]
+    assert last.startswith("error: decoding on the cluster ended (")
+    assert "-S data.in_place=false decodes on this machine and names it" in last
 
 
 def test_interrupted_by_the_user_it_ends_quietly(images, proxy, tmp_path):

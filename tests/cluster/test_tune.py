@@ -1,4 +1,4 @@
-"""The stage tune on a real Ray: killed in the middle, restored by the same command, and used."""
+"""The stage tune on a real Ray: killed in the middle, moved, restored by the same command, used."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def kill_in_the_middle(process: subprocess.Popen[str]) -> tuple[str, list[psutil
     return "".join(lines), tree
 
 
+def wait_for_trials(orphans: list[psutil.Process]) -> None:
+    """Until no trial's process writes any more; it ends when it misses its driver."""
+
+    def is_trial(process: psutil.Process) -> bool:
+        try:
+            return process.name().startswith("ray::") and not process.name().endswith("Agent")
+        except psutil.NoSuchProcess:
+            return False
+
+    _, alive = psutil.wait_procs(list(filter(is_trial, orphans)), timeout=60)
+    assert not alive
+
+
 def ended(output: str, how: str) -> set[int]:
     """Numbers of the trials that a log says ended that way."""
     words = [line.split() for line in output.splitlines() if line.startswith("trial ")]
@@ -92,8 +106,14 @@ def trained_at(project: Path) -> dict[str, int]:
     return found
 
 
-def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(project: Path) -> None:
+@pytest.mark.fault("killed processes")
+def test_a_search_that_was_killed_and_moved_goes_on_and_training_then_uses_its_winner(
+    project: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("faults", 2)
     first, orphans = kill_in_the_middle(start(project, "tune"))
+    wait_for_trials(orphans)
+    old, project = project, project.rename(project.with_name("moved"))
     before = trained_at(project)
     assert before
     assert 0 < len(ended(first, "finished")) < NUM_TRIALS, first
@@ -111,6 +131,7 @@ def test_a_killed_search_goes_on_and_its_winner_is_what_training_then_uses(proje
     for how in ("finished", "stopped"):  # the verdicts before the kill still stand
         assert ended(first, how) <= {int(row["trial"]) for row in trials if row["ended"] == how}
     assert "Traceback" not in first + second
+    assert not old.exists()
 
     comparison = json.loads((project / "artifacts/tune/comparison.json").read_text())
     winner = comparison["winner"]

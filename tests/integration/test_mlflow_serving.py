@@ -74,7 +74,7 @@ def server(*arguments: str, answers: str, home: Path, **extra: str) -> Iterator[
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "HOME": str(home),
         "PYTHONPATH": str(home),  # not the project: the model must bring its own package
-        **tracking.ENVIRONMENT,
+        **mlflow_store.ENVIRONMENT,
         **extra,
     }
     with log.open("w") as output:

@@ -119,6 +119,7 @@ def test_a_source_npz_of_pickles_is_refused_and_nothing_loaded(tmp_path):
         read(tmp_path / "a.npz")
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("left", [40, 200, 3000])
 def test_a_source_array_that_ends_early_is_one_clear_error(tmp_path, left):
     file = save(tmp_path, COLOURS)
@@ -134,7 +135,11 @@ def test_a_source_npz_that_unpacks_without_measure_is_refused(tmp_path, monkeypa
         read(tmp_path / "a.npz")
 
 
-def test_damage_anywhere_in_a_source_array_or_table_is_one_clear_error_or_other_pixels(tmp_path):
+@pytest.mark.fault("damaged files")
+def test_damage_anywhere_in_a_source_array_or_table_is_one_clear_error_or_other_pixels(
+    tmp_path, record_property
+):
+    record_property("faults", 3 * 60)
     np.save(tmp_path / "plain.npy", COLOURS)
     np.savez_compressed(tmp_path / "packed.npz", images=COLOURS, labels=np.arange(7))
     rows = [{"bytes": encode(image), "path": "a.png"} for image in COLOURS]

@@ -135,7 +135,7 @@ def test_shards_and_row_groups_are_bounded(tmp_path, monkeypatch):
         ("nowhere/at/all", "data.source nowhere/at/all not found (a path counts from"),
         ("kaggle:only-a-name", "kaggle:only-a-name is no data set: expected kaggle:owner/name"),
         ("kaggle:../../etc", "expected kaggle:owner/name"),
-        ("s3://", "expected s3://bucket or s3://bucket/prefix"),
+        ("s3://", "expected s3://bucket, s3://bucket/prefix"),
         ("http://example.org/set.zip", "is not encrypted: use https://"),
     ],
 )
@@ -257,7 +257,11 @@ def without_privileges() -> Iterator[None]:
         os.seteuid(user)
 
 
-def test_a_source_folder_or_file_without_permission_is_named():
+@pytest.mark.fault("damaged files")
+def test_a_source_folder_or_file_without_permission_is_listed_and_the_rest_is_read(
+    record_property,
+):
+    record_property("faults", 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -267,10 +271,17 @@ def test_a_source_folder_or_file_without_permission_is_named():
             found = list(read_folder(folder / "set"))
         assert found[0] == Skipped("sub/0000.png", "not readable: Permission denied")
         assert found[1].source == "sub/0001.png"
+        write_folder(folder / "set/other", blocks(1))
         (folder / "set/sub").chmod(0)
-        message = r"/set/sub cannot be read \(Permission denied\): make it readable, `chmod"
+        with without_privileges():
+            found = list(read_folder(folder / "set"))
+        assert found[0] == Skipped("sub", "folder not readable: Permission denied")
+        assert [entry.source for entry in found[1:]] == ["other/0000.png"]
+        (folder / "set").chmod(0)
+        message = r"/set cannot be read \(Permission denied\): make it readable, `chmod"
         with without_privileges(), pytest.raises(UserError, match=message):
             list(read_folder(folder / "set"))
+        (folder / "set").chmod(0o755)
         (folder / "set/sub").chmod(0o755)
 
 

@@ -35,6 +35,7 @@ from pipelines.download import download
 from pipelines.errors import UserError
 from pipelines.names import shown
 from pipelines.preprocess import preprocess
+from tests.faulty_decoder import FAULTY_DECODER
 from tests.pictures import blocks, encode, write_folder
 
 CONFIG = PreprocessConfig(
@@ -329,6 +330,7 @@ def test_a_source_of_12_bits_in_16_gets_a_warning_with_the_range_and_the_setting
     assert manifest["value_range"] == "0..4095"
 
 
+@pytest.mark.fault("damaged files")
 def test_lack_of_memory_ends_the_run_with_the_cure_and_drops_no_source(tmp_path):
     script = """
 import resource, sys
@@ -647,6 +649,7 @@ def test_what_a_user_can_cure_is_one_clear_error(tmp_path, change, message):
     assert not (tmp_path / "shards").exists()
 
 
+@pytest.mark.fault("damaged files")
 def test_a_missing_or_changed_snapshot_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"manifest.json not found: run the stage download first"):
         run(tmp_path / "raw", tmp_path)
@@ -656,7 +659,14 @@ def test_a_missing_or_changed_snapshot_is_one_clear_error(tmp_path):
         run(raw, tmp_path)
 
 
-def start_stage(folder: Path, raw: Path, *, prologue: str = "pass") -> subprocess.Popen[str]:
+def start_stage(
+    folder: Path,
+    raw: Path,
+    *,
+    prologue: str = "pass",
+    processes: int | None = 2,
+    path: str = "",
+) -> subprocess.Popen[str]:
     """The stage in a process of its own, with two workers."""
     script = folder / "stage.py"
     script.write_text(
@@ -666,10 +676,10 @@ def start_stage(folder: Path, raw: Path, *, prologue: str = "pass") -> subproces
         "from tests.pipelines.test_preprocess import run\n"
         "if __name__ == '__main__':\n"
         f"    {prologue}\n"
-        "    run_stage(lambda: run(Path(sys.argv[1]), Path(sys.argv[2]), processes=2))\n"
+        f"    run_stage(lambda: run(Path(sys.argv[1]), Path(sys.argv[2]), processes={processes}))\n"
     )
     command = [sys.executable, str(script), str(raw), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    environment = os.environ | {"PYTHONPATH": f"{path}{Path.cwd()}"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -689,6 +699,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("killed processes")
 def test_killed_half_way_the_next_run_gives_the_same_bytes_and_no_worker_stays(faces, tmp_path):
     process = start_stage(tmp_path, faces / "raw")
     wait_until(lambda: parts(tmp_path))
@@ -701,6 +712,83 @@ def test_killed_half_way_the_next_run_gives_the_same_bytes_and_no_worker_stays(f
     assert hashes(tmp_path) == hashes(faces)
 
 
+def decode_badly(folder: Path, images: Path) -> tuple[int, str]:
+    """The stage on some images, each of them a piece, with a decoder that ends its process."""
+    raw = snapshot(images, folder)
+    (folder / "faulty").mkdir()
+    (folder / "faulty/sitecustomize.py").write_text(FAULTY_DECODER)
+    process = start_stage(folder, raw, processes=None, path=f"{folder / 'faulty'}:")
+    _, error = process.communicate()
+    return process.returncode, error
+
+
+@pytest.mark.slow
+@pytest.mark.fault("killed processes")
+def test_files_that_crash_the_decoder_are_left_out_by_name_and_the_rest_is_kept(
+    tmp_path, monkeypatch, record_property
+):
+    record_property("faults", 2)
+    monkeypatch.setattr(download_stage, "ROW_GROUP_BYTES", 8_000)
+    images = write_folder(tmp_path / "images", blocks(30))
+    for name in ("0003.png", "0021.png"):
+        (images / name).write_bytes(encode(Image.new("RGB", (17, 19), "red")) + name.encode())
+    code, error = decode_badly(tmp_path, images)
+    assert code == 0, error
+    reason = "cannot be decoded: the decoder crashes (SIGSEGV)"
+    assert quarantine(tmp_path) == {"0003.png": reason, "0021.png": reason}
+    assert error.count(" is left out: the decoder crashes at it (SIGSEGV)") == 2
+    assert "Traceback" not in error
+    assert len(split_of_each_image(tmp_path)) == 28
+
+
+@pytest.mark.slow
+@pytest.mark.fault("killed processes")
+def test_a_decoding_process_that_is_killed_names_the_file_and_drops_no_source(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(download_stage, "ROW_GROUP_BYTES", 8_000)
+    images = write_folder(tmp_path / "images", blocks(30))
+    (images / "0021.png").write_bytes(encode(Image.new("RGB", (17, 23))))
+    code, error = decode_badly(tmp_path, images)
+    assert code == 1
+    assert error.splitlines()[-1] == (
+        "error: a decoding process was killed while it decoded 0021.png, perhaps for lack of "
+        "memory: lower preprocess.max_pixels or free some, then run the same command again"
+    )
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.fault("killed processes")
+def test_a_decoding_process_that_is_killed_once_is_no_end(faces, tmp_path):
+    process = start_stage(tmp_path, faces / "raw")
+    wait_until(lambda: list(tmp_path.glob("runs/preprocess-*/*.at")))
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
+    workers[0].kill()
+    process.communicate()
+    assert process.returncode == 0
+    assert hashes(tmp_path) == hashes(faces)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("killed processes")
+def test_a_decoder_that_crashes_at_every_file_ends_the_run(tmp_path):
+    images = write_folder(tmp_path / "images", blocks(1))
+    for number in range(30):
+        png = encode(Image.new("RGB", (17, 19), (number, 0, 0)))
+        (images / f"crash-{number:02d}.png").write_bytes(png)
+    code, error = decode_badly(tmp_path, images)
+    assert code == 1
+    last = error.splitlines()[-1]
+    assert last.startswith("error: the image decoder crashed at 5 files and now at crash-05.png")
+    assert "Traceback" not in error
+
+
+@pytest.mark.fault("damaged files")
 def test_finished_parts_are_used_again_and_missing_or_damaged_ones_are_made(faces, tmp_path):
     shards = json.loads((faces / "raw/manifest.json").read_text())["shards"]
 
@@ -727,6 +815,7 @@ def test_a_failed_run_keeps_its_parts_and_one_under_other_parameters_clears_them
 
 
 @pytest.mark.slow
+@pytest.mark.fault("disk full")
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_folder(faces, tmp_path):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
     process = start_stage(tmp_path, faces / "raw", prologue=limit)
@@ -738,6 +827,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_written_folder(faces, 
 
 
 @pytest.mark.slow
+@pytest.mark.fault("killed processes")
 def test_interrupted_by_the_user_it_ends_quietly_without_a_worker_left(faces, tmp_path):
     process = start_stage(tmp_path, faces / "raw")
     wait_until(lambda: parts(tmp_path))

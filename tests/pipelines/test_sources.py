@@ -1,14 +1,18 @@
 import gzip
 import io
 import os
+import shutil
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import tempfile
 import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -79,6 +83,7 @@ def test_a_folder_gives_every_file_with_its_path_shallow_ones_first(tmp_path):
     assert outcome(read_folder(tmp_path))["a/x.png"] == b"a/x.png"
 
 
+@pytest.mark.fault("damaged files")
 def test_a_pipe_in_a_source_folder_is_listed_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     assert outcome(read_folder(tmp_path)) == {"pipe.png": "special file"}
@@ -103,6 +108,7 @@ def test_links_in_a_source_folder_are_followed_to_images_archives_and_folders(tm
     }
 
 
+@pytest.mark.fault("damaged files")
 def test_links_in_a_source_folder_that_lead_in_a_circle_end(tmp_path):
     folder = tmp_path / "images"
     (folder / "a/b").mkdir(parents=True)
@@ -125,6 +131,81 @@ def test_a_link_to_another_file_system_is_not_followed_from_a_source_folder(tmp_
     assert outcome(read_folder(tmp_path)) == {"other": reason, "null.png": reason}
 
 
+@pytest.mark.fault("damaged files")
+def test_paths_longer_than_the_system_allows_are_listed_and_the_rest_is_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    step = "d" * 250
+    handles = [os.open(tmp_path, os.O_RDONLY)]
+    try:
+        for _ in range(18):  # more than 4,096 bytes
+            os.mkdir(step, dir_fd=handles[-1])
+            handles.append(os.open(step, os.O_RDONLY, dir_fd=handles[-1]))
+            picture = os.open("b.png", os.O_WRONLY | os.O_CREAT, dir_fd=handles[-1])
+            os.write(picture, PNG)
+            os.close(picture)
+        found = outcome(read_folder(tmp_path))
+    finally:
+        for handle in reversed(handles[:-1]):  # which pytest could not remove either
+            inner = os.open(step, os.O_RDONLY, dir_fd=handle)
+            os.unlink("b.png", dir_fd=inner)
+            os.close(inner)
+            os.rmdir(step, dir_fd=handle)
+        for handle in handles:
+            os.close(handle)
+    reasons = {content for content in found.values() if content != PNG}
+    assert found["a.png"] == PNG
+    assert reasons == {"folder not readable: File name too long"}
+    assert len(found) > 10
+
+
+READS_BAD_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+from pipelines.errors import UserError
+from pipelines.sources import read_folder
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/mem", folder / sys.argv[2]], check=True)
+try:
+    for entry in read_folder(folder):
+        print(entry.source, getattr(entry, "reason", "read"), sep=": ")
+except UserError as error:
+    print("error", error, sep=": ")
+"""
+
+
+@pytest.mark.fault("damaged files")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("b.png", "b.png: not readable: Input/output error"),
+        ("b.zip", "error: b.zip cannot be read (Input/output error): check its disk"),
+    ],
+)
+def test_a_source_file_at_a_bad_place_of_the_disk_is_named(tmp_path, name, told):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / name).touch()
+    alone = ["unshare", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("only root can put a bad disk below a file")
+    command = [*alone, sys.executable, "-c", READS_BAD_DISK, str(tmp_path), name]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "a.png: read"
+    assert done.stdout.splitlines()[1].startswith(told)
+
+
+@pytest.mark.fault("damaged files")
+def test_an_encrypted_array_in_a_source_is_one_clear_error(tmp_path):
+    file = io.BytesIO()
+    np.savez(file, images=np.zeros((2, 16, 16, 3), np.uint8))
+    content = bytearray(file.getvalue())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the mark in the directory
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"set.npz is damaged .*encrypted"):
+        list(read_archive(tmp_path / "set.npz", "set.npz"))
+
+
 def test_a_file_name_that_is_no_unicode_is_a_source_like_any_other(tmp_path):
     for folder, name in (("folder", b"caf\xe9.png"), ("folder/b\xfccher", b"a.png")):
         where = tmp_path / os.fsdecode(folder.encode("latin-1"))
@@ -145,6 +226,7 @@ def test_a_folder_of_hidden_files_is_one_line_and_not_looked_into(tmp_path):
     assert outcome(read_folder(tmp_path)) == {".git": reason, "lost+found": reason}
 
 
+@pytest.mark.fault("damaged files")
 def test_a_source_file_that_vanishes_or_grows_while_it_is_read_is_listed(tmp_path, monkeypatch):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(PNG)
@@ -179,6 +261,7 @@ def test_a_tar_that_ends_with_a_zip_is_read_as_a_tar(tmp_path):
     assert found == {"b.png": b"b", "a.png": b"a"}
 
 
+@pytest.mark.fault("names from outside")
 @pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_any_name_in_a_source_archive_is_kept_as_text_and_nothing_is_written(tmp_path, make):
     contents = {name: name.encode() for name in ODD_NAMES}
@@ -267,6 +350,7 @@ def test_files_of_operating_systems_are_listed(tmp_path, make):
     assert found == dict.fromkeys(SYSTEM, "hidden or system file")
 
 
+@pytest.mark.fault("damaged files")
 def test_links_and_devices_in_archives_are_listed(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, kind in {
@@ -315,6 +399,7 @@ def test_a_decompression_bomb_in_a_zip_is_listed_and_one_in_a_tar_ends_the_run(
         read(bomb)
 
 
+@pytest.mark.fault("damaged files")
 def test_a_zip_whose_entries_share_their_bytes_is_a_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(entries, "MAX_FILE_BYTES", 4 * 1024**2)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -324,6 +409,7 @@ def test_a_zip_whose_entries_share_their_bytes_is_a_decompression_bomb(tmp_path,
         read(tmp_path / "a.zip")
 
 
+@pytest.mark.fault("damaged files")
 def test_a_zip_that_lies_about_sizes_does_not_get_more_than_it_says(tmp_path):
     file = make_zip(tmp_path / "lies.zip", {"a.png": bytes(5 * 1024**2)})
     content = bytearray(file.read_bytes())
@@ -333,6 +419,7 @@ def test_a_zip_that_lies_about_sizes_does_not_get_more_than_it_says(tmp_path):
     assert read(file)["a.png"].startswith("damaged in the archive")
 
 
+@pytest.mark.fault("damaged files")
 def test_an_encrypted_or_damaged_zip_entry_is_listed_and_the_rest_read(tmp_path):
     file = make_zip(tmp_path / "a.zip", {"a.png": b"a" * 99, "b.png": b"b" * 99, "c.png": b"c"})
     content = bytearray(file.read_bytes())
@@ -346,6 +433,7 @@ def test_an_encrypted_or_damaged_zip_entry_is_listed_and_the_rest_read(tmp_path)
     assert found["c.png"] == b"c"
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
 def test_an_archive_that_ends_early_is_one_clear_error(tmp_path, mode):
     contents = {f"{i}.png": os.urandom(5000) for i in range(20)}
@@ -355,6 +443,7 @@ def test_an_archive_that_ends_early_is_one_clear_error(tmp_path, mode):
         read(file)
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("member", [1, 15, 29])
 def test_a_bad_header_in_a_tar_is_an_error_and_not_its_end(tmp_path, member):
     file = make_tar(tmp_path / "a.tar", {f"{i}.png": b"%d" % i for i in range(30)})
@@ -365,6 +454,7 @@ def test_a_bad_header_in_a_tar_is_an_error_and_not_its_end(tmp_path, member):
         read(file)
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("bytes_left", [10 * 1024, 10 * 1024 - 512, 10 * 1024 + 100])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_tar_without_its_end_is_an_error_wherever_it_was_cut(tmp_path, bytes_left, pack):
@@ -374,6 +464,7 @@ def test_a_tar_without_its_end_is_an_error_wherever_it_was_cut(tmp_path, bytes_l
         read(file)
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_the_checksum_at_the_end_of_a_compressed_tar_is_checked(tmp_path, mode):
     file = make_tar(tmp_path / "a.tar", {"a.png": bytes(100_000)}, mode)
@@ -385,6 +476,7 @@ def test_the_checksum_at_the_end_of_a_compressed_tar_is_checked(tmp_path, mode):
         read(file)
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 @pytest.mark.parametrize("size", [archives.MAX_HEADER_BYTES + 1, 2**35, -512])
 def test_a_long_header_in_a_tar_is_refused_before_it_is_read(tmp_path, kind, size):
@@ -408,6 +500,7 @@ def test_long_names_in_a_tar_are_read(tmp_path):
         assert read(tmp_path / "a.tar") == contents
 
 
+@pytest.mark.fault("damaged files")
 def test_a_negative_size_in_a_tar_does_not_send_the_reader_back(tmp_path):
     negative = tarfile.TarInfo("a.png")
     negative.size = -1024
@@ -416,6 +509,7 @@ def test_a_negative_size_in_a_tar_does_not_send_the_reader_back(tmp_path):
         read(tmp_path / "a.tar")
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_damaged_zip_entry_is_listed_however_it_is_packed(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
@@ -429,6 +523,7 @@ def test_a_damaged_zip_entry_is_listed_however_it_is_packed(tmp_path, method):
     assert found["b.png"] == b"b"
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("header", [b"PK\x01\x02", b"PK\x03\x04"])
 def test_a_zip_name_that_only_claims_to_be_utf8_is_no_traceback(tmp_path, header):
     file = make_zip(tmp_path / "a.zip", {"é.png": b"a", "b.png": b"b"})
@@ -450,14 +545,16 @@ def test_a_zip_entry_without_a_name_is_a_source_that_gets_one(tmp_path):
     assert list(without_repetitions(read_archive(file, ""))) == [RawFile("unnamed", b"x")]
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=3))
 def test_damage_anywhere_is_one_error_or_listed_and_loses_nothing_in_silence(
-    tmp_path, mode, places
+    tmp_path, record_property, mode, places
 ):
+    record_property("faults", 40)
     contents = {f"{i}{'long' * 30}.png": b"%d" % i * 99 for i in range(5)}
     file = tmp_path / "archive"
     make_zip(file, contents) if mode == "zip" else make_tar(file, contents, mode)
@@ -475,6 +572,7 @@ def test_damage_anywhere_is_one_error_or_listed_and_loses_nothing_in_silence(
         assert set(read) <= set(contents.values())
 
 
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("left", [0.1, 0.5, 0.95])
 def test_a_source_zip_that_was_cut_off_says_so(tmp_path, left):
     file = make_zip(tmp_path / "a.zip", {f"{i}.png": os.urandom(500) for i in range(9)})
@@ -550,6 +648,7 @@ def test_archives_in_a_source_give_their_files_as_if_unpacked_where_they_lie(tmp
     }
 
 
+@pytest.mark.fault("damaged files")
 def test_a_damaged_archive_in_a_source_ends_the_run_and_names_itself(tmp_path):
     inner = make_tar(tmp_path / "inner", {"a.png": os.urandom(9000)}, "w:gz").read_bytes()
     (tmp_path / "set").mkdir()
@@ -564,6 +663,7 @@ def test_a_damaged_archive_in_a_source_ends_the_run_and_names_itself(tmp_path):
         read(outer)
 
 
+@pytest.mark.fault("damaged files")
 def test_bombs_within_a_source_archive_count_against_the_outer_one(tmp_path, monkeypatch):
     monkeypatch.setattr(entries, "MAX_FILE_BYTES", 1024**2)
     inner = make_zip(tmp_path / "inner", {f"{i}": b"%d" % i * 2**18 for i in range(6)})

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -181,6 +182,15 @@ def test_a_dry_run_shows_everything_and_then_what_would_be_refused(project, caps
     with pytest.raises(UserError, match="would be refused: aegan/hosts is a link that leads out"):
         submit.main(["--dry-run"])
     assert "aegan/losses.py" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_of_a_dry_run_is_no_error(project):
+    code = "from pipelines.cli import main; main()"
+    command = f"'{sys.executable}' -u -c '{code}' submit --dry-run | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(PARAMS.parent)}
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("would be shipped: 4 files")
+    assert done.stderr == ""
 
 
 @pytest.mark.fault("other users")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines import entries
-from pipelines.entries import RawFile, Skipped
+from pipelines.entries import NoImagesError, RawFile, Skipped
 from pipelines.errors import UserError
 from pipelines.sources import read_archive, read_folder
 from tests.pictures import blocks, encode
@@ -151,6 +151,16 @@ def test_a_source_table_without_images_says_what_it_has_and_what_was_expected(
         read(write(tmp_path / "a", pa.table(columns)))
 
 
+@pytest.mark.fault("damaged files")
+@pytest.mark.parametrize("names", [["image", "image"], ["image", "label", "label"]])
+def test_a_source_table_with_two_columns_of_one_name_says_so(tmp_path, names):
+    columns = [pa.array([b"a"]), *([pa.array([1])] * (len(names) - 1))]
+    file = write(tmp_path / "a", pa.Table.from_arrays(columns, names=names))
+    with pytest.raises(NoImagesError, match=rf"has several columns of one name \({names[-1]}\)"):
+        read(file)
+
+
+@pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("place", [2, 8, 300, 900])
 def test_a_damaged_source_table_is_one_clear_error(tmp_path, place):
     file = write(tmp_path / "a", hugging_face(IMAGES))
