@@ -28,10 +28,11 @@ test-cluster: .venv/installed ## a Ray cluster on this machine that loses worker
 test-faults: .venv/installed ## every fault and attack of docs/reliability.md and docs/security.md, with their counts
 	$(BIN)/python -m pytest -m fault
 
-check: .venv/installed ## format, lint, types
+check: .venv/installed ## format, lint, types, declared dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
 
 mlflow: export PORT := $(PORT)
 mlflow: .venv/installed ## open the MLflow page on this machine (PORT=5000); it asks for the password shown
