@@ -27,7 +27,7 @@ def test_shapes_and_ranges_fit_together_at_every_size(architecture, image_size, 
     assert model.image_discriminator(x).shape == model.latent_discriminator(z).shape == (2, 1)
 
 
-def test_the_paper_preset_at_64_pixels_has_the_layers_of_the_paper():
+def test_the_paper_architecture_at_64_pixels_has_the_layers_of_the_paper():
     config = ModelConfig(architecture="paper", latent_dim=16, base_channels=64)
     model = AEGAN(config, image_size=64, image_channels=3)
     generator = [layer.weight.shape for layer in model.generator.convolutions]
