@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from aegan import checkpoint
+from aegan import checkpoint, training_log
 from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, TrainConfig, identity
 from aegan.dataset import read_manifest
@@ -39,6 +39,7 @@ from pipelines.outputs import SHARDS, TRAIN
 from pipelines.run_folder import is_complete, keep_facts, publish, write_facts, write_log
 from pipelines.run_store import (
     CHECKPOINTS,
+    LOG,
     OUTCOME,
     STOP,
     RunStore,
@@ -390,7 +391,9 @@ def _run(
         outcome = json.loads((run_folder / OUTCOME).read_text(encoding="utf-8"))
     else:
         reason = explain(results[0]) if results else "no worker said why"
-        raise UserError(f"training failed: {reason}")
+        rows = training_log.read(run_folder / LOG)
+        seen = f"last seen at step {rows[-1]['step']}" if rows else "no step was logged"
+        raise UserError(f"training failed ({seen}): {reason}")
     shutil.rmtree(run_folder / "ray", ignore_errors=True)
     return outcome
 
