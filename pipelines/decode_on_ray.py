@@ -5,6 +5,7 @@ driver writes the same part files as `decode.py` would, in whatever order the pi
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -35,15 +36,18 @@ def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[Non
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the error says it
         # A block is a piece, and the result one row, which Ray Data neither joins nor splits.
         listings = ray.data.from_arrow([_listing(*numbered) for numbered in enumerate(pieces)])
-        parts = listings.map_batches(
-            _decode_piece,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_args=(config, PIL.__version__),
-            num_cpus=1,
-            max_retries=LOST_TASKS,
-            runtime_env={"env_vars": shipped_environment()},
-        )
+        with warnings.catch_warnings():
+            # Ray Data has no other way yet to end: by itself it tries a lost task for ever.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args")
+            parts = listings.map_batches(
+                _decode_piece,
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_args=(config, PIL.__version__),
+                num_cpus=1,
+                max_retries=LOST_TASKS,
+                runtime_env={"env_vars": shipped_environment()},
+            )
         try:
             for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for number, part, problem in zip(*batch.columns, strict=True):
