@@ -108,8 +108,8 @@ def test_clean_removes_what_runs_wrote_and_never_a_picture(project, capsys):
 
 
 def test_make_clean_needs_no_environment_and_keeps_the_source(tmp_path):
-    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
-    (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
+    for name in ("aegan", "pipelines", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
     picture = _write(tmp_path / "data/my_faces/a.png")
     _write(tmp_path / "artifacts/raw/manifest.json")
     base = f"PYTHON={Path(sys.base_prefix) / 'bin/python3'}"
