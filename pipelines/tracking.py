@@ -279,7 +279,7 @@ def _create_version(
     other is taken back here, by whoever made it.
     """
     _experiment(mlflow, experiment)
-    run = None
+    run = made = None
     try:
         tags = {**record.run_tags, **identity}
         with mlflow.start_run(run_name=record.run_name, tags=tags) as run:
@@ -300,6 +300,8 @@ def _create_version(
         first = _find_version(mlflow, client, model_name, record.content_sha256)
         if not first or not run or first.run_id == run.info.run_id:
             raise
+        if made:  # after the other had looked for it
+            client.delete_model_version(model_name, made.version)
         return first
     first = _find_version(mlflow, client, model_name, record.content_sha256)
     if first and first.number != str(made.version):
