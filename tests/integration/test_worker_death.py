@@ -41,7 +41,8 @@ def test_a_worker_that_is_killed_for_good_is_one_line_with_what_to_lower(tmp_pat
     project = make(tmp_path)
     process = start(project)
     deadline = time.monotonic() + 120
-    while not list(project.glob("runs/*/metrics.jsonl")):  # one that has not begun is started anew
+    # One that has not begun is started anew.
+    while not any(log.stat().st_size for log in project.glob("runs/*/metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     (worker,) = train_workers(psutil.Process(process.pid).children(recursive=True))
