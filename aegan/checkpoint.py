@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aegan.files import flush, save_tensors, sha256_of
-from aegan.files import write_json as write_json  # until the callers name its owner
+from aegan.files import flush, remove, save_tensors, sha256_of
 
 TENSORS, STATE = "state.safetensors", "state.json"
 
@@ -38,7 +37,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     """Write one checkpoint aside, flush it to the disk, then rename it into place."""
     final = path_of(folder, step)
     aside = folder / f".{final.name}.tmp"
-    _remove(aside)
+    remove(aside)
     aside.mkdir(parents=True)
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -52,12 +51,12 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk, room for saying so
         raise
     replaced = folder / f".{final.name}.old"  # not removed before the new one is in its place
-    _remove(replaced)
+    remove(replaced)
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
     flush(folder)
-    _remove(replaced)
+    remove(replaced)
     return final
 
 
@@ -141,9 +140,9 @@ def forget_after(folder: Path, step: int) -> None:
     """Drop checkpoints of steps that a run which goes on from `step` reaches again."""
     for later in steps(folder):
         if later > step:
-            _remove(path_of(folder, later))
+            remove(path_of(folder, later))
     for left_over in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")):
-        _remove(left_over)
+        remove(left_over)
 
 
 def prune(folder: Path, *, kept: int, interval: int, best: int | None) -> None:
@@ -151,7 +150,7 @@ def prune(folder: Path, *, kept: int, interval: int, best: int | None) -> None:
     found = steps(folder)
     regular = [step for step in found if step % interval == 0]
     for step in set(found) - {*found[-1:], *regular[-kept:], best}:
-        _remove(path_of(folder, step))
+        remove(path_of(folder, step))
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -185,14 +184,6 @@ def _damaged(checkpoint: Path, reason: Exception) -> CheckpointError:
     if isinstance(reason, FileNotFoundError):
         text = f"{Path(reason.filename).name} is missing"
     return CheckpointError(f"{checkpoint} is damaged ({text})")
-
-
-def _remove(path: Path) -> None:
-    """A file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sha256_of_state(state: dict[str, Any]) -> str:

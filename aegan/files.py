@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,14 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         if reason is None:
             raise
         raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(file)) from None
+
+
+def remove(path: Path) -> None:
+    """A file or folder, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256_of(file: Path) -> str:

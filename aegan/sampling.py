@@ -43,16 +43,24 @@ def read_images(
     return torch.from_numpy(np.stack(images))
 
 
+def decode_file(content: bytes, model: AEGAN, *, max_pixels: int) -> np.ndarray:
+    """An image file, prepared as the model's training images were => uint8 [H, W, C].
+
+    Raises UnusableImageError.
+    """
+    return decode_image(
+        content,
+        image_size=model.image_size,
+        image_channels=model.image_channels,
+        fit=model.fit,
+        max_pixels=max_pixels,
+        value_range=model.value_range,
+    )
+
+
 def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
     try:
-        return decode_image(
-            path.read_bytes(),
-            image_size=model.image_size,
-            image_channels=model.image_channels,
-            fit=model.fit,
-            max_pixels=max_pixels,
-            value_range=model.value_range,
-        )
+        return decode_file(path.read_bytes(), model, max_pixels=max_pixels)
     except UnusableImageError as error:
         raise UnusableImageError(f"{path}: {error}") from None
     except OSError as error:

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan.image_files import UnusableImageError, decode_image, work_of
+from aegan.image_files import UnusableImageError, work_of
 from aegan.images import to_pil
 from aegan.networks import AEGAN
 from aegan.sampling import (
     MAX_SEED,
     InterpolationPath,
     decode,
+    decode_file,
     encode,
     interpolate,
     random_latents,
@@ -267,16 +268,7 @@ def read_images(rows: Sequence[Any], model: AEGAN) -> Tensor:
     images = []
     for row, content in enumerate(files):
         with _about_image(row):
-            images.append(
-                decode_image(
-                    content,
-                    image_size=model.image_size,
-                    image_channels=model.image_channels,
-                    fit=model.fit,
-                    max_pixels=MAX_PIXELS,
-                    value_range=model.value_range,
-                )
-            )
+            images.append(decode_file(content, model, max_pixels=MAX_PIXELS))
     return torch.from_numpy(np.stack(images))
 
 

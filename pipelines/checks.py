@@ -46,11 +46,11 @@ def before_training() -> None:
             log.warning("%s: %s; %s", finding.subject, finding.found, finding.cure)
 
 
-def of_this_machine(*, private_ray: bool | None = None) -> Iterator[Finding]:
+def of_this_machine() -> Iterator[Finding]:
     """What a run here needs, whichever cluster trains; for a private Ray its own needs too."""
     yield memory()
     yield disk(Path.cwd())
-    if private_ray if private_ray is not None else not os.environ.get("RAY_ADDRESS"):
+    if not os.environ.get("RAY_ADDRESS"):
         yield attempt("Ray's folder", cluster.private_place, "set RAY_TMPDIR")
         yield shared_memory()
 

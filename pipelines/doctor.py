@@ -60,7 +60,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("ok", "params.yaml", "every key is there and of its type")
     yield _packages(job.locked_versions(job.REQUIREMENTS), "make run (it installs them)")
     address = os.environ.get("RAY_ADDRESS", "")
-    yield from checks.of_this_machine(private_ray=not address)
+    yield from checks.of_this_machine()
     if not address:
         yield checks.cores(compute)
         yield checks.gpus(compute)
@@ -99,8 +99,9 @@ def _mlflow() -> Finding:
     """Whether the registry answers and lets this user in."""
     from pipelines import mlflow_store, tracking
 
-    uri = mlflow_store.tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    file = mlflow_store.database_file()
+    if file and not file.exists():
+        uri = mlflow_store.tracking_uri()
         return Finding("ok", "MLflow", f"{uri} is made by the first `register`")
     return attempt("MLflow", tracking.check_store)
 
@@ -124,17 +125,14 @@ def _by_job(address: str) -> Iterator[Finding]:
         files = shipment.shipped_files()
         yield Finding("ok", "Ray", f"{address} answers and takes this token")
         name = f"aegan-doctor-{uuid.uuid4().hex[:12]}"
-        with tempfile.TemporaryDirectory() as folder:
-            package = Path(folder) / "files.zip"
-            shipment.write_package(files, package)
-            ray_jobs.start(
-                client,
-                name,
-                command="python -m pipelines.doctor --nodes",
-                package=package,
-                variables={},
-                packages=[],
-            )
+        ray_jobs.start(
+            client,
+            name,
+            command="python -m pipelines.doctor --nodes",
+            files=files,
+            variables={},
+            packages=[],
+        )
         status, output = ray_jobs.wait(client, name, seconds=JOB_SECONDS)
     except UserError as error:
         yield Finding("fail", "Ray", str(error))

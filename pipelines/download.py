@@ -19,10 +19,11 @@ from PIL import Image
 
 from aegan import manifold
 from aegan.config import DataConfig
+from aegan.files import sha256_of
 from pipelines import locks, params, source_address, storage, web
 from pipelines.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
 from pipelines.errors import UserError, run_stage
-from pipelines.files import new_folder, sha256_of, write_json
+from pipelines.files import new_folder, write_json
 from pipelines.names import shown
 from pipelines.outputs import FOLDERS, PREPROCESS, RAW
 from pipelines.progress import progress

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aegan import files
-from aegan.files import sha256_of as sha256_of
+from aegan.files import sha256_of
 from pipelines import outputs
 from pipelines.errors import UserError
 
@@ -37,8 +37,7 @@ def hash_files(paths: Iterable[Path]) -> str:
     for path in paths:
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and file.suffix != ".pyc":
-                content = hashlib.sha256(file.read_bytes()).hexdigest()
-                digest.update(f"{file.relative_to(path.parent)}\0{content}\n".encode())
+                digest.update(f"{file.relative_to(path.parent)}\0{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -53,16 +53,20 @@ def file_of(module: str) -> Path | None:
 
 
 def _imports(module: str) -> Iterator[str]:
-    """The modules of ours that one imports, also inside functions, and the packages of those."""
+    """The modules of ours that one imports, also inside functions.
+
+    Of `from aegan import losses` that is `aegan.losses`, of `from aegan import load` it is `aegan`.
+    """
     file = file_of(module)
     for node in ast.walk(_tree(file)) if file else ():
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            within = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if file_of(name) else node.module for name in within]
         else:
             continue
-        yield from (name for name in names if file_of(name) is not None)
+        yield from (name for name in names if file_of(name))
 
 
 def _tree(file: Path) -> ast.Module:

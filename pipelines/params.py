@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from aegan import config
+from aegan import config, files
 from pipelines import locks, mlflow_names
 from pipelines.errors import UserError, run_stage
 
@@ -147,9 +147,7 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
     yaml.dump(document, text)
     for name, values in YAML(typ="safe").load(text.getvalue()).items():
         parse_section(name, values)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    aside.replace(path)
+    files.write_text(path, text.getvalue())
     return changed
 
 

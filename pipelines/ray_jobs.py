@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from pipelines import shipment
 from pipelines.errors import UserError
 from pipelines.names import shown
 
@@ -137,16 +139,18 @@ def start(
     job: str,
     *,
     command: str,
-    package: Path,
+    files: Mapping[str, bytes],
     variables: Mapping[str, str],
     packages: list[str],
 ) -> None:
-    """Start a job on the files of a zip archive, after Ray has installed the given packages."""
+    """Start a job on these files, after Ray has installed the given packages."""
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **variables}
-    runtime_env: dict[str, Any] = {"working_dir": str(package), "env_vars": environment}
-    if packages:
-        runtime_env["pip"] = packages
-    with clear_errors():
+    with TemporaryDirectory() as folder, clear_errors():
+        package = Path(folder) / "files.zip"
+        shipment.write_package(files, package)
+        runtime_env: dict[str, Any] = {"working_dir": str(package), "env_vars": environment}
+        if packages:
+            runtime_env["pip"] = packages
         try:
             client.submit_job(entrypoint=command, submission_id=job, runtime_env=runtime_env)
             log.info("job %s: submitted", job)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aegan import checkpoint, training_log
+from aegan import checkpoint, files, training_log
 from aegan.checkpoint import CheckpointError
 from aegan.config import TrainConfig
 from aegan.images import is_sound_png
@@ -96,7 +96,7 @@ def write_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None)
     if store and patiently(partial(store.read, FACTS)) != facts:
         patiently(partial(store.write, FACTS, facts))
     run_folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(run_folder / FACTS, facts)
+    files.write_json(run_folder / FACTS, facts)
 
 
 def publish(run_folder: Path, output: Path) -> None:
@@ -140,8 +140,8 @@ def publish(run_folder: Path, output: Path) -> None:
         for picture in filter(is_sound_png, sorted((run_folder / SAMPLES).glob("step-[0-9]*.png"))):
             shutil.copy(picture, folder / SAMPLES)
         _write_curves(rows, folder / "curves.csv")
-        checkpoint.write_json(folder / FACTS, {**facts, **summary})
-        checkpoint.write_json(folder / "metrics.json", {**losses, **scores, **summary})
+        files.write_json(folder / FACTS, {**facts, **summary})
+        files.write_json(folder / "metrics.json", {**losses, **scores, **summary})
     kind = "no validation images, so last" if best is None else "best"
     log.info("trained %d steps; %s checkpoint: step %d, in %s", last_step, kind, chosen, output)
 

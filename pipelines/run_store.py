@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from aegan import checkpoint, training_log
+from aegan import checkpoint, files, training_log
 from aegan.checkpoint import CheckpointError
 from pipelines.errors import UserError
 from pipelines.names import shown
@@ -186,10 +186,8 @@ class RunStore:
 
     def _download(self, name: str, file: Path, *, most_bytes: int | None = None) -> None:
         url = f"{self.url}/{check_name(name, origin=self.url, pattern=OBJECT)}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.tmp")
-        patiently(partial(download_object, url, aside, most_bytes=most_bytes))
-        aside.replace(file)
+        with files.new_file(file) as temporary:
+            patiently(partial(download_object, url, temporary, most_bytes=most_bytes))
 
     def _upload(self, file: Path, name: str) -> None:
         patiently(partial(upload_object, file, f"{self.url}/{name}"))
@@ -318,7 +316,7 @@ def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]
                 outcome = store.read(OUTCOME)
                 if _is_outcome(outcome) and outcome["driver"] == driver:
                     folder.mkdir(parents=True, exist_ok=True)
-                    checkpoint.write_json(folder / OUTCOME, outcome)
+                    files.write_json(folder / OUTCOME, outcome)
             except (OSError, StorageError) as error:
                 log.warning("progress is not shown: %s", error)
 

@@ -5,7 +5,6 @@ files: nothing that a registry holds is executed. `pipelines/endpoint.py` is wha
 """
 
 import argparse
-import hashlib
 import logging
 import socket
 from collections.abc import Sequence
@@ -17,7 +16,9 @@ from typing import Any
 import uvicorn
 
 import aegan
+from aegan import model_folder
 from aegan.config import RegisterConfig
+from aegan.files import sha256_of
 from pipelines import params, tracking
 from pipelines.errors import UserError, run_stage
 
@@ -73,8 +74,8 @@ def load(address: str) -> tuple[aegan.AEGAN, dict[str, Any]]:
         return model, {
             "model": address if registered else folder.name,
             "sha256": {
-                name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                for name in ("config.json", "ema.safetensors")
+                name: sha256_of(folder / name)
+                for name in (model_folder.CONFIG, model_folder.FILES["ema"])
             },
             "latent_dim": model.latent_dim,
             "image_size": model.image_size,

@@ -21,8 +21,9 @@ from filelock import FileLock
 
 from aegan.config import SPLITS
 from aegan.dataset import read_manifest
+from aegan.files import sha256_of
 from pipelines.errors import UserError
-from pipelines.files import new_folder, sha256_of
+from pipelines.files import new_folder
 from pipelines.outputs import FOLDERS, SHARDS
 from pipelines.outside import SHA256, UntrustedError, check_name, check_names, path_inside
 from pipelines.storage import (
@@ -36,14 +37,20 @@ from pipelines.storage import (
 )
 
 MANIFEST = "manifest.json"
+SHARDS_OF_NODE = "shards"
 SHARD = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5,}}\.parquet")
 
 log = logging.getLogger(__name__)
 
 
-def node_folder() -> Path:
+def node_path() -> Path:
     """Where a node keeps what it fetched: in its TMPDIR, for this user only."""
-    folder = Path(tempfile.gettempdir()) / f"aegan-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"aegan-{os.getuid()}"
+
+
+def node_folder() -> Path:
+    """That folder, which is made if it is not there; raises UserError if it is another user's."""
+    folder = node_path()
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()  # a link of another user's would lead us into our own files
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
@@ -77,7 +84,7 @@ def fetch_shards(storage: str, manifest: dict[str, Any]) -> Path:
     url = _address(storage, manifest)
     shards = checked_shards(manifest, origin="the driver's manifest of the shards")
     name = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    folder = node_folder() / "shards" / name
+    folder = node_folder() / SHARDS_OF_NODE / name
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not _is_whole(folder, manifest, shards):

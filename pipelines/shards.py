@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.files import new_file, sha256_of
+from aegan.files import sha256_of
+from pipelines.files import new_file
 
 
 def write_parquet(tables: Iterator[pa.Table], file: Path) -> None:

@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -178,17 +177,14 @@ def submit(
     if unknown := shipment.unknown_files():
         log.info("not shipped, since git does not know them (git add): %s", ", ".join(unknown))
     lock = files[str(REQUIREMENTS)].decode().splitlines() if install else []
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "files.zip"
-        shipment.write_package(files, package)
-        ray_jobs.start(
-            client,
-            job,
-            command=command,
-            package=package,
-            variables={COMMIT: shipment.git_commit(), **variables},
-            packages=[line for line in lock if "==" in line],
-        )
+    ray_jobs.start(
+        client,
+        job,
+        command=command,
+        files=files,
+        variables={COMMIT: shipment.git_commit(), **variables},
+        packages=[line for line in lock if "==" in line],
+    )
 
 
 def push_data(address: str) -> None:

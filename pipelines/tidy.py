@@ -7,7 +7,6 @@ one that is to go on: it stays until it has not been written to for `DAYS` (14).
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,13 +19,15 @@ from typing import TypeVar
 import psutil
 from filelock import FileLock, Timeout
 
-from pipelines import clean, locks, mlflow_files, mlflow_leftovers, outputs
+from aegan.files import remove
+from pipelines import clean, cluster, locks, mlflow_files, mlflow_leftovers, outputs, shard_store
 from pipelines.errors import UserError, run_stage
 from pipelines.names import shown
 
 DAYS = 14
 SESSION_DAYS = 1 / 24  # a younger session of Ray may be about to start its processes
-RAY_SESSIONS = ("ray/session_*", "aegan-ray-*")  # in TMPDIR or /tmp; private ones are of our own
+# In TMPDIR or /tmp; private ones are of our own.
+RAY_SESSIONS = ("ray/session_*", f"{cluster.PRIVATE_FOLDER}*")
 SYSTEM_TEMPORARY = Path("/tmp")
 DATABASE = Path("mlflow.db")
 DVC_CACHE, DVC_COPIES, RUNS = Path(".dvc/cache"), Path(".dvc/tmp/exps"), Path("runs")
@@ -132,7 +133,7 @@ def places(days: float) -> Iterator[Place]:
         unnamed=list(dead_ray_sessions()),
         remove=_remove,
     )
-    shards = Path(tempfile.gettempdir()) / f"aegan-{os.getuid()}" / "shards"
+    shards = shard_store.node_path() / shard_store.SHARDS_OF_NODE
     yield Place(
         name=str(shards),
         keeps=f"shards that a node fetched in the last {days:g} days, all while Ray is at work",
@@ -340,10 +341,7 @@ def _read_text(file: Path) -> str:
 
 def _remove(paths: list[Path]) -> None:
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _age(path: Path) -> str:

@@ -5,7 +5,6 @@ and validation images; the comparison at the end is the only thing that sees tes
 runs/<name>/, named by its content: the same command goes on, a changed one starts anew.
 """
 
-import ast
 import csv
 import hashlib
 import json
@@ -35,6 +34,7 @@ from pipelines import locks, params, tracking
 from pipelines.cluster import execution, ray_session
 from pipelines.errors import UserError, run_stage
 from pipelines.files import new_folder, write_json
+from pipelines.identity import code_sha256
 from pipelines.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.train import WORKER_ENVIRONMENT, run_name
 from pipelines.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
@@ -237,7 +237,7 @@ def settings_of(config: TrainConfig, names: list[str]) -> Settings:
 def search_name(start: TrainConfig, config: TuneConfig, dataset_sha256: str) -> str:
     """A name that changes with data, parameters, search space and code, and with nothing else."""
     folder = Path(__file__).parent
-    code = [ast.dump(ast.parse((folder / file).read_bytes())) for file in CODE]
+    code = code_sha256(folder / file for file in CODE)
     versions = [version(package) for package in ("ray", "optuna")]
     content = [run_name(start, dataset_sha256), asdict(config), code, versions]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from ray.train.v2._internal.execution.context import get_train_context
 
-from aegan import checkpoint
+from aegan import files
 from aegan.checkpoint import CheckpointError
 from aegan.config import ComputeConfig, ConfigError, TrainConfig
 from aegan.training_loop import DivergedError
@@ -145,6 +145,6 @@ class _Place:
                 outcome = {"error": str(error)}
         else:
             with suppress(OSError):  # a full disk: the returned value says the same
-                checkpoint.write_json(self.run_folder / OUTCOME, outcome)
+                files.write_json(self.run_folder / OUTCOME, outcome)
         self._lock.release()
         return outcome

@@ -1,11 +1,12 @@
 """The rules of docs/architecture.md that ruff cannot hold: who may import what."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+
+from pipelines import identity
 
 ROOT = Path(__file__).parent.parent
 OWNERS = {  # library => the only modules of pipelines/ that may import it
@@ -108,33 +109,9 @@ def test_the_library_needs_no_pipeline_package(path):
     assert roots & {*OWNERS, "dvc", "pipelines", "tests"} == set()
 
 
-def module_file(name: str) -> Path | None:
-    """The file of one of our modules, `aegan.images`; None for any other name."""
-    path = ROOT.joinpath(*name.split("."))
-    files = (path.with_suffix(".py"), path / "__init__.py")
-    return next((file for file in files if file.exists()), None)
-
-
-def our_modules_in(path: Path) -> Iterator[Path]:
-    """The files of the modules of ours that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            files = [module_file(alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            within = module_file(node.module)
-            files = [module_file(f"{node.module}.{alias.name}") or within for alias in node.names]
-        else:
-            continue
-        yield from (file for file in files if file)
-
-
 def code_of(stage: str) -> set[str]:
     """The files of all modules of ours that a stage imports, directly or through others."""
-    found, new = set(), {ROOT / f"pipelines/{stage}.py"}
-    while new:
-        found |= new
-        new = {file for path in new for file in our_modules_in(path)} - found
-    return {str(file.relative_to(ROOT)) for file in found}
+    return {str(file.relative_to(ROOT)) for file in identity.code_of([f"pipelines.{stage}"])}
 
 
 def dependencies_of(stage: str) -> set[str]:
