@@ -175,8 +175,8 @@ def test_with_the_password_page_and_registry_work(
 
 
 def test_make_mlflow_starts_this_page() -> None:
-    done = subprocess.run(
-        ["make", "--dry-run", "mlflow", "PORT=5055"],
+    done = subprocess.run(  # as also where `make test` runs this test
+        ["make", "--no-print-directory", "--dry-run", "mlflow", "PORT=5055"],
         cwd=ROOT,
         capture_output=True,
         text=True,
