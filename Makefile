@@ -14,7 +14,7 @@ submit: .venv/installed ## the same on the Ray cluster that RAY_ADDRESS names (d
 	@$(BIN)/python -m pipelines.submit
 
 doctor: .venv/installed ## what a run would find here and on the cluster: memory, disk, bucket, registry, nodes
-	@$(BIN)/python -m pipelines.doctor
+	@$(BIN)/python -m pipelines.project.doctor
 
 test: .venv/installed ## the whole test suite
 	$(BIN)/python -m pytest
@@ -36,7 +36,7 @@ check: .venv/installed ## format, lint, types, declared dependencies
 
 mlflow: export PORT := $(PORT)
 mlflow: .venv/installed ## open the MLflow page on this machine (PORT=5000); it asks for the password shown
-	@$(BIN)/python -m pipelines.mlflow_page $(if $(PORT),"$$PORT")
+	@$(BIN)/python -m pipelines.serving.mlflow_page $(if $(PORT),"$$PORT")
 
 serve: export MODEL := $(MODEL)
 serve: export PORT := $(PORT)
@@ -70,10 +70,10 @@ infra/.env: ## random passwords for infra/compose.yaml
 	infra/make_env.sh
 
 clean: ## remove the files that runs have written, and nothing else; .venv and MLflow's stay
-	@$(PYTHON) -m pipelines.clean
+	@$(PYTHON) -m pipelines.project.clean
 
 tidy: .venv/installed ## sizes of what runs leave behind, and what nothing names; YES=1 removes that, DAYS=14
-	@$(BIN)/python -m pipelines.tidy $(if $(YES),--yes) $(if $(DAYS),--days $(DAYS))
+	@$(BIN)/python -m pipelines.project.tidy $(if $(YES),--yes) $(if $(DAYS),--days $(DAYS))
 
 # A moved or copied project makes what names its folder anew; the packages are there already.
 ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
@@ -83,5 +83,5 @@ endif
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pipelines.environment
+	$(BIN)/python -m pipelines.project.environment
 	@echo "$(CURDIR)" > $@

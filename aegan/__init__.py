@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aegan.config import ConfigError
-    from aegan.image_files import UnusableImageError
-    from aegan.images import grid, save_animation, save_png
+    from aegan.data.image_files import UnusableImageError
     from aegan.model_folder import ModelError, load
     from aegan.networks import AEGAN
+    from aegan.pictures import grid, save_animation, save_png
     from aegan.priors import lerp, slerp
     from aegan.sampling import (
         decode,
@@ -57,22 +57,20 @@ __all__ = [
     "save_png",
     "slerp",
 ]
-
-
-_HOMES = ("config", "image_files", "images", "networks", "model_folder", "priors", "sampling")
+_HOMES = (  # the least costly to import first
+    "config",
+    "data.image_files",
+    "pictures",
+    "networks",
+    "model_folder",
+    "priors",
+    "sampling",
+)
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in (
-            "config",
-            "image_files",
-            "images",
-            "networks",
-            "model_folder",
-            "priors",
-            "sampling",
-        ):
+        for home in _HOMES:
             module = importlib.import_module(f"aegan.{home}")
             if hasattr(module, name):
                 return getattr(module, name)

@@ -1,6 +1,6 @@
 """One frozen dataclass per section of params.yaml; no defaults: params.yaml states everything.
 
-`pipelines/params.py` builds them from the file; the library takes them as they are.
+`pipelines/base/params.py` builds them from the file; the library takes them as they are.
 Allowed values are declared as `Literal` types and checked there.
 """
 

@@ -20,9 +20,9 @@ from safetensors.torch import load as tensors_in
 from torch import Tensor
 
 from aegan.config import ConfigError, ModelConfig, with_new_names
+from aegan.data.sample_depth import ValueRange
 from aegan.files import save_tensors, sha256_of, write_json
 from aegan.networks import AEGAN
-from aegan.sample_depth import ValueRange
 
 Weights = Literal["ema", "raw"]
 

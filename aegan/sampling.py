@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from aegan.arguments import as_tensor, described, type_name, whole_number
-from aegan.image_files import MAX_PIXELS, UnusableImageError, decode_image
-from aegan.images import to_float, to_uint8
+from aegan.data.image_files import MAX_PIXELS, UnusableImageError, decode_image
 from aegan.networks import AEGAN
+from aegan.pixels import to_float, to_uint8
 from aegan.priors import Array, NormalPrior, lerp
 
 BATCH_SIZE = 256

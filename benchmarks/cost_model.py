@@ -41,8 +41,8 @@ from scipy.optimize import nnls
 
 from aegan.config import TrainConfig
 from aegan.networks import winograd
-from aegan.training_loop import train
-from aegan.updates import ROUND
+from aegan.training.loop import train
+from aegan.training.updates import ROUND
 from benchmarks.limits import Counter
 from benchmarks.machine import describe
 from benchmarks.scaling import environment, gradients, read_log

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from aegan import manifold
 from aegan.config import DataConfig, PreprocessConfig
-from aegan.dataset import load_images
-from aegan.image_files import decode_image
-from aegan.reader import resident_reader, streamed_reader
+from aegan.data import designed_faces
+from aegan.data.dataset import load_images
+from aegan.data.image_files import decode_image
+from aegan.data.reader import resident_reader, streamed_reader
 from benchmarks.machine import describe
 from pipelines.download import download
 from pipelines.preprocess import preprocess
@@ -65,7 +65,7 @@ class ImageFiles(Dataset[torch.Tensor]):
 def write_image_files(folder: Path, count: int) -> None:
     """PNG files of the designed set."""
     folder.mkdir()
-    images, _ = manifold.generate(0, count, seed=0, image_size=IMAGE_SIZE)
+    images, _ = designed_faces.generate(0, count, seed=0, image_size=IMAGE_SIZE)
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:06d}.png", compress_level=1)
 

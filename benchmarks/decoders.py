@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aegan.image_files import decode_image
+from aegan.data.image_files import decode_image
 from benchmarks.machine import describe
 from benchmarks.photographs import FORMATS, encode, photograph
 
 IMAGE_SIZE = 64
-ENOUGH = 4 * IMAGE_SIZE  # a reduced decoding keeps this many pixels, as aegan/image_files.py does
+ENOUGH = 4 * IMAGE_SIZE  # pixels a reduced decoding keeps, as aegan/data/image_files.py does
 MAX_PIXELS = 50_000_000
 FILES = {64: 500, 1024: 24}  # size => how many files are decoded in one repeat
 

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 import aegan
-from aegan import checkpoint, manifold, start, training_loop
 from aegan.config import TrainConfig
-from aegan.dataset import read_manifest
-from aegan.state import export_model
-from aegan.validation import validate
+from aegan.data import designed_faces
+from aegan.data.dataset import read_manifest
+from aegan.training import checkpoint, loop, start
+from aegan.training.state import export_model
+from aegan.training.validation import validate
 from benchmarks.machine import describe
-from pipelines import params
+from pipelines.base import params
 from tests.shards import write_shards
 
 IMAGE_SIZE = 32
@@ -91,16 +92,16 @@ def compare(folder: Path) -> list[Row]:
 
 def faces(count: int, *, start: int = 0) -> np.ndarray:
     """Faces as the pipeline draws them, uint8 [N, H, W, 3]."""
-    return manifold.generate(start, count, seed=MANIFOLD_SEED, image_size=IMAGE_SIZE)[0]
+    return designed_faces.generate(start, count, seed=MANIFOLD_SEED, image_size=IMAGE_SIZE)[0]
 
 
 def new_kind(count: int) -> np.ndarray:
     """Faces that look far to the right, with red and blue exchanged."""
-    names = [factor.name for factor in manifold.FACTORS]
-    factors = manifold.sample_factors(np.arange(count), seed=MANIFOLD_SEED + 1)
+    names = [factor.name for factor in designed_faces.FACTORS]
+    factors = designed_faces.sample_factors(np.arange(count), seed=MANIFOLD_SEED + 1)
     yaw = factors[:, names.index("yaw")]
     factors[:, names.index("yaw")] = 0.3 + 0.2 * (yaw + 0.5)
-    return np.ascontiguousarray(manifold.render(factors, image_size=IMAGE_SIZE)[..., ::-1])
+    return np.ascontiguousarray(designed_faces.render(factors, image_size=IMAGE_SIZE)[..., ::-1])
 
 
 def shortened(config: TrainConfig, *, num_steps: int, interval: int, seed: int = 0) -> TrainConfig:
@@ -118,7 +119,7 @@ def shortened(config: TrainConfig, *, num_steps: int, interval: int, seed: int =
 
 
 def train(config: TrainConfig, shards: Path, run_folder: Path) -> None:
-    training_loop.train(config, shards=shards, run_folder=run_folder, device=torch.device("cpu"))
+    loop.train(config, shards=shards, run_folder=run_folder, device=torch.device("cpu"))
 
 
 def table(rows: list[Row]) -> str:

@@ -16,13 +16,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import aegan
-from aegan import checkpoint
 from aegan.config import Arm, ComputeConfig
-from aegan.dataset import load_images
-from aegan.state import export_model
-from aegan.validation import validate
-from pipelines import params
-from pipelines.errors import run_stage
+from aegan.data.dataset import load_images
+from aegan.training import checkpoint
+from aegan.training.state import export_model
+from aegan.training.validation import validate
+from pipelines.base import params
+from pipelines.base.errors import run_stage
 from pipelines.train import RUNS, SHARDS, train
 
 PICTURE = Path("docs/pictures/gan_and_aegan.png")

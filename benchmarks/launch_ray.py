@@ -13,7 +13,7 @@ from typing import Any
 
 from aegan.config import ComputeConfig
 from benchmarks.launch_torch import train_config
-from pipelines import params
+from pipelines.base import params
 from pipelines.train import train
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
-from aegan.training_loop import train
+from aegan.training.loop import train
 
 
 def main() -> None:

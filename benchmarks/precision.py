@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 import aegan
-from aegan import checkpoint
 from aegan.config import Precision
-from aegan.dataset import load_images
-from aegan.state import export_model
-from aegan.training_loop import train
-from aegan.validation import validate
+from aegan.data.dataset import load_images
+from aegan.training import checkpoint
+from aegan.training.loop import train
+from aegan.training.state import export_model
+from aegan.training.validation import validate
 from benchmarks.machine import describe
 from benchmarks.speed import configuration, make_shards
 

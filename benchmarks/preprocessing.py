@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from aegan.config import DataConfig
-from aegan.image_files import decode_image
+from aegan.data.image_files import decode_image
 from benchmarks.machine import describe, spread
 from benchmarks.photographs import FORMATS, encode, photograph
-from pipelines import params
-from pipelines.decode import available_cores
+from pipelines.base import params
 from pipelines.download import download
+from pipelines.ingest.decode import available_cores
 
 OUTPUT_SIZE = 64
 FILES = {64: 12_000, 1024: 200}  # size of the images => how many

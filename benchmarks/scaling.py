@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from aegan.config import ModelConfig, TrainConfig
 from aegan.networks import AEGAN
-from aegan.updates import Discriminators
+from aegan.training.updates import Discriminators
 from benchmarks.machine import describe
 from benchmarks.speed import configuration, make_shards
 from pipelines.train import WORKER_ENVIRONMENT

@@ -24,8 +24,8 @@ import requests
 from PIL import Image
 
 import aegan
-from aegan import service
-from pipelines import endpoint
+from aegan import operations
+from pipelines.serving import endpoint
 from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
 
@@ -93,9 +93,11 @@ def cost(
     model = aegan.load(folder)
     image = base64.b64encode(content).decode()
     ask(model, [base64.b64encode(encode(Image.new("RGB", (9, 9)))).decode()])
-    work = service.work_of(content, enough=service.MAX_WORK)
+    work = operations.work_of(content, enough=operations.MAX_WORK)
     rows = min(
-        service.MAX_ROWS, service.MAX_WORK // work, endpoint.MAX_BODY_BYTES // (len(image) + 20)
+        operations.MAX_ROWS,
+        operations.MAX_WORK // work,
+        endpoint.MAX_BODY_BYTES // (len(image) + 20),
     )
     before = peak_mebibytes()
     started = time.perf_counter()
@@ -105,7 +107,7 @@ def cost(
 
 def ask(model: aegan.AEGAN, images: list[str]) -> None:
     """Encode pictures, as a request would."""
-    service.operate(model, [{"image": image} for image in images], {"operation": "encode"})
+    operations.operate(model, [{"image": image} for image in images], {"operation": "encode"})
 
 
 def peak_mebibytes() -> float:
@@ -174,15 +176,15 @@ def save_for_mlflow(folder: Path, store: Path) -> str:
     """The model as `register` writes it, in a folder."""
     import mlflow
 
-    from pipelines import serving
+    from pipelines.registry import model_from_code
 
     path = str(store / "model")
     mlflow.pyfunc.save_model(
         path,
-        python_model="pipelines/serving.py",
+        python_model="pipelines/registry/model_from_code.py",
         artifacts={"model": str(folder)},
         code_paths=["aegan"],
-        signature=serving.SIGNATURE,
+        signature=model_from_code.SIGNATURE,
     )
     return path
 

@@ -32,12 +32,12 @@ from aegan.config import (
     PreprocessConfig,
     TrainConfig,
 )
-from aegan.ema import update_ema
-from aegan.graphs import Graphed
 from aegan.networks import winograd
-from aegan.state import TrainingState
-from aegan.training_loop import train
-from aegan.updates import ROUND, Updates
+from aegan.training.cuda_graphs import Graphed
+from aegan.training.ema import update_ema
+from aegan.training.loop import train
+from aegan.training.state import TrainingState
+from aegan.training.updates import ROUND, Updates
 from benchmarks.limits import (
     Counter,
     copy_rate,
@@ -46,7 +46,7 @@ from benchmarks.limits import (
     seconds,
 )
 from benchmarks.machine import describe
-from pipelines import params
+from pipelines.base import params
 from pipelines.download import download
 from pipelines.preprocess import preprocess
 from tests.plain import PlainUpdates, make_plain, take_step
@@ -288,7 +288,7 @@ def make_shards(config: PreprocessConfig, folder: Path, count: int) -> Path:
 def measure_loop(
     config: TrainConfig, preprocessing: PreprocessConfig, device: torch.device, folder: Path
 ) -> dict[str, float]:
-    """Images per second of `aegan.training_loop.train`: reading, averaging and logging included."""
+    """Images per second of `aegan.training.loop.train`: reading, averaging and logging included."""
     shards = make_shards(preprocessing, folder, 2000)
     steps = LOOP_STEPS[config.model.architecture]
     training = replace(

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from aegan import dataset, manifold
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
+from aegan.data import dataset, designed_faces
 from benchmarks.machine import describe
-from pipelines import params
+from pipelines.base import params
 from pipelines.download import download
-from pipelines.near_duplicates import thumbnails
+from pipelines.ingest.near_duplicates import thumbnails
 from pipelines.preprocess import preprocess
 
 SIDE = 64  # pixels of the pictures as they come
@@ -44,13 +44,13 @@ Random = np.random.Generator
 
 def aligned_faces(random: Random, index: int) -> np.ndarray:
     """One background and nearly one pose: faces as aligned by their eyes."""
-    factors = np.array([[factor.low for factor in manifold.FACTORS]])
-    spread = [factor.high - factor.low for factor in manifold.FACTORS]
+    factors = np.array([[factor.low for factor in designed_faces.FACTORS]])
+    spread = [factor.high - factor.low for factor in designed_faces.FACTORS]
     factors += random.random(len(spread)) * spread
     fixed = {"yaw": random.uniform(-0.1, 0.1), "background_hue": 0.6}
-    for column, factor in enumerate(manifold.FACTORS):
+    for column, factor in enumerate(designed_faces.FACTORS):
         factors[0, column] = fixed.get(factor.name, factors[0, column])
-    return manifold.render(factors, image_size=SIDE)[0]
+    return designed_faces.render(factors, image_size=SIDE)[0]
 
 
 def x_rays(random: Random, index: int) -> np.ndarray:
@@ -227,7 +227,7 @@ def write_set(folder: Path, make: Callable[[Random, int], np.ndarray], count: in
 
 
 def face(random: Random, index: int) -> np.ndarray:
-    return manifold.generate(index, 1, seed=0, image_size=SIDE)[0][0]
+    return designed_faces.generate(index, 1, seed=0, image_size=SIDE)[0][0]
 
 
 def split_set(source: Path, folder: Path, *, image_size: int) -> tuple[Path, dict[str, Any]]:

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 import aegan
-from aegan import checkpoint
 from aegan.config import EvaluateConfig, InterpolateConfig
-from aegan.dataset import read_manifest
-from aegan.state import export_model
-from aegan.training_loop import train
+from aegan.data.dataset import read_manifest
+from aegan.training import checkpoint
+from aegan.training.loop import train
+from aegan.training.state import export_model
 from benchmarks.machine import describe, spread
 from benchmarks.speed import configuration, make_shards
-from pipelines import evaluate, interpolate, params
+from pipelines import evaluate, interpolate
+from pipelines.base import params
 
 STEPS = 20
 WORTH_A_LINE = 0.02  # seconds

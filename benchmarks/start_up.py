@@ -31,7 +31,7 @@ import torch
 stamps["import torch"] = time.perf_counter()
 import json, os, sys
 from pathlib import Path
-from aegan import training_loop
+from aegan.training import loop
 from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
 stamps["import the rest"] = time.perf_counter()
 

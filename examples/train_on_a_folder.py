@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from aegan import checkpoint
 from aegan.config import DataConfig, PreprocessConfig
-from aegan.state import export_model
-from aegan.training_loop import train
-from pipelines import params
+from aegan.training import checkpoint
+from aegan.training.loop import train
+from aegan.training.state import export_model
+from pipelines.base import params
 from pipelines.download import download
 from pipelines.preprocess import preprocess
 

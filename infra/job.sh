@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 : "${DVC_REMOTE_URL:?set it to s3://bucket/prefix}"
-dvc() { python -m pipelines.dvc_command "$@"; } # what it takes from the bucket is checked
+dvc() { python -m pipelines.project.dvc_command "$@"; } # what it takes from the bucket is checked
 dvc remote add --local --force --default storage "$DVC_REMOTE_URL"
 status=0
 dvc repro --pull || status=$?

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pipelines.errors import UserError, run_stage
+from pipelines.base.errors import UserError, run_stage
 
 USAGE = "usage: aegan submit | doctor [--help]"
 
@@ -24,7 +24,7 @@ def _main() -> None:
 
             submit.main(arguments)
         case ["doctor", *arguments]:
-            from pipelines import doctor
+            from pipelines.project import doctor
 
             doctor.main(arguments)
         case ["--help" | "-h"]:

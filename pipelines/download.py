@@ -17,19 +17,21 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from aegan import manifold
 from aegan.config import DataConfig
+from aegan.data import designed_faces
 from aegan.files import sha256_of
-from pipelines import locks, params, source_address, storage, web
-from pipelines.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
-from pipelines.errors import UserError, run_stage
-from pipelines.files import new_folder, write_json
-from pipelines.names import shown
-from pipelines.outputs import FOLDERS, PREPROCESS, RAW
-from pipelines.progress import progress
-from pipelines.quarantine import kind_of_reason, summary
-from pipelines.shards import ShardWriter
-from pipelines.sources import (
+from pipelines.base import locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import new_folder, write_json
+from pipelines.base.names import shown
+from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW
+from pipelines.base.progress import progress
+from pipelines.bucket import storage
+from pipelines.ingest import https, source_address
+from pipelines.ingest.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
+from pipelines.ingest.quarantine import kind_of_reason, summary
+from pipelines.ingest.shards import ShardWriter
+from pipelines.ingest.sources import (
     list_bucket,
     read_archive,
     read_bucket,
@@ -94,7 +96,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
         elif scheme == "s3":
             yield Source(address, read_bucket(address))
         elif scheme in ("http", "https"):
-            web.fetch(address, fetched)
+            https.fetch(address, fetched)
             name = source_address.without_secrets(address)
             yield Source(name, read_archive(fetched, name), fetched)
         elif Path(address).is_dir():
@@ -118,7 +120,7 @@ def _manifold(config: DataConfig) -> Source:
     def entries() -> Entries:
         for start in range(0, config.manifold_images, ROW_GROUP_ROWS):
             count = min(ROW_GROUP_ROWS, config.manifold_images - start)
-            images, factors = manifold.generate(
+            images, factors = designed_faces.generate(
                 start, count, seed=config.manifold_seed, image_size=config.manifold_size
             )
             for offset, (image, values) in enumerate(zip(images, factors, strict=True)):
@@ -127,7 +129,7 @@ def _manifold(config: DataConfig) -> Source:
                 name = f"face-{start + offset:07d}.png"
                 yield RawFile(name, png.getvalue(), tuple(values.tolist()))
 
-    return Source("manifold", entries(), factors=tuple(f.name for f in manifold.FACTORS))
+    return Source("manifold", entries(), factors=tuple(f.name for f in designed_faces.FACTORS))
 
 
 def _fetch_kaggle(handle: str) -> Path:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import aegan
-from aegan import dataset
 from aegan.config import EvaluateConfig, Split
-from aegan.manifold import FACTORS, Factor
+from aegan.data import dataset
+from aegan.data.designed_faces import FACTORS, Factor
 from aegan.metrics import METRICS, Better
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.factors import (
@@ -38,11 +38,11 @@ from aegan.metrics.latent import gaussianity
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
-from pipelines import locks, params
-from pipelines.errors import UserError, run_stage
-from pipelines.files import new_file, write_json
-from pipelines.outputs import SHARDS
-from pipelines.trained import STAND_INS, check_size, load_model, shown_split
+from pipelines.base import locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import new_file, write_json
+from pipelines.base.outputs import SHARDS
+from pipelines.base.trained_model import STAND_INS, check_size, load_model, shown_split
 
 MODEL = Path("artifacts/train/model")
 OUTPUT = Path("artifacts/evaluate")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import aegan
-from aegan import dataset
 from aegan.config import InterpolateConfig, Split
-from aegan.images import enlarge, grid, save_animation, save_png
-from pipelines import locks, params
-from pipelines.errors import UserError, run_stage
-from pipelines.files import new_folder, write_json
-from pipelines.outputs import FOLDERS, INTERPOLATE, SHARDS
-from pipelines.trained import STAND_INS, check_size, load_model, shown_split
+from aegan.data import dataset
+from aegan.pictures import enlarge, grid, save_animation, save_png
+from pipelines.base import locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import new_folder, write_json
+from pipelines.base.outputs import FOLDERS, INTERPOLATE, SHARDS
+from pipelines.base.trained_model import STAND_INS, check_size, load_model, shown_split
 
 MODEL = Path("artifacts/train/model")
 

@@ -29,12 +29,16 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from aegan import colour, image_files, image_headers, sample_depth
 from aegan.config import IMAGE_SIZES, SPLITS, PreprocessConfig, Split, TrainingConfig
-from aegan.images import grid, save_png
-from aegan.sample_depth import ValueRange
-from pipelines import decode, locks, near_duplicates, params, splits
-from pipelines.deduplicate import (
+from aegan.data.sample_depth import ValueRange
+from aegan.pictures import grid, save_png
+from pipelines.base import identity, locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import clear_disk_errors, new_folder, write_json
+from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
+from pipelines.base.progress import progress
+from pipelines.ingest import decode, splits
+from pipelines.ingest.deduplicate import (
     DUPLICATE,
     LEAST_HELD_OUT,
     LEAST_IMAGES,
@@ -43,13 +47,9 @@ from pipelines.deduplicate import (
     Verdict,
     decide,
 )
-from pipelines.errors import UserError, run_stage
-from pipelines.files import clear_disk_errors, new_folder, write_json
-from pipelines.near_duplicates import Indices
-from pipelines.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
-from pipelines.progress import progress
-from pipelines.quarantine import summary, write_quarantine
-from pipelines.shards import ShardWriter
+from pipelines.ingest.near_duplicates import Indices
+from pipelines.ingest.quarantine import summary, write_quarantine
+from pipelines.ingest.shards import ShardWriter
 
 RUNS = Path("runs")
 SCHEMA_VERSION = 2
@@ -152,10 +152,7 @@ def _hash(value: Any) -> str:
 
 def _fingerprint(config: PreprocessConfig, snapshot: dict[str, Any]) -> str:
     """Of all that a part file depends on: parameters, files, code and decoder."""
-    modules = (
-        colour, image_files, image_headers, sample_depth, near_duplicates, decode, splits,
-    )  # fmt: skip
-    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules]
+    code = identity.code_sha256(identity.code_of(["pipelines.ingest.pieces"]))
     return _hash([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import locks, mlflow_store, params, tracking
-from pipelines.errors import UserError, run_stage
-from pipelines.files import hash_files, project_folder, write_json
-from pipelines.source_address import without_secrets
+from pipelines.base import locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import hash_files, project_folder, write_json
+from pipelines.ingest.source_address import without_secrets
+from pipelines.registry import mlflow_store, tracking
 
 RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
 CURVES, SCORES = Path("artifacts/train/curves.csv"), Path("artifacts/evaluate/metrics.json")

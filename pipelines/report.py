@@ -23,12 +23,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from aegan.metrics import METRICS
-from pipelines import locks
-from pipelines.errors import UserError, run_stage
-from pipelines.files import new_file
-from pipelines.names import shown
-from pipelines.outputs import SHARDS
-from pipelines.source_address import without_secrets
+from pipelines.base import locks
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import new_file
+from pipelines.base.names import shown
+from pipelines.base.outputs import SHARDS
+from pipelines.ingest.source_address import without_secrets
 
 ARTIFACTS = Path("artifacts")
 OUTPUT = Path("report/index.html")
@@ -155,7 +155,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
 def render(page: dict[str, Any]) -> str:
     """The template filled in; whatever comes from outside is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

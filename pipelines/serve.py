@@ -1,7 +1,7 @@
 """`make serve`: our own code answers HTTP requests with a model's weights (docs/serving.md).
 
 Of a registered version only the weights and their config.json are fetched and read, as untrusted
-files: nothing that a registry holds is executed. `pipelines/endpoint.py` is what listens.
+files: nothing that a registry holds is executed. `pipelines/serving/endpoint.py` is what listens.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import aegan
 from aegan import model_folder
 from aegan.config import RegisterConfig
 from aegan.files import sha256_of
-from pipelines import params, tracking
-from pipelines.errors import UserError, run_stage
+from pipelines.base import params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.registry import tracking
 
 HOST, PORT = "127.0.0.1", 5001
 MAX_CONNECTIONS = 128
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", default=str(PORT), help="on 127.0.0.1; 0 takes a free one")
     given = parser.parse_args(arguments)
     with _listen(given.port) as listener:
-        from pipelines import endpoint  # slow to import: a taken port is said before
+        from pipelines.serving import endpoint  # slow to import: a taken port is said before
 
         address = given.model or _registered_model()
         model, about = load(address)

@@ -18,13 +18,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aegan.config import ComputeConfig
-from pipelines import job_result, params, ray_jobs, shipment, storage
-from pipelines.errors import UserError, run_stage
-from pipelines.files import new_file
-from pipelines.job import DVC_LOCK, DVC_REMOTE, REQUIREMENTS, content_id, remote_url, result_url
-from pipelines.job_result import JobResult
-from pipelines.names import shown
-from pipelines.outside import path_inside
+from pipelines.base import params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import new_file
+from pipelines.base.names import shown
+from pipelines.base.outside import path_inside
+from pipelines.bucket import storage
+from pipelines.jobs import job_result, ray_jobs, shipment
+from pipelines.jobs.job import (
+    DVC_LOCK,
+    DVC_REMOTE,
+    REQUIREMENTS,
+    content_id,
+    remote_url,
+    result_url,
+)
+from pipelines.jobs.job_result import JobResult
 
 # Names of variables that hold secrets, but for those that say where something is.
 SECRET_VARIABLE = re.compile(
@@ -85,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
             client,
             job,
             files,
-            command=f"python -m pipelines.job {content} {files_sha256}",
+            command=f"python -m pipelines.jobs.job {content} {files_sha256}",
             variables=variables,
             install=options.install,
         )
@@ -235,7 +244,12 @@ def set_remote(address: str) -> None:
 
 
 def _dvc(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pipelines.dvc_command", *arguments]  # checked and locked
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.project.dvc_command",
+        *arguments,
+    ]  # checked and locked
     if subprocess.run(command, check=False).returncode != 0:
         raise UserError(f"dvc {arguments[0]} failed; what it says stands above")
 

@@ -6,7 +6,6 @@ resumes, one with a larger num_steps goes on, a changed one starts afresh. With
 See docs/architecture.md, docs/cluster.md, docs/training.md.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -23,21 +22,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from aegan import checkpoint, training_log
-from aegan.checkpoint import CheckpointError
-from aegan.config import ComputeConfig, TrainConfig, identity
-from aegan.dataset import read_manifest
+from aegan.config import ComputeConfig, TrainConfig
+from aegan.data.dataset import read_manifest
 from aegan.networks import ARCHITECTURES
-from aegan.start import Start, begin, record
-from pipelines import checks, locks, params
-from pipelines.cluster import ray_session, shipped_environment, uses_gpu
-from pipelines.errors import UserError, run_stage
-from pipelines.files import clear_disk_errors
-from pipelines.follow import follow
-from pipelines.identity import weights_code_sha256
-from pipelines.outputs import SHARDS, TRAIN
-from pipelines.run_folder import is_complete, keep_facts, publish, write_facts, write_log
-from pipelines.run_store import (
+from aegan.training import checkpoint, training_log
+from aegan.training.checkpoint import CheckpointError
+from aegan.training.start import Start, begin, record
+from pipelines.base import locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import clear_disk_errors
+from pipelines.base.identity import run_name, weights_code_sha256
+from pipelines.base.outputs import SHARDS, TRAIN
+from pipelines.bucket.finished_run import is_complete, keep_facts, publish, write_facts, write_log
+from pipelines.bucket.run_store import (
     CHECKPOINTS,
     LOG,
     OUTCOME,
@@ -47,10 +44,13 @@ from pipelines.run_store import (
     shown_progress,
     sound_step,
 )
-from pipelines.shard_store import send_shards
-from pipelines.start_from import read_start
-from pipelines.storage import is_s3
-from pipelines.worker_death import explain
+from pipelines.bucket.shard_store import send_shards
+from pipelines.bucket.storage import is_s3
+from pipelines.cluster import checks
+from pipelines.cluster.follow import follow
+from pipelines.cluster.session import ray_session, shipped_environment, uses_gpu
+from pipelines.cluster.worker_death import explain
+from pipelines.registry.start_from import read_start
 
 RUNS = Path("runs")
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
@@ -288,22 +288,6 @@ def _check(config: TrainConfig, compute: ComputeConfig) -> None:
         )
 
 
-def run_name(config: TrainConfig, dataset_sha256: str, *, start_sha256: str = "") -> str:
-    """A name that changes with what determines the weights after any step, and nothing else.
-
-    That is data, parameters, code, PyTorch, and the weights started from; not how many steps.
-    """
-    content = [
-        identity(config),
-        dataset_sha256,
-        start_sha256,
-        weights_code_sha256(),
-        version("torch"),
-    ]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return f"{config.training.arm}-{digest[:12]}"
-
-
 def _clear(run_folder: Path) -> None:
     """Remove what a run that was cut off left behind, but not its checkpoints and logs."""
     for stale in (STOP, OUTCOME):
@@ -335,8 +319,8 @@ def _run(
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchTrainer
 
-        from pipelines.process_group import ClusterTorchConfig, LoopbackTorchConfig
-        from pipelines.worker import Assignment, train_worker
+        from pipelines.cluster.process_group import ClusterTorchConfig, LoopbackTorchConfig
+        from pipelines.cluster.worker import Assignment, train_worker
 
         assignment = Assignment(
             config=config,

@@ -29,18 +29,23 @@ from aegan.config import (
     TrainingConfig,
     TuneConfig,
 )
-from aegan.dataset import read_manifest
-from pipelines import locks, params, tracking
-from pipelines.cluster import execution, ray_session
-from pipelines.errors import UserError, run_stage
-from pipelines.files import new_folder, write_json
-from pipelines.identity import code_sha256
-from pipelines.outputs import FOLDERS, SHARDS, TUNE
-from pipelines.train import WORKER_ENVIRONMENT, run_name
-from pipelines.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
+from aegan.data.dataset import read_manifest
+from pipelines.base import locks, params
+from pipelines.base.errors import UserError, run_stage
+from pipelines.base.files import new_folder, write_json
+from pipelines.base.identity import code_sha256, file_of, run_name
+from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
+from pipelines.cluster.session import execution, ray_session
+from pipelines.registry import tracking
+from pipelines.search.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
+from pipelines.train import WORKER_ENVIRONMENT
 
 RUNS = Path("runs")
-CODE = ("search.py", "trial.py", "tune.py")  # what determines a search, besides the trainings
+CODE = (  # what determines a search, besides the trainings
+    "pipelines.search.tuner",
+    "pipelines.search.trial",
+    "pipelines.tune",
+)
 SEARCHED = {"loss": LossConfig, "training": TrainingConfig}  # sections with settings to search
 
 log = logging.getLogger(__name__)
@@ -86,9 +91,9 @@ def tune(
 def _tune(
     start: TrainConfig, config: TuneConfig, compute: ComputeConfig, *, folder: Path, experiment: str
 ) -> None:
-    from pipelines import search  # imports Ray, whose environment is set by now
+    from pipelines.search import tuner  # imports Ray, whose environment is set by now
 
-    share = search.share_of(config, compute)
+    share = tuner.share_of(config, compute)
     task = Task(
         start=start,
         objectives=OBJECTIVES[config.objective],
@@ -98,14 +103,14 @@ def _tune(
         threads=compute.threads_per_worker or share.cpus,
         execution=execution(compute),
     )
-    record = search.Record(search=folder.name, experiment=experiment)
+    record = tuner.Record(search=folder.name, experiment=experiment)
     log.info(
         "search %s: %d trials of up to %d steps, %d at a time on %s",
         folder.name, config.num_trials, config.num_steps, config.concurrent_trials, share.device,
     )  # fmt: skip
 
     # Search.
-    trials = search.search(
+    trials = tuner.search(
         task,
         config,
         share,
@@ -118,7 +123,7 @@ def _tune(
     # Choose: the best ones and the start again, with seeds that the search has not seen.
     def train_all(candidates: Sequence[Trial], seeds: range, split: Any) -> list[list[Scores]]:
         configs = [task.config(trial.settings, seed=seed) for trial in candidates for seed in seeds]
-        scores = search.train_all(
+        scores = tuner.train_all(
             task, configs, share, split=split, max_failures=compute.max_failures
         )
         return [scores[i : i + len(seeds)] for i in range(0, len(scores), len(seeds))]
@@ -159,7 +164,7 @@ def _tune(
     }
     write(trials, comparison, config, TUNE)
     for trial in trials:
-        search.record_trial(trial, task, record)
+        tuner.record_trial(trial, task, record)
     tracking.log_search(
         folder.name,
         experiment=experiment,
@@ -236,8 +241,7 @@ def settings_of(config: TrainConfig, names: list[str]) -> Settings:
 
 def search_name(start: TrainConfig, config: TuneConfig, dataset_sha256: str) -> str:
     """A name that changes with data, parameters, search space and code, and with nothing else."""
-    folder = Path(__file__).parent
-    code = code_sha256(folder / file for file in CODE)
+    code = code_sha256(filter(None, map(file_of, CODE)))
     versions = [version(package) for package in ("ray", "optuna")]
     content = [run_name(start, dataset_sha256), asdict(config), code, versions]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -305,7 +309,7 @@ def write(
     trials: list[Trial], comparison: dict[str, Any], config: TuneConfig, output: Path
 ) -> None:
     """The table of trials, the winner as an overlay of params.yaml, the comparison, the plots."""
-    from pipelines import search_plots
+    from pipelines.search import plots
 
     objectives = OBJECTIVES[config.objective]
     with new_folder(output, written=FOLDERS[TUNE]) as folder:
@@ -316,7 +320,7 @@ def write(
             folder / "tuned.yaml",
             comment="\n".join(["Found by the stage tune (docs/tuning.md).", *verdict(comparison)]),
         )
-        search_plots.draw(trials, config.search, objectives, folder)
+        plots.draw(trials, config.search, objectives, folder)
 
 
 def write_trials(trials: list[Trial], objectives: tuple[str, ...], file: Path) -> None:

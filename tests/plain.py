@@ -12,7 +12,7 @@ from aegan.losses import Terms
 from aegan.networks import AEGAN
 from aegan.networks.layers import ChannelNorm, SameConv2d, UpsampleConv2d
 from aegan.networks.noise import GaussianNoise
-from aegan.updates import ROUND
+from aegan.training.updates import ROUND
 
 
 def same_convolution(h: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:

@@ -61,7 +61,7 @@ def registrations() -> Iterator[Registrations]:
 
 
 def main() -> None:
-    from pipelines import mlflow_store, register  # noqa: F401
+    from pipelines.registry import mlflow_store
 
     mlflow_store.set_environment()
     import mlflow.models.model
@@ -69,7 +69,7 @@ def main() -> None:
     import mlflow.store.model_registry.sqlalchemy_store
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
-    from pipelines import serving  # noqa: F401
+    from pipelines.registry import model_from_code  # noqa: F401
 
     for line in sys.stdin:
         jobs = json.loads(line)

@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from aegan import manifold
-from pipelines import locks, mlflow_files, outputs, params, run_folder
+from aegan.data import designed_faces
+from pipelines.base import locks, outputs, params
+from pipelines.bucket import finished_run
+from pipelines.registry import mlflow_files
 from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -55,7 +57,12 @@ def dvc(project: Path, *arguments: str, folder: str = ".", expected: int = 0) ->
     """What `.venv/bin/dvc` prints, as `make` installs it."""
     python = project / ".venv/bin/python"
     return run(
-        project / folder, str(python), "-m", "pipelines.dvc_command", *arguments, expected=expected
+        project / folder,
+        str(python),
+        "-m",
+        "pipelines.project.dvc_command",
+        *arguments,
+        expected=expected,
     )
 
 
@@ -131,7 +138,7 @@ def drawn_columns() -> dict[str, list[str]]:
 
 def test_dvc_draws_no_column_that_an_arm_may_lack():
     drawn = [column for columns in drawn_columns().values() for column in columns]
-    assert sorted(drawn) == sorted(run_folder.CURVES)
+    assert sorted(drawn) == sorted(finished_run.CURVES)
 
 
 def test_without_a_change_no_stage_runs_again(project):
@@ -206,7 +213,7 @@ def test_a_run_in_a_copy_reads_the_source_of_the_project_and_registers_in_its_st
     """Also from a sub-folder, and with a relative path."""
     pictures = project / "data/my faces"
     pictures.mkdir(parents=True)
-    images, _ = manifold.generate(0, 60, seed=1, image_size=16)
+    images, _ = designed_faces.generate(0, 60, seed=1, image_size=16)
     for number, image in enumerate(images):
         Image.fromarray(image).save(pictures / f"{number}.png")
     setting = ("-S", "data.source='data/my faces'", "-S", "training.batch_size=8")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
-from pipelines import params
+from pipelines.base import params
 from tests.shards import write_shards
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"

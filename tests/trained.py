@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from aegan.config import ModelConfig
-from aegan.images import save_png
 from aegan.networks import AEGAN
+from aegan.pictures import save_png
 from tests.shards import write_shards
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aegan.images import to_float
+from aegan.pixels import to_float
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
 WINDOW = 11  # pixels

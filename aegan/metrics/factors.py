@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aegan.images import to_float
-from aegan.manifold import Factor
+from aegan.data.designed_faces import Factor
+from aegan.pixels import to_float
 
 Array = NDArray[np.float64]
 READING_SIZE = 32  # pixels: factors are read off images pooled to this size

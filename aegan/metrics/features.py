@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aegan.images import to_float, to_uint8
+from aegan.pixels import to_float, to_uint8
 
 RANDOM_FEATURES = "random_vgg_seed0"  # changes whenever the network below does
 BATCH_SIZE = 128

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aegan.images import to_float
+from aegan.pixels import to_float
 
 BATCH_SIZE = 128
 MAX_PSNR = 20 * math.log10(510)  # decibels: what half a gray level everywhere gives

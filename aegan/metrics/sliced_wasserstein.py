@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aegan.images import to_float
+from aegan.pixels import to_float
 
 SMALLEST_LEVEL = 16  # pixels, at least
 PATCH_SIZE = 7  # pixels

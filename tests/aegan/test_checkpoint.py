@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aegan import checkpoint
+from aegan.training import checkpoint
 
 
 def save(folder, step, value=1.0):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from aegan import colour
-from aegan.image_files import decode_image
+from aegan.data import colour
+from aegan.data.image_files import decode_image
 from tests.pictures import blocks, chunk, encode, png
 
 RIGHT = blocks(1)[0] // 2 + 64  # sRGB, within what every space here can hold

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import aegan
-from aegan import start
-from aegan.training_loop import train
+from aegan.training import start
+from aegan.training.loop import train
 from tests.tiny import tiny_config, tiny_shards
 
 VERSIONS = sorted((Path(__file__).parents[1] / "earlier").iterdir())

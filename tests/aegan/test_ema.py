@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from aegan.ema import RAMP, ema_decay, update_ema
+from aegan.training.ema import RAMP, ema_decay, update_ema
 
 
 def test_after_the_half_life_half_of_the_old_average_is_left():

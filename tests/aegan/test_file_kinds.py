@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aegan.file_kinds import START_BYTES, kind_of
-from aegan.image_files import UnusableImageError, decode_image
+from aegan.data.file_kinds import START_BYTES, kind_of
+from aegan.data.image_files import UnusableImageError, decode_image
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 

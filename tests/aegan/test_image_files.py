@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aegan.image_files import UnusableImageError, decode_file, decode_image
+from aegan.data.image_files import UnusableImageError, decode_file, decode_image
 from tests.pictures import blocks, chunk, encode, png, tiff
 
 
@@ -316,7 +316,7 @@ def test_more_frames_of_a_source_than_one_file_may_cost_are_refused():
 def test_lack_of_memory_is_no_fault_of_the_source(tmp_path):
     script = """
 import resource, sys
-from aegan.image_files import decode_image
+from aegan.data.image_files import decode_image
 content = open(sys.argv[1], "rb").read()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000,) * 2)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from aegan import image_headers
+from aegan.data import image_headers
 from tests.pictures import blocks, chunk, encode
 
 PICTURES = [Image.fromarray(image) for image in blocks(5)]

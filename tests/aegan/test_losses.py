@@ -17,7 +17,7 @@ from aegan.losses import (
 )
 from aegan.networks import AEGAN
 from aegan.priors import NormalPrior
-from aegan.updates import Discriminators
+from aegan.training.updates import Discriminators
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config()

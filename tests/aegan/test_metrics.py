@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, ndimage, stats
 
-from aegan import manifold
-from aegan.images import to_float
-from aegan.manifold import FACTORS, Factor
+from aegan.data import designed_faces
+from aegan.data.designed_faces import FACTORS, Factor
 from aegan.metrics import METRICS, factors, latent, sliced_wasserstein
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.features import extract, random_features
@@ -22,6 +21,7 @@ from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
+from aegan.pixels import to_float
 
 SEEDS = st.integers(0, 2**31)
 
@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 2**31)
 @pytest.fixture(scope="module")
 def faces() -> torch.Tensor:
     """600 designed faces, 32x32."""
-    return torch.from_numpy(manifold.generate(0, 600, seed=0, image_size=32)[0])
+    return torch.from_numpy(designed_faces.generate(0, 600, seed=0, image_size=32)[0])
 
 
 def noise_images(count: int, size: int, channels: int, *, seed: int = 0) -> torch.Tensor:
@@ -351,7 +351,7 @@ def test_only_the_nonlinear_recovery_reads_a_curved_code() -> None:
 
 
 def test_factors_are_read_off_unseen_designed_faces() -> None:
-    images, values = manifold.generate(0, 1500, seed=0, image_size=32)
+    images, values = designed_faces.generate(0, 1500, seed=0, image_size=32)
     pixels = torch.from_numpy(images)
     reader = factors.FactorReader(pixels[:1200], values[:1200].astype(float), FACTORS)
     found = reader.read(pixels[1200:])

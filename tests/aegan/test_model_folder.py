@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import aegan
 from aegan import model_folder
-from aegan.state import TrainingState, export_model
+from aegan.training.state import TrainingState, export_model
 from tests.tiny import tiny_config
 from tests.trained import write_model
 

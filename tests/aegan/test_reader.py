@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from aegan.dataset import load_images
-from aegan.reader import WINDOW_ROW_GROUPS, _read_ahead, resident_reader, streamed_reader
+from aegan.data.dataset import load_images
+from aegan.data.reader import WINDOW_ROW_GROUPS, _read_ahead, resident_reader, streamed_reader
 from tests.shards import write_shards
 
 ROWS = 16 * WINDOW_ROW_GROUPS * 2 + 5  # three windows of the streamed reader, the last one short

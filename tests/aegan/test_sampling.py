@@ -9,9 +9,9 @@ from PIL import Image
 
 import aegan
 from aegan.config import ModelConfig
-from aegan.image_files import UnusableImageError
-from aegan.images import to_float, to_uint8
+from aegan.data.image_files import UnusableImageError
 from aegan.networks import AEGAN
+from aegan.pixels import to_float, to_uint8
 from aegan.sampling import BATCH_SIZE
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aegan import checkpoint, start, training_loop
-from aegan.checkpoint import CheckpointError
 from aegan.config import ConfigError, TrainConfig
-from aegan.dataset import read_manifest
-from aegan.state import TrainingState, export_model
+from aegan.data.dataset import read_manifest
+from aegan.training import checkpoint, loop, start
+from aegan.training.checkpoint import CheckpointError
+from aegan.training.state import TrainingState, export_model
 from tests.tiny import tiny_config, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +31,7 @@ def trained(tmp_path_factory, shards) -> Path:
     """A checkpoint of all four networks."""
     folder = tmp_path_factory.mktemp("trained")
     torch.set_num_threads(1)
-    training_loop.train(tiny_config(num_steps=4), shards=shards, run_folder=folder, device=CPU)
+    loop.train(tiny_config(num_steps=4), shards=shards, run_folder=folder, device=CPU)
     return checkpoint.path_of(folder / "checkpoints", 4)
 
 
@@ -104,7 +104,7 @@ def test_weights_and_averages_are_the_source_of_a_run_and_optimisers_start_fresh
 def test_the_loop_trains_on_from_a_source_and_every_checkpoint_names_it(shards, tmp_path, model):
     config = tiny_config(num_steps=1, start_from="models:/x/1")
     begun(model, config, shards, tmp_path)
-    training_loop.train(config, shards=shards, run_folder=tmp_path, device=CPU)
+    loop.train(config, shards=shards, run_folder=tmp_path, device=CPU)
     tensors, state = checkpoint.load(checkpoint.path_of(tmp_path / "checkpoints", 1))
     assert state["start"]["sha256"] == start.read(model, config, read_manifest(shards)).sha256
     assert state["step"] == 1
@@ -115,7 +115,7 @@ def test_the_loop_trains_on_from_a_source_and_every_checkpoint_names_it(shards, 
 def test_without_its_first_checkpoint_a_run_from_a_source_never_starts_at_random(shards, tmp_path):
     config = tiny_config(start_from="models:/x/1")
     with pytest.raises(CheckpointError, match="lacks step 0, which holds the weights"):
-        training_loop.train(config, shards=shards, run_folder=tmp_path, device=CPU)
+        loop.train(config, shards=shards, run_folder=tmp_path, device=CPU)
 
 
 def test_the_identity_of_a_source_is_its_content(shards, tmp_path, model, trained):
@@ -149,7 +149,7 @@ def test_what_differs_from_a_source_is_named_all_at_once(request, shards, kind):
 
 def test_a_source_without_encoder_is_one_for_a_plain_gan_only(shards, tmp_path):
     gan, manifest = tiny_config(arm="gan", num_steps=2), read_manifest(shards)
-    training_loop.train(gan, shards=shards, run_folder=tmp_path, device=CPU)
+    loop.train(gan, shards=shards, run_folder=tmp_path, device=CPU)
     path = checkpoint.path_of(tmp_path / "checkpoints", 2)
     with pytest.raises(ConfigError, match=r"no encoder, which training\.arm: aegan needs"):
         start.read(path, tiny_config(), manifest)

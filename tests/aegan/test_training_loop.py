@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aegan import checkpoint, training_log, training_loop, updates
 from aegan.config import TrainConfig
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
-from aegan.state import TrainingState, export_model
-from aegan.training_loop import DivergedError, train
+from aegan.training import checkpoint, loop, training_log, updates
+from aegan.training.loop import DivergedError, train
+from aegan.training.state import TrainingState, export_model
 from pipelines.train import publish
 from tests.pictures import blocks
 from tests.shards import write_shards
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _stop_at_any_step(monkeypatch):
-    monkeypatch.setattr(training_loop, "STOP_INTERVAL_STEPS", 1)
+    monkeypatch.setattr(loop, "STOP_INTERVAL_STEPS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +320,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_and_the_best_of_one_th
 ):
     config = tiny_config(checkpoint_interval_steps=2, sample_interval_steps=2)
     run(config, shards, tmp_path / "whole")
-    owner, attribute = training_loop, name
+    owner, attribute = loop, name
     if "." in name:
-        owner, attribute = getattr(training_loop, name.split(".")[0]), name.split(".")[1]
+        owner, attribute = getattr(loop, name.split(".")[0]), name.split(".")[1]
     original = getattr(owner, attribute)
     calls = iter(range(1, 1000))
 
@@ -372,13 +372,13 @@ def test_a_loss_that_stays_non_finite_ends_the_run_after_the_permitted_rollbacks
 
 def test_the_random_numbers_of_a_batch_are_not_those_of_the_noise_inside_networks():
     seed, attempt, step = 0, 0, 5
-    batch = training_loop._seed(seed, attempt, step)
-    noise = [training_loop._seed(seed, attempt, step, rank + 1) for rank in range(3)]
+    batch = loop._seed(seed, attempt, step)
+    noise = [loop._seed(seed, attempt, step, rank + 1) for rank in range(3)]
     assert len({batch, *noise}) == 4
 
 
 def test_only_rank_0_which_judges_checkpoints_holds_validation_images(shards):
-    assert [len(training_loop._validation_images(shards, rank)) for rank in (0, 1)] == [12, 0]
+    assert [len(loop._validation_images(shards, rank)) for rank in (0, 1)] == [12, 0]
 
 
 def test_a_batch_smaller_than_the_number_of_workers_is_refused(shards, tmp_path):
@@ -439,7 +439,7 @@ def _worker(rank, world_size, config, shards, folder, rendezvous, spoilt_rank):
             super().__init__(*arguments)
             states.append(self)
 
-    training_loop.TrainingState = Kept
+    loop.TrainingState = Kept
     if rank == spoilt_rank:
         calls = iter(range(1, 1000))
         original = updates.encoder_generator_loss

@@ -10,8 +10,8 @@ from torch import Tensor
 from aegan.config import TrainConfig
 from aegan.networks import AEGAN
 from aegan.networks.noise import GaussianNoise
-from aegan.state import TrainingState
-from aegan.updates import Updates, _clip, frozen
+from aegan.training.state import TrainingState
+from aegan.training.updates import Updates, _clip, frozen
 from tests.plain import PlainUpdates, make_plain, take_step
 from tests.tiny import tiny_config
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from pipelines import storage
+from pipelines.bucket import storage
 from tests.cluster.faults import FaultyProxy
 from tests.s3 import s3_server
 from tests.tiny import tiny_shards

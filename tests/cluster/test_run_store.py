@@ -13,15 +13,16 @@ import boto3
 import pytest
 import torch
 
-from aegan import checkpoint, training_log, training_loop
 from aegan.config import ComputeConfig, TrainConfig
-from aegan.dataset import read_manifest
-from aegan.training_loop import Outcome, train
-from pipelines import params, run_store, shard_store, storage
+from aegan.data.dataset import read_manifest
+from aegan.training import checkpoint, loop, training_log
+from aegan.training.loop import Outcome, train
 from pipelines import train as driver
-from pipelines.errors import UserError
-from pipelines.run_folder import publish
-from pipelines.run_store import RunStore, Uploader, claim
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.bucket import run_store, shard_store, storage
+from pipelines.bucket.finished_run import publish
+from pipelines.bucket.run_store import RunStore, Uploader, claim
 from tests.tiny import PARAMS, tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -32,7 +33,7 @@ WRITES = ("PUT", "POST", "DELETE")
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_loop, "STOP_INTERVAL_STEPS", 1)
+    monkeypatch.setattr(loop, "STOP_INTERVAL_STEPS", 1)
     monkeypatch.setattr(run_store, "POLL_SECONDS", 0.05)
 
 

@@ -24,7 +24,7 @@ import pytest
 import requests
 from ruamel.yaml import YAML
 
-from pipelines import params
+from pipelines.base import params
 from tests.compose import free_port
 from tests.pictures import blocks, write_folder
 from tests.s3 import s3_server

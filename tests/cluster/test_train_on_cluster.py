@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from aegan import checkpoint
+from aegan.training import checkpoint
 from tests.cluster.nodes import RayCluster, two_nodes
 from tests.project import finish, make_project, run_folder, start, train_workers
 

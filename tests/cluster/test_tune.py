@@ -16,9 +16,10 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from aegan import checkpoint, manifold
 from aegan.config import SPLITS
-from pipelines import params
+from aegan.data import designed_faces
+from aegan.training import checkpoint
+from pipelines.base import params
 from tests.project import finish, start
 from tests.shards import write_shards
 from tests.tiny import PARAMS, SMALL
@@ -48,8 +49,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = dict(zip(SPLITS, (64, 24, 24), strict=True))
-    factors = manifold.sample_factors(np.arange(sum(rows.values())), seed=0)
-    images = manifold.render(factors, image_size=16)
+    factors = designed_faces.sample_factors(np.arange(sum(rows.values())), seed=0)
+    images = designed_faces.render(factors, image_size=16)
     pieces = np.split(images, np.cumsum(list(rows.values()))[:-1])
     write_shards(tmp_path / "artifacts/shards", dict(zip(SPLITS, pieces, strict=True)))
     shutil.copy(PARAMS, tmp_path)

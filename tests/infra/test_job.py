@@ -10,7 +10,7 @@ import boto3
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import params
+from pipelines.base import params
 from tests.s3 import s3_server
 from tests.test_pipeline import SMALL_PARAMETERS, STAGES, stages_run
 

@@ -30,7 +30,7 @@ REPORT = {
 }
 WORKER = f"""
 import sys, ray
-from pipelines.metrics_export import export
+from pipelines.cluster.prometheus import export
 
 @ray.remote(num_cpus=1)
 class Worker:

@@ -29,7 +29,7 @@ def page(project: Path, **variables: str) -> Iterator[tuple[str, str, int]]:
     port, output = free_port(), project / "page.txt"
     with output.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.mlflow_page", str(port)],
+            [sys.executable, "-m", "pipelines.serving.mlflow_page", str(port)],
             cwd=project,
             env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **variables},
             stdout=log,
@@ -152,7 +152,7 @@ def test_another_sites_page_gets_nothing_done_with_the_browsers_password(
 def test_with_the_password_page_and_registry_work(
     served: tuple[str, str, int], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import tracking
+    from pipelines.registry import tracking
 
     address, password, _ = served
     login = ("aegan", password)
@@ -182,12 +182,14 @@ def test_make_mlflow_starts_this_page() -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == '.venv/bin/python -m pipelines.mlflow_page "$PORT"'
+    assert (
+        done.stdout.splitlines()[-1] == '.venv/bin/python -m pipelines.serving.mlflow_page "$PORT"'
+    )
 
 
 def run_page(project: Path, port: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.mlflow_page", port],
+        [sys.executable, "-m", "pipelines.serving.mlflow_page", port],
         cwd=project,
         env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **variables},
         capture_output=True,

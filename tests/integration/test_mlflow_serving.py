@@ -25,8 +25,9 @@ from PIL import Image
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import mlflow_store, register, tracking
-from pipelines.errors import UserError
+from pipelines import register
+from pipelines.base.errors import UserError
+from pipelines.registry import mlflow_store, tracking
 from tests.trained import ROOT, write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -260,8 +261,9 @@ def test_serving_a_registered_version_executes_nothing_that_the_registry_holds(
     load = "import mlflow; mlflow.pyfunc.load_model('models:/aegan@candidate')"
     theirs = {**environment, "MLFLOW_TRACKING_URI": f"sqlite:///{copy}/mlflow.db"}
     adopt = (
-        f"from pipelines.tracking import pinned; print(pinned('models:/aegan@candidate')); {load}"
+        "from pipelines.registry.tracking import pinned; print(pinned('models:/aegan@candidate'))"
     )
+    adopt = f"{adopt}; {load}"
     subprocess.run([sys.executable, "-c", adopt], cwd=copy, env=theirs, check=True, timeout=200)
     (copy / "executed").unlink()  # so it is an attack
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import requests
 
-from pipelines import tracking
-from pipelines.errors import UserError
+from pipelines.base.errors import UserError
+from pipelines.registry import tracking
 from tests.compose import free_port, wait_until
 from tests.registrations import Registrations, registrations
 from tests.trained import write_project

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from aegan import checkpoint
+from aegan.training import checkpoint
 from tests.disks import small_disk
 from tests.project import finish, make_project, run_folder, start, train_workers
 from tests.tiny import tiny_shards

@@ -15,7 +15,7 @@ from socket import AF_INET6
 from typing import Any
 from urllib.parse import unquote
 
-from pipelines.errors import UserError
+from pipelines.base.errors import UserError
 
 PUBLIC, OTHER_PUBLIC, PRIVATE, OTHER_PRIVATE = "8.8.4.4", "9.9.9.9", "10.1.2.3", "10.1.2.4"
 METADATA, METADATA_6 = "169.254.169.254", "fd00:ec2::254"
@@ -120,7 +120,7 @@ def names() -> str:
 
 def main(folder: Path) -> None:
     set_up(folder)
-    from pipelines.web import fetch  # urllib3 looks at once whether there is IPv6
+    from pipelines.ingest.https import fetch  # urllib3 looks at once whether there is IPv6
 
     ended = []
     for (start, place), is_followed in ROUTES.items():

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import entries
-from pipelines.entries import RawFile, Skipped
-from pipelines.errors import UserError
-from pipelines.sources import read_archive, read_folder
+from pipelines.base.errors import UserError
+from pipelines.ingest import entries
+from pipelines.ingest.entries import RawFile, Skipped
+from pipelines.ingest.sources import read_archive, read_folder
 from tests.pictures import blocks, encode
 
 
@@ -53,7 +53,7 @@ ALPHA = blocks(7, channels=4)
     ],
 )
 def test_a_source_array_gives_its_images_value_for_value(tmp_path, monkeypatch, array, expected):
-    monkeypatch.setattr("pipelines.arrays.AT_ONCE_BYTES", 3000)
+    monkeypatch.setattr("pipelines.ingest.arrays.AT_ONCE_BYTES", 3000)
     found = read(save(tmp_path, np.ascontiguousarray(array)))
     assert [entry.source for entry in found] == [f"set-000000{row}" for row in range(len(expected))]
     np.testing.assert_array_equal(pixels(found), expected)

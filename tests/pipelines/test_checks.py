@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from aegan.config import ComputeConfig
-from pipelines import checks, params
-from pipelines.errors import UserError
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.cluster import checks
 from tests.disks import small_disk
 from tests.tiny import PARAMS
 
@@ -97,7 +98,7 @@ def test_a_small_shared_memory_is_a_warning_with_its_cure(tmp_path):
 
 @pytest.mark.fault("ray addresses")
 def test_where_no_folder_for_rays_sockets_is_short_enough_one_line_says_so(monkeypatch):
-    monkeypatch.setattr("pipelines.cluster.MAX_PLACE_BYTES", 3)
+    monkeypatch.setattr("pipelines.cluster.session.MAX_PLACE_BYTES", 3)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match=r"at most 3 bytes .*: set RAY_TMPDIR to one"):
         checks.before_training()

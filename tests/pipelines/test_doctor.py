@@ -7,8 +7,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from pipelines import doctor, storage
+from pipelines.bucket import storage
 from pipelines.cli import main as aegan
+from pipelines.project import doctor
 from tests.compose import free_port
 from tests.s3 import s3_server
 from tests.tiny import PARAMS

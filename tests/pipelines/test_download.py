@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from aegan import manifold
 from aegan.config import DataConfig
+from aegan.data import designed_faces
 from pipelines import download as stage
+from pipelines.base.errors import UserError, run_stage
 from pipelines.download import download
-from pipelines.entries import Skipped
-from pipelines.errors import UserError, run_stage
-from pipelines.sources import read_folder
+from pipelines.ingest.entries import Skipped
+from pipelines.ingest.sources import read_folder
 from tests.pictures import blocks, encode, write_folder
 
 
@@ -93,9 +93,9 @@ def test_a_nested_copy_of_the_whole_set_is_not_stored_twice(tmp_path):
 
 def test_the_designed_set_comes_with_its_factors(tmp_path):
     manifest = download(config("manifold"), tmp_path / "raw")
-    images, factors = manifold.generate(0, 10, seed=3, image_size=16)
+    images, factors = designed_faces.generate(0, 10, seed=3, image_size=16)
     found = rows(tmp_path / "raw")
-    assert manifest["factors"] == [factor.name for factor in manifold.FACTORS]
+    assert manifest["factors"] == [factor.name for factor in designed_faces.FACTORS]
     for row, image, values in zip(found, images, factors, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["content"]))), image)
         assert [row[f"factor_{name}"] for name in manifest["factors"]] == values.tolist()

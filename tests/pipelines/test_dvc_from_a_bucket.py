@@ -14,9 +14,11 @@ import boto3
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import job_result, storage, submit
-from pipelines.errors import UserError
-from pipelines.job_result import JobResult
+from pipelines import submit
+from pipelines.base.errors import UserError
+from pipelines.bucket import storage
+from pipelines.jobs import job_result
+from pipelines.jobs.job_result import JobResult
 from tests.s3 import s3_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault("names from outside")]
@@ -94,7 +96,7 @@ def make_project(folder: Path, lock: str = "") -> Path:
 
 def dvc(folder: Path, remote: Remote, *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.dvc_command", *arguments],
+        [sys.executable, "-m", "pipelines.project.dvc_command", *arguments],
         cwd=folder,
         env=remote.environment | {"PYTHONPATH": str(ROOT)},
         text=True,
@@ -320,13 +322,13 @@ HOSTILE: dict[str, Any] = {
     "a file beside the outputs": lambda r: {"files": {"artifacts/train/run.json": "{}"}},
     "a file above": lambda r: {"files": {"../x": "{}"}},
     "an absolute file": lambda r: {"files": {"/tmp/x": "{}"}},
-    "a file below artifacts": lambda r: {"files": {"artifacts/../pipelines/job.py": "{}"}},
-    "code": lambda r: {"files": {"pipelines/job.py": "{}"}},
+    "a file below artifacts": lambda r: {"files": {"artifacts/../pipelines/jobs/job.py": "{}"}},
+    "code": lambda r: {"files": {"pipelines/jobs/job.py": "{}"}},
     "no text": lambda r: {"files": {REGISTRATION: ["x"]}},
     "no files": lambda r: {"files": None},
     "a huge file": lambda r: {"files": {REGISTRATION: "x" * 2**21}},
     "an option": lambda r: {"outputs": ["--help"]},
-    "another output": lambda r: {"outputs": ["pipelines/job.py"]},
+    "another output": lambda r: {"outputs": ["pipelines/jobs/job.py"]},
     "no outputs": lambda r: {"outputs": []},
     "outputs twice": lambda r: {"outputs": r.outputs * 2},
     "numbers": lambda r: {"outputs": [1]},

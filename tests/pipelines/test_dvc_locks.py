@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import dvc_locks
+from pipelines.project import dvc_locks
 
 ROOT = Path(__file__).parents[2]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -62,7 +62,7 @@ def lock(project: Path, pid: int, command: str = "/old/.venv/bin/dvc repro") -> 
 
 
 def repro(project: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines.dvc_command", "repro"]
+    command = [sys.executable, "-m", "pipelines.project.dvc_command", "repro"]
     return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
 
 

@@ -23,7 +23,7 @@ def test_a_moved_environment_runs_its_own_commands_on_its_own_projects_source(tm
     before.mkdir()
     (before / "pipelines").symlink_to(ROOT / "pipelines")
     run(sys.executable, "-m", "venv", before / ".venv", folder=before)
-    run(before / ".venv/bin/python", "-m", "pipelines.environment", folder=before)
+    run(before / ".venv/bin/python", "-m", "pipelines.project.environment", folder=before)
     moved = tmp_path / "moved elsewhere"
     before.rename(moved)
     link = tmp_path / "a link to pip"

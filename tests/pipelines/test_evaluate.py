@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from aegan import manifold
 from aegan.config import EvaluateConfig, ModelConfig
+from aegan.data import designed_faces
 from aegan.metrics import METRICS
 from aegan.networks import AEGAN
-from pipelines.errors import UserError
+from pipelines.base.errors import UserError
 from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
 from tests.pictures import blocks
 from tests.shards import write_shards
@@ -45,8 +45,8 @@ def write_model(
 
 def write_faces(folder: Path, *, train: int = 60, test: int = 30) -> Path:
     """Shards of the designed set, 16x16, with its factors."""
-    images, values = manifold.generate(0, train + test, seed=0, image_size=16)
-    columns = {factor.name: values[:, i] for i, factor in enumerate(manifold.FACTORS)}
+    images, values = designed_faces.generate(0, train + test, seed=0, image_size=16)
+    columns = {factor.name: values[:, i] for i, factor in enumerate(designed_faces.FACTORS)}
     return write_shards(
         folder,
         {"train": images[:train], "test": images[train:]},
@@ -83,7 +83,7 @@ def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path
         assert {"ema", "raw", "floor", "best"} <= figures[name].keys(), name
     assert figures["frechet_distance"]["ema"] != figures["frechet_distance"]["raw"]
     assert set(figures["factor_recovery_linear"]["factors"]) == {
-        factor.name for factor in manifold.FACTORS
+        factor.name for factor in designed_faces.FACTORS
     }
     # Untrained networks: real images must be nearer to real images than theirs are.
     for name in ("frechet_distance", "kernel_distance", "sliced_wasserstein"):

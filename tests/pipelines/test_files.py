@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import UserError
-from pipelines.files import new_file, new_folder, write_json
+from pipelines.base.errors import UserError
+from pipelines.base.files import new_file, new_folder, write_json
 
 
 def write_half(file: Path) -> None:

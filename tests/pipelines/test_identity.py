@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import identity
+from pipelines.base import identity
 
 ROOT = Path(identity.__file__).parent.parent
 

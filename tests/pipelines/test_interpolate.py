@@ -11,8 +11,8 @@ from PIL import Image
 
 import aegan
 from aegan.config import InterpolateConfig
-from aegan.images import enlarge, save_animation
-from pipelines.errors import UserError
+from aegan.pictures import enlarge, save_animation
+from pipelines.base.errors import UserError
 from pipelines.interpolate import ANIMATION_FRAMES, GRID_TILE, interpolate, path_grid
 from tests.pictures import blocks
 from tests.shards import write_shards

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.labels import folder_classes
+from pipelines.ingest.labels import folder_classes
 
 
 @pytest.mark.parametrize(

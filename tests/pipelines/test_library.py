@@ -9,20 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from aegan import dataset, training_loop
-from aegan.checkpoint import path_of
 from aegan.config import DataConfig, EvaluateConfig, InterpolateConfig, PreprocessConfig
+from aegan.data import dataset
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.sliced_wasserstein import laplacian_pyramid
-from aegan.state import export_model
-from pipelines import params, tracking
+from aegan.training import loop
+from aegan.training.checkpoint import path_of
+from aegan.training.state import export_model
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.base.trained_model import load_model
 from pipelines.download import download
-from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
+from pipelines.ingest.near_duplicates import thumbnails
 from pipelines.interpolate import interpolate
-from pipelines.near_duplicates import thumbnails
 from pipelines.preprocess import preprocess
-from pipelines.trained import load_model
+from pipelines.registry import tracking
 from tests.tiny import PARAMS, tiny_config
 from tests.trained import write_model
 
@@ -52,7 +54,7 @@ def test_sides_of_3_x_2_to_the_n_go_through_every_stage(
         processes=1,
     )
     assert dataset.load_images(shards, "test").shape[1:] == (image_size, image_size, channels)
-    training_loop.train(
+    loop.train(
         tiny_config(num_steps=2), shards=shards, run_folder=run_folder, device=torch.device("cpu")
     )
     export_model(path_of(run_folder / "checkpoints", 2), tmp_path / "model")

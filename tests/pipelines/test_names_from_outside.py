@@ -14,11 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aegan.dataset import read_manifest
-from pipelines import run_store, shard_store, storage
-from pipelines.errors import UserError
-from pipelines.outside import UntrustedError, check_names, path_inside
-from pipelines.run_store import RunStore, is_asked_to_stop, shown_progress
+from aegan.data.dataset import read_manifest
+from pipelines.base.errors import UserError
+from pipelines.base.outside import UntrustedError, check_names, path_inside
+from pipelines.bucket import run_store, shard_store, storage
+from pipelines.bucket.run_store import RunStore, is_asked_to_stop, shown_progress
 from tests.s3 import s3_server
 from tests.tiny import tiny_shards
 

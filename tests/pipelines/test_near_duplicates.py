@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import connected_components
 
-from pipelines.near_duplicates import NearDuplicates, thumbnails
+from pipelines.ingest.near_duplicates import NearDuplicates, thumbnails
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import clean, locks, outputs
-from pipelines.errors import UserError
-from pipelines.files import new_folder, project_folder
-from pipelines.outputs import FOLDERS, RAW
+from pipelines.base import locks, outputs
+from pipelines.base.errors import UserError
+from pipelines.base.files import new_folder, project_folder
+from pipelines.base.outputs import FOLDERS, RAW
+from pipelines.project import clean
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +133,7 @@ def test_the_source_of_a_run_in_a_copy_of_dvcs_is_looked_for_in_the_original(tmp
 
 HOLDER = """
 import sys
-from pipelines import locks
+from pipelines.base import locks
 with locks.hold(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -4,8 +4,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from aegan.config import DataConfig, LossConfig, TrainingConfig
-from pipelines import identity, params
-from pipelines.errors import UserError
+from pipelines.base import identity, params
+from pipelines.base.errors import UserError
 
 ROOT = Path(params.__file__).parent.parent
 
@@ -123,6 +123,6 @@ def test_a_run_is_named_by_the_code_and_the_parameters_that_dvc_tracks():
     train = stages["train"]
     tracked = [ROOT / dep for dep in train["deps"] if dep.startswith("aegan/")]
     files = {file for dep in tracked for file in (dep.rglob("*.py") if dep.is_dir() else [dep])}
-    roots = ["aegan.training_loop", "aegan.start"]
+    roots = ["aegan.training.loop", "aegan.training.start"]
     assert files == set(identity.code_of(roots, without=identity.NOT_IN_WEIGHTS))
     assert train["params"] == ["model", "loss", "training"]

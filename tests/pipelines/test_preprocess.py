@@ -25,15 +25,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aegan import dataset, manifold
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
-from pipelines import decode as decode_module
+from aegan.data import dataset, designed_faces
 from pipelines import download as download_stage
 from pipelines import preprocess as preprocess_stage
-from pipelines.decode import decode_files, decode_rows, decode_snapshot
+from pipelines.base.errors import UserError
+from pipelines.base.names import shown
 from pipelines.download import download
-from pipelines.errors import UserError
-from pipelines.names import shown
+from pipelines.ingest import decode as decode_module
+from pipelines.ingest.decode import decode_snapshot
+from pipelines.ingest.pieces import decode_files, decode_rows
 from pipelines.preprocess import preprocess
 from tests.faulty_decoder import FAULTY_DECODER
 from tests.pictures import blocks, encode, write_folder
@@ -171,11 +172,11 @@ def test_the_log_says_how_many_files_of_a_source_are_skipped_and_where_they_are_
 
 
 def test_every_image_arrives_once_with_its_pixels_source_and_factors(faces):
-    images, factors = manifold.generate(0, 200, seed=0, image_size=16)
+    images, factors = designed_faces.generate(0, 200, seed=0, image_size=16)
     seen = set()
     for split in SPLITS:
         found = dataset.load_images(faces / "shards", split)
-        names = ["source", "image_id", *(f"factor_{f.name}" for f in manifold.FACTORS)]
+        names = ["source", "image_id", *(f"factor_{f.name}" for f in designed_faces.FACTORS)]
         columns = dataset.load_columns(faces / "shards", split, names)
         for row, source in enumerate(columns["source"]):
             index = int(source.removeprefix("face-").removesuffix(".png"))
@@ -335,8 +336,8 @@ def test_lack_of_memory_ends_the_run_with_the_cure_and_drops_no_source(tmp_path)
     script = """
 import resource, sys
 import pyarrow as pa
-from pipelines.decode import decode_rows
-from pipelines.errors import UserError
+from pipelines.ingest.pieces import decode_rows
+from pipelines.base.errors import UserError
 from tests.pipelines.test_preprocess import CONFIG
 import dataclasses
 content = open(sys.argv[1], "rb").read()
@@ -672,7 +673,7 @@ def start_stage(
     script.write_text(
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from pipelines.errors import run_stage\n"
+        "from pipelines.base.errors import run_stage\n"
         "from tests.pipelines.test_preprocess import run\n"
         "if __name__ == '__main__':\n"
         f"    {prologue}\n"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.quarantine import summary, write_quarantine
+from pipelines.ingest.quarantine import summary, write_quarantine
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines import ray_address
-from pipelines.cluster import PRIVATE_FOLDER, ray_session
-from pipelines.errors import UserError
+from pipelines.base.errors import UserError
+from pipelines.cluster import ray_address
+from pipelines.cluster.session import PRIVATE_FOLDER, ray_session
 
 SESSION = """
 import sys
-from pipelines.cluster import ray_session
+from pipelines.cluster.session import ray_session
 print("begins", flush=True)
 try:
     with ray_session():

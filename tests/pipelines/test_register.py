@@ -23,8 +23,9 @@ from PIL import Image
 
 import aegan
 from aegan.config import RegisterConfig
-from pipelines import mlflow_store, register, tracking
-from pipelines.errors import UserError
+from pipelines import register
+from pipelines.base.errors import UserError
+from pipelines.registry import mlflow_store, tracking
 from tests.trained import ROOT, RUN_NAME, START, write_project
 
 CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")

@@ -17,9 +17,10 @@ import boto3
 import pytest
 
 from aegan.config import RegisterConfig
-from pipelines import mlflow_files, register, tracking
-from pipelines.errors import UserError
-from pipelines.files import hash_files
+from pipelines import register
+from pipelines.base.errors import UserError
+from pipelines.base.files import hash_files
+from pipelines.registry import mlflow_files, tracking
 from tests.registrations import ROOT, Outcome, Registrations, registrations
 from tests.s3 import s3_server
 from tests.trained import write_model, write_project

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aegan.config import InterpolateConfig
-from aegan.images import save_png
 from aegan.metrics import METRICS
-from pipelines.errors import UserError
+from aegan.pictures import save_png
+from pipelines.base.errors import UserError
 from pipelines.interpolate import interpolate
 from pipelines.report import MAX_MOMENTS, build, draw_curves, in_words, read_quarantine, verdict
 from tests.pictures import blocks

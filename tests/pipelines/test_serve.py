@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import aegan
-from pipelines import endpoint, serve
+from pipelines import serve
+from pipelines.serving import endpoint
 from tests.trained import write_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -439,7 +440,7 @@ def test_more_requests_at_once_than_may_wait_are_told_to_come_back(server: Serve
 def test_a_fault_of_the_server_s_own_is_a_500_without_a_word_of_its_inside(
     folder: Path, tmp_path: Path
 ) -> None:
-    code = "import aegan.service as s\ns.to_records = lambda **_: 1 / 0"  # a bug
+    code = "import aegan.operations as s\ns.to_records = lambda **_: 1 / 0"  # a bug
     with serving(folder, tmp_path, code) as broken:
         status, answer = broken.ask_for("generate", [])
         check_refusal(status, answer, expected=500)

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from aegan.config import DataConfig
-from pipelines import source_address
+from pipelines.base.errors import UserError
+from pipelines.base.outputs import FOLDERS
 from pipelines.download import download
-from pipelines.errors import UserError
-from pipelines.outputs import FOLDERS
+from pipelines.ingest import source_address
 
 pytestmark = pytest.mark.usefixtures("project")
 

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines import archives, entries, names
-from pipelines.entries import RawFile, Skipped, is_container_name
-from pipelines.errors import UserError
-from pipelines.sources import read_archive, read_folder, without_repetitions
+from pipelines.base import names
+from pipelines.base.errors import UserError
+from pipelines.ingest import archives, entries
+from pipelines.ingest.entries import RawFile, Skipped, is_container_name
+from pipelines.ingest.sources import read_archive, read_folder, without_repetitions
 
 ODD_NAMES = [  # pictures that people have, and names made to reach outside
     "Screenshot 2024-01-01 at 3.04.05\u202fPM.png",
@@ -161,8 +162,8 @@ def test_paths_longer_than_the_system_allows_are_listed_and_the_rest_is_read(tmp
 READS_BAD_DISK = """
 import os, subprocess, sys
 from pathlib import Path
-from pipelines.errors import UserError
-from pipelines.sources import read_folder
+from pipelines.base.errors import UserError
+from pipelines.ingest.sources import read_folder
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/mem", folder / sys.argv[2]], check=True)
 try:

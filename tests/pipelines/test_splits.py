@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aegan.config import PreprocessConfig
-from pipelines import params
-from pipelines.deduplicate import keep_apart
-from pipelines.near_duplicates import NearDuplicates
-from pipelines.splits import TEST, TRAIN, VALIDATION, draw, drawn_splits, waiting_times
+from pipelines.base import params
+from pipelines.ingest.deduplicate import keep_apart
+from pipelines.ingest.near_duplicates import NearDuplicates
+from pipelines.ingest.splits import TEST, TRAIN, VALIDATION, draw, drawn_splits, waiting_times
 
 CONFIG = params.load(PreprocessConfig, Path(__file__).parents[2] / "params.yaml")
 FRACTIONS = st.floats(0, 0.4)

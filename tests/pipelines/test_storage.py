@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from aegan.config import DataConfig
-from pipelines import storage
+from pipelines.base.errors import UserError
+from pipelines.bucket import storage
 from pipelines.download import download
-from pipelines.errors import UserError
 from tests.cluster.faults import FaultyProxy
 from tests.pictures import blocks, encode, write_folder
 from tests.s3 import s3_server

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import job, ray_jobs, shipment, submit
-from pipelines.errors import UserError
+from pipelines import submit
+from pipelines.base.errors import UserError
+from pipelines.jobs import job, ray_jobs, shipment
 
 PARAMS = Path(__file__).parent.parent.parent / "params.yaml"
 LOCK = PARAMS.with_name("requirements.lock")

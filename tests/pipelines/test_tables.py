@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import entries
-from pipelines.entries import NoImagesError, RawFile, Skipped
-from pipelines.errors import UserError
-from pipelines.sources import read_archive, read_folder
+from pipelines.base.errors import UserError
+from pipelines.ingest import entries
+from pipelines.ingest.entries import NoImagesError, RawFile, Skipped
+from pipelines.ingest.sources import read_archive, read_folder
 from tests.pictures import blocks, encode
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipelines import locks, mlflow_leftovers, mlflow_store, tidy
-from pipelines.errors import UserError
+from pipelines.base import locks
+from pipelines.base.errors import UserError
+from pipelines.project import tidy
+from pipelines.registry import mlflow_leftovers, mlflow_store
 
 DAY = 86400.0
 

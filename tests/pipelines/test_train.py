@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from aegan import checkpoint, training_log, training_loop
 from aegan.config import ComputeConfig, RegisterConfig, TrainConfig
-from pipelines import params, register
-from pipelines.errors import UserError
-from pipelines.run_folder import CURVES, _write_curves, publish
+from aegan.training import checkpoint, loop, training_log
+from pipelines import register
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.bucket.finished_run import CURVES, _write_curves, publish
+from pipelines.cluster.worker import train_here
 from pipelines.train import run_name, train
-from pipelines.worker import train_here
 from tests.disks import largest_file, small_disk
 from tests.tiny import PARAMS, tiny_config, tiny_shards
 from tests.trained import CONFIG as REGISTERED
@@ -88,7 +89,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _stop_at_any_step(monkeypatch):
-    monkeypatch.setattr(training_loop, "STOP_INTERVAL_STEPS", 1)
+    monkeypatch.setattr(loop, "STOP_INTERVAL_STEPS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def interrupted(tmp_path_factory, shards) -> Project:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_loop, "STOP_INTERVAL_STEPS", 1)
+        patch.setattr(loop, "STOP_INTERVAL_STEPS", 1)
         with pytest.raises(KeyboardInterrupt):
             project.train(stop_at=8)
     torch.set_num_threads(threads)

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from aegan import training_loop
 from aegan.config import (
     LossConfig,
     SearchRange,
@@ -25,9 +24,21 @@ from aegan.config import (
     TrainingConfig,
     TuneConfig,
 )
-from pipelines import params, tracking, tune
-from pipelines.errors import UserError
-from pipelines.trial import OBJECTIVES, Task, Trial, judge, rounded, run_trial, shortened, train
+from aegan.training import loop
+from pipelines import tune
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.registry import tracking
+from pipelines.search.trial import (
+    OBJECTIVES,
+    Task,
+    Trial,
+    judge,
+    rounded,
+    run_trial,
+    shortened,
+    train,
+)
 from tests.shards import write_shards
 from tests.tiny import PARAMS, tiny_config, tiny_shards
 
@@ -248,7 +259,7 @@ def test_a_trial_that_was_trained_reports_the_same_again_without_training(
     task = make_task(shards, tmp_path)
     config, first, again = task.config({}, seed=0), [], []
     run_trial(task, config, first.append)
-    monkeypatch.setattr(training_loop, "update_ema", None)  # a step would raise
+    monkeypatch.setattr(loop, "update_ema", None)  # a step would raise
     run_trial(task, config, again.append)
     assert again == first
 

@@ -15,9 +15,9 @@ from urllib.parse import quote, unquote
 
 import pytest
 
-from pipelines import web
-from pipelines.errors import UserError
-from pipelines.web import fetch, without_secrets
+from pipelines.base.errors import UserError
+from pipelines.ingest import https
+from pipelines.ingest.https import fetch, without_secrets
 from tests.pipelines import redirects
 
 pytestmark = pytest.mark.integration
@@ -157,7 +157,7 @@ def test_a_redirect_never_leads_from_elsewhere_to_this_machine_or_a_private_netw
 @pytest.mark.fault("sources")
 @pytest.mark.parametrize("where", ["line", "header", "body", "chunk"])
 def test_a_source_that_drips_is_given_up_and_says_so(address, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(web, "WINDOW_SECONDS", 0.5)
+    monkeypatch.setattr(https, "WINDOW_SECONDS", 0.5)
     with pytest.raises(UserError, match=rf"/drip-{where} cannot be fetched: \d+ bytes in "):
         fetch(f"{address}/drip-{where}", tmp_path / "file")
 
@@ -237,10 +237,10 @@ def test_the_body_of_a_redirect_is_not_read(address, tmp_path):
 
 
 def test_more_than_the_limit_is_not_written(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "MAX_BYTES", 2 * web.CHUNK_BYTES)
+    monkeypatch.setattr(https, "MAX_BYTES", 2 * https.CHUNK_BYTES)
     with pytest.raises(UserError, match=r"/good is larger than 2097152 bytes: fetch it yourself"):
         fetch(f"{address}/good?token=secret", tmp_path / "file")
-    assert (tmp_path / "file").stat().st_size <= web.MAX_BYTES
+    assert (tmp_path / "file").stat().st_size <= https.MAX_BYTES
 
 
 def test_a_refused_connection_is_one_clear_error_without_the_secrets_of_the_address(tmp_path):

@@ -1,0 +1,1 @@
+"""Images: files decoded, shards read, designed faces drawn."""

@@ -1,0 +1,1 @@
+"""The training loop: updates, state, checkpoints, processes, validation."""

@@ -1,0 +1,162 @@
+"""Everything a checkpoint holds: networks, averages, optimisers, and how far training is."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aegan import model_folder
+from aegan.config import TrainConfig, identity, with_new_names
+from aegan.losses import OBJECTIVES
+from aegan.networks import AEGAN
+from aegan.training import checkpoint
+from aegan.training.training_log import TrainingLog
+
+
+class TrainingState:
+    """The four networks with optimisers, and the averages (EMA) of generator and encoder.
+
+    A network that the arm does not use is absent (encoder) or frozen (a discriminator).
+    """
+
+    def __init__(self, config: TrainConfig, manifest: dict[str, Any], device: torch.device) -> None:
+        options, objective = config.training, OBJECTIVES[config.training.arm]
+        self._device = device
+        self._config = {**identity(config), "dataset_sha256": manifest["dataset_sha256"]}
+        self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
+        self._reading = {"fit": manifest["fit"], "value_range": manifest.get("value_range", "full")}
+        torch.manual_seed(options.seed)
+        self.model = AEGAN(
+            config.model,
+            **self._sizes,
+            encoder=objective.has_encoder,
+            discriminators=objective.judges_images or objective.judges_latents,
+        )
+        self.ema = AEGAN(
+            config.model, **self._sizes, encoder=objective.has_encoder, discriminators=False
+        )
+        self.ema.load_state_dict(self.model.state_dict(), strict=False)
+        self.ema.eval().requires_grad_(False)
+        for module in (self.model, self.ema):
+            module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        discriminators = []
+        for is_used, network in (
+            (objective.judges_images, self.model.image_discriminator),
+            (objective.judges_latents, self.model.latent_discriminator),
+        ):
+            if network is not None:
+                network.requires_grad_(is_used)
+                discriminators += list(network.parameters()) if is_used else []
+        # `capturable` keeps the step count on a GPU, where a CUDA graph can raise it.
+        adam = partial(
+            torch.optim.Adam,
+            betas=(options.beta1, options.beta2),
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self.optimizers = {
+            "encoder_generator": adam(
+                [
+                    *self.model.generator.parameters(),
+                    *(self.model.encoder.parameters() if self.model.encoder else ()),
+                ],
+                lr=options.learning_rate,
+            )
+        }
+        if discriminators:
+            self.optimizers["discriminators"] = adam(
+                discriminators, lr=options.discriminator_learning_rate
+            )
+        self.step = 0  # encoder/generator updates done
+        self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
+        self.seconds = 0.0  # of training
+        self.log = TrainingLog()
+        self.start: dict[str, Any] | None = None  # whose weights it began with, if not random ones
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of this moment; see `aegan.training.checkpoint`."""
+        state = {
+            "config": self._config,
+            **self._sizes,
+            **self._reading,
+            "attempt": self.attempt,
+            "seconds": self.seconds,
+            "log": self.log.as_json(),
+            "start": self.start,
+            "torch": torch.__version__,
+        }
+        return checkpoint.save(folder, self.step, self._tensors(), state)
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a checkpoint, as `checkpoint.load` returns it; raises ConfigChangedError."""
+        saved = state["config"] | {"model": with_new_names("model", state["config"]["model"])}
+        checkpoint.check_config(saved, self._config)
+        for name, module in (("model", self.model), ("ema", self.ema)):
+            module.load_state_dict(_under(tensors, name))
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in _under(tensors, f"optimizer.{name}").items():
+                index, moment = key.split(".")
+                like = parameters[int(index)]
+                if tensor.shape == like.shape:
+                    # The fused optimiser walks memory in order: moments need the layout of their
+                    # parameter (channels last), or they are silently paired with other weights.
+                    tensor = torch.empty_like(like, requires_grad=False).copy_(tensor)
+                moments.setdefault(int(index), {})[moment] = tensor
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.attempt = int(state["step"]), int(state["attempt"])
+        self.seconds = float(state["seconds"])
+        self.log = TrainingLog.from_json(state["log"], self._device)
+        self.start = state["start"]
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                for moment, value in moments.items():
+                    named[f"optimizer.{name}.{index}.{moment}"] = value
+        return named
+
+
+def export_model(path: Path, folder: Path) -> dict[str, Any]:
+    """Write a checkpoint's generator and encoder as a model that `aegan.load` reads.
+
+    Returns the model's description (config.json). Raises CheckpointError, OSError.
+    """
+    tensors, state = checkpoint.load(path)
+    used = {
+        name: {
+            key: tensor
+            for key, tensor in _under(tensors, name).items()
+            if key.startswith(("generator.", "encoder."))
+        }
+        for name in ("model", "ema")
+    }
+    description = {
+        "model": with_new_names("model", state["config"]["model"]),
+        "image_size": state["image_size"],
+        "image_channels": state["image_channels"],
+        "fit": state["fit"],
+        "value_range": state.get("value_range", "full"),
+        "has_encoder": any(key.startswith("encoder.") for key in used["ema"]),
+        "arm": state["config"]["training"]["arm"],
+        "step": state["step"],
+        "dataset_sha256": state["config"]["dataset_sha256"],
+    }
+    return model_folder.write(folder, description, {"raw": used["model"], "ema": used["ema"]})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a dotted prefix, without it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}

@@ -1,0 +1,222 @@
+"""The optimiser steps of one training step, under either update rule."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from aegan.config import Precision, TrainConfig
+from aegan.losses import (
+    OBJECTIVES,
+    Fakes,
+    Objective,
+    Terms,
+    Turn,
+    discriminator_loss,
+    encoder_generator_loss,
+    make_fakes,
+    shown_in_turn,
+    single_kind_loss,
+)
+from aegan.networks import AEGAN
+from aegan.training import distributed
+from aegan.training.state import TrainingState
+
+ROUND: tuple[Turn, ...] = ("real", "hat", "real", "tilde")  # of the author's rule
+
+LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Terms]]
+
+
+class Updates:
+    """Each method takes this worker's share of a batch, x [N, C, H, W] in [-1, 1] and
+    z [N, latent_dim], updates weights and returns the terms of the loss.
+
+    The share goes through the networks in parts of `micro_batch_size` (0: whole), whose gradients
+    add up.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        world_size: int = 1,
+        micro_batch_size: int = 0,
+        compile_networks: bool = False,
+    ) -> None:
+        self.model = state.model
+        self.optimizers = state.optimizers
+        self.options, self.weights = config.training, config.loss
+        self.objective = OBJECTIVES[config.training.arm]
+        self.world_size = world_size
+        self.micro_batch_size = micro_batch_size or config.training.batch_size
+        if compile_networks:
+            _compile(self.model, discriminators=config.loss.gamma == 0)
+        self.autocast = partial(autocast, config.training.precision, device)
+        self.encoder_generator = distributed.wrap(
+            EncoderGenerator(self.model, self.objective), device
+        )
+        self.plain_discriminators = Discriminators(self.model)
+        self.discriminators = distributed.wrap(self.plain_discriminators, device)
+
+    def on_one_batch(self, x: Tensor, z: Tensor) -> Terms:
+        """The shared rule: all networks on one batch, whose fakes are computed once."""
+        fakes = None
+        if len(x) <= self.micro_batch_size:  # else they would not fit: computed for each update
+            with self.autocast():
+                fakes = self.encoder_generator(x, z)
+
+        def loss_of_discriminators(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
+            if fakes is None:
+                with torch.no_grad():
+                    shown = make_fakes(
+                        self.model.generator, self.model.encoder, x, z, self.objective
+                    )
+            else:
+                shown = fakes.detach()
+            return discriminator_loss(
+                self.discriminators, x, z, shown, objective=self.objective, weights=self.weights
+            )
+
+        values: Terms = {}
+        if "discriminators" in self.optimizers:
+            values = self._descend(
+                "discriminators", self.discriminators, loss_of_discriminators, x, z
+            )
+        return values | self.of_encoder_generator(x, z, fakes)
+
+    def of_discriminators(self, turn: Turn, x: Tensor, z: Tensor) -> Terms:
+        """The author's rule: one update sees real samples or one kind of fake."""
+        if "discriminators" not in self.optimizers or not self._has(turn):
+            return {}
+        target = self.weights.real_target if turn == "real" else self.weights.fake_target
+
+        def loss_in_turn(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
+            images, latents = shown_in_turn(
+                *(self.model.generator, self.model.encoder, x, z),
+                turn=turn,
+                objective=self.objective,
+            )
+            loss = single_kind_loss(self.discriminators, images, latents, target=target)
+            return loss, {f"discriminators_{turn}": loss.detach()}
+
+        return self._descend("discriminators", self.discriminators, loss_in_turn, x, z)
+
+    def of_encoder_generator(self, x: Tensor, z: Tensor, fakes: Fakes | None = None) -> Terms:
+        """Against the discriminators as they are now; makes the fakes if they are not given."""
+
+        def loss_of_fakes(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
+            made = self.encoder_generator(x, z) if fakes is None else fakes
+            return encoder_generator_loss(
+                *(self.plain_discriminators, x, z, made),
+                objective=self.objective,
+                weights=self.weights,
+                prior=self.model.prior,
+            )
+
+        with frozen(self.plain_discriminators):
+            return self._descend("encoder_generator", self.encoder_generator, loss_of_fakes, x, z)
+
+    def _descend(
+        self, name: str, module: nn.Module, loss_of: LossOf, x: Tensor, z: Tensor
+    ) -> Terms:
+        """One step of an optimiser down the mean loss of the global batch."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        totals: Terms = {}
+        parts = [*zip(x.split(self.micro_batch_size), z.split(self.micro_batch_size), strict=True)]
+        # Workers' gradients are averaged: a larger share of the batch must weigh more.
+        weight = len(x) * self.world_size / self.options.batch_size
+        for number, (x_part, z_part) in enumerate(parts, start=1):
+            share = len(x_part) / len(x)
+            with distributed.averaging(module, enabled=number == len(parts)):
+                with self.autocast():
+                    loss, values = loss_of(x_part, z_part)
+                (weight * share * loss).backward()
+            for key, value in values.items():
+                totals[key] = totals[key] + share * value if key in totals else share * value
+        _clip(optimizer, self.options.max_gradient_norm)
+        optimizer.step()
+        return totals
+
+    def _has(self, turn: Turn) -> bool:
+        """Whether the discriminators of this arm see anything in a turn."""
+        return turn == "real" or any(vars(self.objective.only(f"x_{turn}", f"z_{turn}")).values())
+
+
+class EncoderGenerator(nn.Module):
+    """G and E as one module, so that DDP averages their gradients in one backward pass."""
+
+    def __init__(self, model: AEGAN, objective: Objective) -> None:
+        super().__init__()
+        self.generator, self.encoder, self.objective = model.generator, model.encoder, objective
+
+    def forward(self, x: Tensor, z: Tensor) -> Fakes:
+        return make_fakes(self.generator, self.encoder, x, z, self.objective)
+
+
+class Discriminators(nn.Module):
+    """D_x and D_z as one module; None goes in and comes out where the arm has no such fake."""
+
+    def __init__(self, model: AEGAN) -> None:
+        super().__init__()
+        self.image_discriminator = model.image_discriminator
+        self.latent_discriminator = model.latent_discriminator
+        self.prior = model.prior
+
+    def forward(
+        self, images: Tensor | None, latents: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        on_images, on_latents = self.image_discriminator, self.latent_discriminator
+        image_logits = latent_logits = None
+        if on_images is not None and images is not None:
+            image_logits = on_images(images)
+        if on_latents is not None and latents is not None:
+            latent_logits = on_latents(self.prior.seen(latents))
+        return image_logits, latent_logits
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Networks compute in bfloat16 inside, if asked; losses and penalties sum in float32."""
+    enabled = precision == "bfloat16"
+    context: AbstractContextManager[None] = torch.autocast(device.type, torch.bfloat16, enabled)
+    return context
+
+
+def _compile(model: AEGAN, *, discriminators: bool) -> None:
+    """With PyTorch's compiler, which cannot differentiate twice, as gradient penalties do."""
+    networks = [model.generator, model.encoder]
+    if discriminators:
+        networks += [model.image_discriminator, model.latent_discriminator]
+    for network in networks:
+        if network is not None:
+            network.compile()
+
+
+def _clip(optimizer: torch.optim.Optimizer, max_gradient_norm: float) -> None:
+    """Limit the gradient norm of each variable, as the author does; 0 switches it off."""
+    if max_gradient_norm > 0:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
+        norms = torch._foreach_norm(gradients)
+        torch._foreach_clamp_min_(norms, max_gradient_norm)
+        torch._foreach_div_(gradients, norms)
+        torch._foreach_mul_(gradients, max_gradient_norm)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradient reaches the module's parameters inside."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

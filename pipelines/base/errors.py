@@ -1,0 +1,36 @@
+"""Errors that a user can cure are one line; everything else is a bug and keeps its traceback."""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+from pipelines.base.names import shown
+
+
+class UserError(Exception):
+    """Names the thing, what was expected and the cure; shown without a traceback."""
+
+
+def _shown(text: str) -> str:
+    """The lines of a text; a file's name in it must not steer the terminal."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _shown(super().format(record))
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's main function: plain log lines, one line for a UserError, 130 for Ctrl-C."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_shown(f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(130)

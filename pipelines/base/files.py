@@ -1,0 +1,94 @@
+"""Files and folders that appear whole or not at all: written aside, then renamed."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aegan import files
+from aegan.files import sha256_of
+from pipelines.base import outputs
+from pipelines.base.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_json(value: Any, file: Path) -> None:
+    """Indented JSON; a number that is not finite is a ValueError."""
+    with clear_disk_errors(file):
+        files.write_json(file, value)
+
+
+def project_folder() -> Path:
+    """Where the user's files are: here, or, in DVC's copy (`dvc exp run --temp`), the original."""
+    here = Path.cwd()
+    copies = (folder for folder in here.parents if here.is_relative_to(folder / ".dvc/tmp/exps"))
+    return next(copies, here)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the names and contents of files and of all files in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and file.suffix != ".pyc":
+                digest.update(f"{file.relative_to(path.parent)}\0{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """As `aegan.files.new_file`; a disk that refuses is a UserError."""
+    with clear_disk_errors(file), files.new_file(file) as temporary:
+        yield temporary
+
+
+@contextmanager
+def new_folder(folder: Path, *, written: Sequence[str]) -> Iterator[Path]:
+    """A folder to fill, which replaces `folder` once all went well and else disappears.
+
+    One process at a time may fill it. A file there that fits no pattern of `written` is the user's:
+    UserError, before anything is done, or at the end if it came meanwhile.
+    """
+    outputs.check_folder(folder, written)
+    target = folder.resolve()  # `folder` may be a link to a larger disk
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with clear_disk_errors(folder):
+        for left_over in target.parent.glob(
+            f".{target.name}.*.tmp"
+        ):  # by a process that was killed
+            shutil.rmtree(left_over)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            outputs.check_folder(folder, written)
+            if target.exists():
+                shutil.rmtree(target)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def clear_disk_errors(place: Path) -> Iterator[None]:
+    """Turn a full disk and missing permissions into a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise UserError(
+                f"no space left for {place}: free some, or link its folder to a larger disk, "
+                "then run the same command again"
+            ) from None
+        if error.errno in _NO_PERMISSION:
+            where = error.filename or place
+            raise UserError(
+                f"not allowed to write {where}: check its owner and mode, and that its disk is "
+                "not mounted read-only"
+            ) from None
+        raise

@@ -1,0 +1,1 @@
+"""What lies in a bucket: objects, runs, shards; the only boto3."""

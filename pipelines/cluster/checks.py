@@ -1,0 +1,180 @@
+"""What this machine has for a run: memory, disk, cores, sockets. Known at once, without a server.
+
+`aegan doctor` shows all of it; a training looks at it before it begins.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from aegan.config import ComputeConfig
+from pipelines.base.errors import UserError
+from pipelines.cluster import session
+
+GIB = 2**30
+LEAST_DISK, ENOUGH_DISK = GIB // 10, 5 * GIB  # for a few checkpoints; for data and cache too
+LEAST_MEMORY, ENOUGH_MEMORY = 1 * GIB, 2.5 * GIB  # the demo takes 2.2
+ENOUGH_SHARED_MEMORY = session.LOCAL_OBJECT_STORE_BYTES * 3 // 2
+CGROUPS = Path("/sys/fs/cgroup")
+NO_LIMIT = 2**60  # version 1 of control groups says so with a number near 2**63
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    status: Literal["ok", "warn", "fail"]
+    subject: str
+    found: str
+    cure: str = ""
+
+
+def before_training() -> None:
+    """Say what may end a training on this machine; UserError for what surely would."""
+    for finding in of_this_machine():
+        if finding.status == "fail":
+            raise UserError(f"{finding.subject}: {finding.found}; {finding.cure}")
+        if finding.status == "warn":
+            log.warning("%s: %s; %s", finding.subject, finding.found, finding.cure)
+
+
+def of_this_machine() -> Iterator[Finding]:
+    """What a run here needs, whichever cluster trains; for a private Ray its own needs too."""
+    yield memory()
+    yield disk(Path.cwd())
+    if not os.environ.get("RAY_ADDRESS"):
+        yield attempt("Ray's folder", session.private_place, "set RAY_TMPDIR")
+        yield shared_memory()
+
+
+def attempt(subject: str, action: Callable[[], object], cure: str = "") -> Finding:
+    """What an action says, or the UserError that it ends with, which holds the cure."""
+    try:
+        return Finding("ok", subject, str(action()))
+    except UserError as error:
+        return Finding("fail", subject, str(error), cure)
+
+
+def memory() -> Finding:
+    """The memory that this process may still take, of which Ray ends workers near the limit."""
+    total, free = memory_bounds()
+    found = f"{_gib(free)} of {_gib(total)} free"
+    cure = (
+        "end other programs, give the container more, or lower training.batch_size, "
+        "compute.micro_batch_size (training.reader: streamed keeps images on disk)"
+    )
+    status: Literal["ok", "warn", "fail"] = "ok"
+    if free < LEAST_MEMORY:
+        status = "fail"
+    elif free < ENOUGH_MEMORY:
+        status = "warn"
+    return Finding(status, "memory", found, cure if status != "ok" else "")
+
+
+def memory_bounds() -> tuple[int, int]:
+    """(bytes that there are, bytes that are free), of the machine or of its container's limit."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for folder in _control_groups():
+        limit, used = _read(folder, "memory.max", "memory.limit_in_bytes"), _used(folder)
+        if limit is not None and limit < NO_LIMIT:
+            total, free = min(total, limit), min(free, max(limit - used, 0))
+    return total, free
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of the groups that this process is in, in both versions of Linux's control groups."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CGROUPS / controllers
+        folder = root / path.lstrip("/")
+        yield from (f for f in (folder, *folder.parents) if f.is_relative_to(root) and f.is_dir())
+
+
+def _used(folder: Path) -> int:
+    """Without the cache of files, which the system gives back when memory is wanted."""
+    used = _read(folder, "memory.current", "memory.usage_in_bytes") or 0
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return used
+    figures = dict(line.split() for line in lines)
+    cache = figures.get("total_inactive_file", figures.get("inactive_file", 0))
+    return max(used - int(cache), 0)
+
+
+def _read(folder: Path, *names: str) -> int | None:
+    for name in names:
+        try:
+            text = (folder / name).read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None
+
+
+def disk(folder: Path) -> Finding:
+    """The space where a run writes."""
+    free = shutil.disk_usage(folder).free
+    found = f"{_gib(free)} free in {folder}"
+    cure = "free some, or link its folders artifacts/ and runs/ to a larger disk (make clean)"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("fail", "disk", f"not allowed to write {folder}", "check owner and mode")
+    if free < LEAST_DISK:
+        return Finding("fail", "disk", found, cure)
+    return (
+        Finding("warn", "disk", found, cure) if free < ENOUGH_DISK else Finding("ok", "disk", found)
+    )
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    """Where Ray's processes hand each other data; a container has 64 MiB unless told otherwise."""
+    if not folder.is_dir():
+        return Finding("warn", str(folder), "not there", "Ray takes the disk instead, slower")
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 2**20:,.0f} MiB free"
+    if free < ENOUGH_SHARED_MEMORY:
+        cure = "Ray takes the disk instead, slower: docker run --shm-size=1g, or free some"
+        return Finding("warn", str(folder), found, cure)
+    return Finding("ok", str(folder), found)
+
+
+def cores(compute: ComputeConfig) -> Finding:
+    """The cores that this process may use, and whether the workers find one each."""
+    number = len(os.sched_getaffinity(0))
+    found = f"{number} of {os.cpu_count()} usable, compute.num_workers is {compute.num_workers}"
+    least = compute.min_workers or compute.num_workers
+    if compute.device != "cuda" and least > number:
+        return Finding("fail", "cores", found, "lower compute.num_workers")
+    return Finding("ok", "cores", found)
+
+
+def gpus(compute: ComputeConfig) -> Finding:
+    """The GPUs that PyTorch sees here."""
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = ", ".join(names) or "none: training takes the CPU"
+    wanted = compute.num_workers if compute.device == "cuda" or names else 0
+    if wanted > len(names) and compute.gpus_per_worker == 1:
+        cure = "lower compute.num_workers, or set compute.device: cpu"
+        return Finding("fail", "GPUs", f"{found}; compute.num_workers is {wanted}", cure)
+    return Finding("ok", "GPUs", found)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

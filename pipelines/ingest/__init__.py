@@ -1,0 +1,1 @@
+"""Anything a user has -> checked images with a split, in Parquet shards."""

@@ -1,0 +1,1 @@
+"""The pipeline as a job on a remote cluster: what is sent, run, followed, brought back."""

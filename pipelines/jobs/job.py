@@ -1,0 +1,159 @@
+"""What a submitted job runs on the cluster: `dvc repro` in a copy of the project's files.
+
+`pipelines/submit.py` starts it as `python -m pipelines.jobs.job CONTENT_ID FILES_SHA256`. Data,
+models and metrics go to the DVC remote in the bucket, after a failure too; dvc.lock and what DVC
+does not store go into one JSON object, which is there once the job has succeeded and not before.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipelines.base.errors import UserError, run_stage
+
+# What a bare cluster may lack is imported inside functions, after the versions were checked.
+
+DVC_LOCK, REQUIREMENTS = Path("dvc.lock"), Path("requirements.lock")
+DVC_REMOTE = "storage"  # its name in .dvc/config.local
+CHECKED = ("torch", "ray", "dvc", "mlflow", "pyarrow")  # those that decide what comes out
+
+
+def main() -> None:
+    content, files_sha256 = sys.argv[1:]
+    check_versions(REQUIREMENTS)
+    from aegan.config import ComputeConfig
+    from pipelines.base import params
+    from pipelines.bucket import storage
+
+    address = params.load(ComputeConfig).storage
+    Path(".dvc/config.local").write_text(dvc_config(address), encoding="utf-8")
+    # The stages' `python` is this one; DVC writes nowhere but into this folder.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ["DVC_SITE_CACHE_DIR"] = str(Path(".dvc/tmp").resolve())
+    # Without a server to register with, the model is registered where it is fetched to.
+    stages = [] if "MLFLOW_TRACKING_URI" in os.environ else ["report"]
+    try:
+        run_dvc("repro", "--pull", *stages)
+    except UserError:
+        with suppress(UserError):  # the next attempt goes on after the stages that ended well
+            run_dvc("push", "--run-cache")
+        raise
+    run_dvc("push", "--run-cache")
+    result = {"job": content, "files_sha256": files_sha256, **collect_result()}
+    # Found by the content that the job started from, and by the one that its results lead to.
+    for name in {content, content_id(files_sha256, DVC_LOCK.read_bytes())}:
+        storage.write_object(result_url(address, name), json.dumps(result, indent=1).encode())
+
+
+def content_id(files_sha256: str, dvc_lock: bytes) -> str:
+    """The name of all that determines a job's results: files, parameters, and data in dvc.lock."""
+    digest = hashlib.sha256(files_sha256.encode() + b"\0" + dvc_lock)
+    return f"aegan-{digest.hexdigest()[:12]}"
+
+
+def result_url(address: str, content: str) -> str:
+    """Where a job that succeeded leaves its result."""
+    return f"{address.rstrip('/')}/jobs/{content}.json"
+
+
+def remote_url(address: str) -> str:
+    """The DVC remote in the bucket."""
+    return f"{address.rstrip('/')}/dvc"
+
+
+def dvc_config(address: str) -> str:
+    """DVC's settings in a copy that is no git repository."""
+    return (
+        f"[core]\n    no_scm = true\n    remote = {DVC_REMOTE}\n"
+        f"['remote \"{DVC_REMOTE}\"']\n    url = {remote_url(address)}\n"
+    )
+
+
+def check_versions(lock: Path) -> None:
+    """UserError where the packages that decide what comes out are not those of the lock."""
+    if different := different_versions(locked_versions(lock)):
+        raise UserError(
+            f"the cluster's packages are not those of {lock}: {', '.join(different)}; build its "
+            "image from this checkout (infra/Dockerfile), or let Ray install them: "
+            "`aegan submit --install`"
+        )
+
+
+def locked_versions(lock: Path) -> dict[str, str]:
+    """The versions that the lock names of the packages that decide what comes out."""
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    locked = dict(line.split("==") for line in lines if "==" in line)
+    return {package: locked[package] for package in CHECKED}
+
+
+def different_versions(locked: Mapping[str, str]) -> list[str]:
+    """Which packages are here in another version, and which."""
+    return [
+        f"{package} {installed_version(package) or 'missing'} (locked: {wanted})"
+        for package, wanted in locked.items()
+        if installed_version(package) != wanted
+    ]
+
+
+def installed_version(package: str) -> str:
+    """Without the build, as in 2.13.0+cu130; empty if the package is not there."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return ""
+
+
+def run_dvc(*arguments: str) -> None:
+    """Run DVC and show what it says; a failure is a UserError with the failed stage's reason."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "pipelines.project.dvc_command",
+            *arguments,
+        ],  # what it takes is checked
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    reasons: dict[str, str] = {}
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        kind, _, reason = line.strip().partition(": ")
+        if kind in ("error", "ERROR"):  # a stage's words, DVC's words
+            reasons.setdefault(kind, reason)
+    if process.wait() != 0:
+        reason = reasons.get("error") or reasons.get("ERROR") or "it did not say why"
+        raise UserError(f"dvc {arguments[0]} failed: {reason}")
+
+
+def collect_result() -> dict[str, Any]:
+    """What a driver needs to make the job's results its own."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        outputs = [output for output in repo.index.outs if Path(output.def_path).exists()]
+        metrics = repo.metrics.show()[""]["data"]
+    return {
+        "dvc_lock": DVC_LOCK.read_text(encoding="utf-8"),
+        "outputs": [output.def_path for output in outputs if output.use_cache],
+        "files": {  # small text files that DVC names but does not store
+            output.def_path: Path(output.def_path).read_text(encoding="utf-8")
+            for output in outputs
+            if not output.use_cache
+        },
+        "metrics": {file: value.get("data") for file, value in metrics.items()},
+    }
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,1 @@
+"""The project's folder: DVC's guard, cleaning up, a look at what is there."""

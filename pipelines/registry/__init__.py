@@ -1,0 +1,1 @@
+"""MLflow: its store, models and versions, and what they are made of."""

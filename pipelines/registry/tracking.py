@@ -1,0 +1,434 @@
+"""The seam to MLflow: store one trained model with all that is known of it, and load it again.
+
+A registration that is cut off anywhere leaves nothing that a later one does not take away, and
+however many register one content, one version of it remains (docs/reliability.md).
+"""
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import aegan
+from aegan import model_folder
+from pipelines.base.errors import UserError
+from pipelines.base.files import hash_files
+from pipelines.base.mlflow_names import quoted
+from pipelines.registry import mlflow_store
+from pipelines.registry.mlflow_store import (
+    alone,
+    check_place,
+    open_store,
+    readable_errors,
+    tracking_uri,
+    without_credentials,
+)
+
+SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
+MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
+MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
+MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
+SERVED_PACKAGES = ("mlflow", "numpy", "pillow", "pyarrow", "safetensors", "torch")
+
+
+class Point(NamedTuple):
+    """One value of a metric's curve."""
+
+    name: str
+    value: float
+    step: int
+    time: float  # seconds since 1970
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One trained model and what is known of it."""
+
+    run_name: str
+    model_folder: Path
+    content_sha256: str  # equal contents share one version
+    params: Mapping[str, Any]
+    points: Sequence[Point]
+    run_tags: Mapping[str, str]
+    version_tags: Mapping[str, str]
+    dataset: Mapping[str, Any]  # {"name", "sha256", "source", "profile"}
+    files: Mapping[str, Sequence[Path]]  # folder among the run's artifacts -> files and folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A registered model version."""
+
+    number: str
+    run_id: str
+    reused: bool
+
+
+def register(record: Record, *, experiment: str, model_name: str, alias: str) -> Version:
+    """Store a record as a run and a model version and point the alias at it; raises UserError.
+
+    The alias is moved last: what it points at is whole. A whole version of the same content is
+    reused.
+    """
+    with readable_errors(), alone():
+        mlflow = open_store()
+        client = mlflow.MlflowClient()
+        identity = {"content_sha256": record.content_sha256, "registered_model": model_name}
+        if mlflow_store.database_file():  # we are alone: whatever is unfinished was cut off
+            _end_unfinished(client, experiment, {})
+        registered = _find_version(mlflow, client, model_name, record.content_sha256)
+        if not registered:
+            registered = _create_version(mlflow, client, record, experiment, model_name, identity)
+        _end_unfinished(client, experiment, identity)
+        _twice(client.set_registered_model_alias, model_name, alias, registered.number)
+        return registered
+
+
+def log_search(
+    search: str, *, experiment: str, tags: Mapping[str, Any], files: Sequence[Path]
+) -> str:
+    """The run that the trials of a search are nested in, with its results; returns the run's id."""
+    with readable_errors(), alone():
+        mlflow = open_store()
+        client = mlflow.MlflowClient()
+        run_id = _search_run(mlflow, client, search, experiment)
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        client.set_terminated(run_id)
+        return run_id
+
+
+def log_trial(
+    name: str,
+    *,
+    search: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    points: Sequence[Point],
+    tags: Mapping[str, str],
+) -> None:
+    """Store one trial as a run nested in its search's, unless it is there whole; raises UserError.
+
+    A run of that name that was cut off when it was written, or has other tags, is replaced.
+    """
+    with readable_errors(), alone():
+        mlflow = open_store()
+        client = mlflow.MlflowClient()
+        parent = _search_run(mlflow, client, search, experiment)
+        experiment_id = client.get_run(parent).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {quoted(name)}"
+        for run in client.search_runs([experiment_id], query):
+            if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
+                return
+            client.delete_run(run.info.run_id)
+        tags = {**tags, "mlflow.parentRunId": parent}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+        _log_numbers(client, run_id, params, points)
+        client.set_terminated(run_id)
+
+
+def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
+    """The id of the run of that name, which is made where there is none."""
+    experiment_id = _experiment(mlflow, experiment)
+    found = client.search_runs([experiment_id], f"tags.search = {quoted(search)}")
+    if found:
+        run_id: str = found[0].info.run_id
+        return run_id
+    made: str = client.create_run(
+        experiment_id, tags={"search": search}, run_name=search
+    ).info.run_id
+    return made
+
+
+def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
+    """The networks in a folder (`artifacts/train/model`) or MLflow (`models:/aegan@candidate`).
+
+    Raises UserError.
+    """
+    with readable_errors(), TemporaryDirectory() as folder:
+        path = fetch_model(str(uri), Path(folder)) if is_address(str(uri)) else uri
+        return aegan.load(path, weights=weights)
+
+
+def check_store() -> str:
+    """The address of the store, once it has answered this user; raises UserError."""
+    with readable_errors():
+        client = open_store(writing=False).MlflowClient()
+        client.search_registered_models(max_results=1)
+        return without_credentials(tracking_uri())
+
+
+def is_address(uri: str) -> bool:
+    """Whether a model's address is one of MLflow."""
+    return uri.startswith(("models:/", "runs:/"))
+
+
+def fetch_model(uri: str, folder: Path) -> Path:
+    """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
+
+    Only the files of a model are asked for, none larger than a model can be, from the store's own
+    places; where the version says what it holds (`model_sha256`), they must be that.
+    """
+    with readable_errors():
+        mlflow = open_store(writing=False)
+        place, recorded = _locate(mlflow.MlflowClient(), uri)
+        check_place(place, uri)
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        repository, model = get_artifact_repository(place), folder / "model"
+        model.mkdir()
+        with _no_larger_files(MAX_FILE_BYTES):
+            for name in (model_folder.CONFIG, *model_folder.FILES.values()):
+                # One file, as it is called here: a listing would be the store's to write.
+                repository._download_file(f"artifacts/model/{name}", str(model / name))
+    if recorded and hash_files([model]) != recorded:
+        raise UserError(
+            f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "
+            "they were changed or damaged in the store; register the model again"
+        )
+    return model
+
+
+def _locate(client: Any, uri: str) -> tuple[str, str | None]:
+    """Where the files of a model are, and the hash that its version was registered with."""
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    if uri.startswith("runs:/"):
+        run_id, _, name = uri.removeprefix("runs:/").partition("/")
+        models = _logged_models(client, client.get_run(run_id))
+        found = next((model for model in models if model.name == name), None)
+        if not found:
+            raise UserError(f"{uri}: this run has no model of that name")
+        return found.artifact_location, None
+    name, *number = get_model_name_and_version(client, uri)
+    if not number:  # models:/m-0123456789abcdef
+        return client.get_logged_model(name).artifact_location, None
+    tags = client.get_model_version(name, number[0]).tags
+    return client.get_model_version_download_uri(name, number[0]), tags.get("model_sha256")
+
+
+@contextmanager
+def _no_larger_files(max_bytes: int) -> Iterator[None]:
+    """This process writes no file of more bytes: what sends one without end is told off by it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = [max_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pinned(uri: str) -> str:
+    """`models:/aegan@candidate` => `models:/aegan/3`, the version that it means now.
+
+    An address without alias stays as it is. Raises UserError.
+    """
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    if not alias:
+        return uri
+    with readable_errors():
+        mlflow = open_store(writing=False)
+        try:
+            found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(
+                f"{uri}: there is no such model or alias in MLflow at "
+                f"{without_credentials(tracking_uri())}; `make run` registers one, `make mlflow` "
+                "shows what there is"
+            ) from None
+        return f"models:/{name}/{found.version}"
+
+
+def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
+    """The first version of that content whose files are still there.
+
+    The first: numbers only grow, so that all who register one content at once agree on it.
+    """
+    query = f"name = {quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
+    for found in client.search_model_versions(query, order_by=["version_number ASC"]):
+        uri = f"models:/{model_name}/{found.version}"
+        files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
+        if any(file.path == "MLmodel" for file in files):
+            return Version(number=str(found.version), run_id=found.run_id, reused=True)
+    return None
+
+
+def _create_version(
+    mlflow: Any,
+    client: Any,
+    record: Record,
+    experiment: str,
+    model_name: str,
+    identity: Mapping[str, str],
+) -> Version:
+    """A run that holds the record, and the model version made from it.
+
+    A server may get the same from another machine meanwhile: the first version counts, and the
+    other is taken back here, by whoever made it.
+    """
+    _experiment(mlflow, experiment)
+    run = made = None
+    try:
+        tags = {**record.run_tags, **identity}
+        with mlflow.start_run(run_name=record.run_name, tags=tags) as run:
+            check_place(run.info.artifact_uri, f"a new run of the experiment {experiment}")
+            _log_record(client, run.info.run_id, record)
+            model = _log_model(mlflow, record.model_folder)
+            with _unless_there():
+                client.create_registered_model(model_name)
+            made = client.create_model_version(
+                model_name,
+                model.model_uri,
+                run.info.run_id,
+                tags={**record.version_tags, "content_sha256": record.content_sha256},
+                model_id=model.model_id,
+            )
+    except mlflow.MlflowException:
+        # Who registered the same content first has taken our unfinished run away: theirs it is.
+        first = _find_version(mlflow, client, model_name, record.content_sha256)
+        if not first or not run or first.run_id == run.info.run_id:
+            raise
+        if made:  # after the other had looked for it
+            client.delete_model_version(model_name, made.version)
+        return first
+    first = _find_version(mlflow, client, model_name, record.content_sha256)
+    if first and first.number != str(made.version):
+        client.delete_model_version(model_name, made.version)
+        _remove_run(client, run)
+        return first
+    return Version(number=str(made.version), run_id=run.info.run_id, reused=False)
+
+
+def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -> None:
+    """Take away runs with these tags that were cut off; one that has its version is whole."""
+    found = client.get_experiment_by_name(experiment)
+    if not found or found.lifecycle_stage != "active":
+        return
+    conditions = [f"tags.{name} = {quoted(value)}" for name, value in identity.items()]
+    query = " AND ".join(["attributes.status != 'FINISHED'", *conditions])
+    for run in client.search_runs([found.experiment_id], query):
+        if "registered_model" not in run.data.tags:  # a search's, or somebody else's
+            continue
+        if client.search_model_versions(f"run_id = '{run.info.run_id}'"):
+            client.set_terminated(run.info.run_id)
+        else:
+            _remove_run(client, run)
+
+
+def _remove_run(client: Any, run: Any) -> None:
+    """Delete a run and the models logged in it; on this machine their files first."""
+    models = [model.model_id for model in _logged_models(client, run)]
+    if mlflow_store.database_file():
+        home = mlflow_store.files_folder() / run.info.experiment_id  # not where the store says
+        for folder in (run.info.run_id, *(f"models/{model}" for model in models)):
+            shutil.rmtree(home / folder, ignore_errors=True)
+    for model in models:
+        client.delete_logged_model(model)
+    client.delete_run(run.info.run_id)
+
+
+def _logged_models(client: Any, run: Any) -> list[Any]:
+    found: list[Any] = client.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
+    )
+    return found
+
+
+def _experiment(mlflow: Any, name: str) -> str:
+    """The id of the experiment of that name, which is made where there is none."""
+    experiment = mlflow.set_experiment(name)
+    check_place(experiment.artifact_location, f"the experiment {name}")
+    experiment_id: str = experiment.experiment_id
+    return experiment_id
+
+
+def _twice(call: Callable[..., Any], *arguments: Any) -> None:
+    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call(*arguments)
+    except MlflowException:
+        call(*arguments)
+
+
+@contextmanager
+def _unless_there() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _log_numbers(
+    client: Any, run_id: str, params: Mapping[str, Any], points: Sequence[Point]
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    all_params = [Param(name, str(value)) for name, value in params.items()]
+    for batch in _batches(all_params, MAX_PARAMS):
+        client.log_batch(run_id, params=batch)
+    metrics = [
+        Metric(point.name, point.value, round(point.time * 1000), point.step) for point in points
+    ]
+    for batch in _batches(metrics, MAX_POINTS):
+        client.log_batch(run_id, metrics=batch)
+
+
+def _log_record(client: Any, run_id: str, record: Record) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    _log_numbers(client, run_id, record.params, record.points)
+    dataset = Dataset(
+        name=record.dataset["name"],
+        digest=record.dataset["sha256"][:MAX_DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": record.dataset["source"]}),
+        profile=json.dumps(record.dataset["profile"]),
+    )
+    training = InputTag("mlflow.data.context", "training")
+    _twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
+    for folder, paths in record.files.items():
+        for path in paths:
+            log = client.log_artifacts if path.is_dir() else client.log_artifact
+            log(run_id, str(path), folder)
+
+
+def _log_model(mlflow: Any, folder: Path) -> Any:
+    """The model as MLflow keeps it: weights, our package, the serving script; nothing pickled."""
+    import pandas as pd
+
+    from pipelines.registry import model_from_code
+
+    zeros = [0.0] * aegan.load(folder).latent_dim
+    return mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(SERVING_SCRIPT),
+        artifacts={"model": os.path.relpath(folder)},
+        code_paths=[str(Path(aegan.__file__).parent)],
+        signature=model_from_code.SIGNATURE,
+        input_example=(pd.DataFrame({"latent": [zeros]}), {"operation": "generate"}),
+        pip_requirements=[
+            f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES
+        ],
+    )
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

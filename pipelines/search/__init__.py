@@ -1,0 +1,1 @@
+"""Ray Tune and Optuna: trials, the search over them, its plots."""

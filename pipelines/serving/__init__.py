@@ -1,0 +1,1 @@
+"""What answers over HTTP: a model, MLflow's page behind a password."""
