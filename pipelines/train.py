@@ -31,8 +31,9 @@ from aegan.training.start import Start, begin, record
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors
-from pipelines.base.identity import run_name, weights_code_sha256
+from pipelines.base.identity import weights_code_sha256
 from pipelines.base.outputs import SHARDS, TRAIN
+from pipelines.base.run_name import run_name
 from pipelines.bucket.finished_run import is_complete, keep_facts, publish, write_facts, write_log
 from pipelines.bucket.run_store import (
     CHECKPOINTS,

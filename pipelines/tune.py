@@ -33,8 +33,9 @@ from aegan.data.dataset import read_manifest
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import new_folder, write_json
-from pipelines.base.identity import code_sha256, file_of, run_name
+from pipelines.base.identity import code_sha256, file_of
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
+from pipelines.base.run_name import run_name
 from pipelines.cluster.session import execution, ray_session
 from pipelines.registry import tracking
 from pipelines.search.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened

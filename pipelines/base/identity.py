@@ -7,11 +7,8 @@ import ast
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from aegan.config import TrainConfig, identity
 
 ROOT = Path(__file__).parents[2]  # of the packages
 NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
@@ -28,22 +25,6 @@ def weights_code_sha256() -> str:
     """Of the code that decides the weights of a training."""
     modules = ["aegan.training.loop", "aegan.training.start"]
     return code_sha256(code_of(modules, without=NOT_IN_WEIGHTS))
-
-
-def run_name(config: TrainConfig, dataset_sha256: str, *, start_sha256: str = "") -> str:
-    """A name that changes with what determines the weights after any step, and nothing else.
-
-    That is data, parameters, code, PyTorch, and the weights started from; not how many steps.
-    """
-    content = [
-        identity(config),
-        dataset_sha256,
-        start_sha256,
-        weights_code_sha256(),
-        version("torch"),
-    ]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return f"{config.training.arm}-{digest[:12]}"
 
 
 def code_sha256(files: Iterable[Path]) -> str:

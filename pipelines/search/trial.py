@@ -22,7 +22,7 @@ from aegan.training import checkpoint, loop, training_log
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.state import export_model
 from aegan.training.validation import validate
-from pipelines.base.identity import run_name
+from pipelines.base.run_name import run_name
 from pipelines.cluster.session import ORPHAN_WAIT_SECONDS
 
 SCORES = ("frechet_distance", "image_reconstruction", "uncovered")

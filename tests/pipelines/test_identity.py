@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.base import identity
 
-ROOT = Path(identity.__file__).parent.parent
+ROOT = Path(identity.__file__).parents[2]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from aegan.config import DataConfig, LossConfig, TrainingConfig
 from pipelines.base import identity, params
 from pipelines.base.errors import UserError
 
-ROOT = Path(params.__file__).parent.parent
+ROOT = Path(params.__file__).parents[2]
 
 
 @pytest.fixture

@@ -274,7 +274,8 @@ def test_a_store_that_may_only_be_read_is_one_line_and_can_be_read(
             outcome = Outcome(done.returncode, done.stdout, done.stderr, 0)
             check_one_line(outcome, "mlflow.db", "check the owner and mode")
             if path.is_file():
-                read = "from pipelines import tracking; tracking.load_model('models:/aegan/1')"
+                read = "from pipelines.registry.tracking import load_model as read"
+                read = f"{read}; read('models:/aegan/1')"
                 assert run_unprivileged(filled, "-c", read).returncode == 0
         finally:
             path.chmod(before)

@@ -120,7 +120,7 @@ def server(folder: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def impatient(folder: Path) -> Iterator[Server]:
     """A server whose clocks run thirty times as fast."""
-    code = "from pipelines import endpoint as e\ne.BODY_SECONDS, e.IDLE_SECONDS = 1, 2"
+    code = "from pipelines.serving import endpoint as e\ne.BODY_SECONDS, e.IDLE_SECONDS = 1, 2"
     with serving(folder, folder.parent, code) as running:
         yield running
 

@@ -223,7 +223,9 @@ def test_nothing_is_tidied_away_under_a_run(project, monkeypatch, at_work):
     old = make_run("aegan-0123456789ab")
     copy = project / ".dvc/tmp/exps/tmp1a2b3c4d"
     copy.mkdir(parents=True)
-    code = "from pipelines import locks\nwith locks.hold('%s'):\n print(1, flush=True)\n input()"
+    code = (
+        "from pipelines.base import locks\nwith locks.hold('%s'):\n print(1, flush=True)\n input()"
+    )
     works = {
         "a pipeline": code % locks.PIPELINE,
         "a stage": code % "train",
@@ -232,7 +234,7 @@ def test_nothing_is_tidied_away_under_a_run(project, monkeypatch, at_work):
     process = subprocess.Popen(
         [sys.executable, "-c", works[at_work]],
         cwd=copy if "queue" in at_work else project,
-        env={**os.environ, "PYTHONPATH": str(Path(tidy.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(tidy.__file__).parents[2])},
         stdin=-1,
         stdout=-1,
     )
