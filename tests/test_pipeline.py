@@ -263,6 +263,7 @@ def test_a_moved_project_registers_in_its_own_folder_and_finds_what_it_has(proje
             for (place,) in database.execute(f"SELECT {column} FROM {table}"):
                 assert Path(place).is_relative_to(moved / "mlruns"), (table, place)
     shutil.rmtree(project)
-    code = "from pipelines.registry import tracking; print(tracking.load_model('models:/aegan@candidate'))"
-    assert "Generator" in run(moved, python, "-c", code)
+    load = "from pipelines.registry.tracking import load_model as load"
+    said = run(moved, python, "-c", f"{load}; print(load('models:/aegan@candidate'))")
+    assert "Generator" in said
     assert stages_run(dvc(moved, "repro")) == []
