@@ -61,6 +61,7 @@ def registrations() -> Iterator[Registrations]:
 
 
 def main() -> None:
+    from pipelines import register  # noqa: F401
     from pipelines.registry import mlflow_store
 
     mlflow_store.set_environment()
