@@ -97,7 +97,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "networks of no kind": (
         lambda folder: change_model(folder, architecture="x"),
-        "config.json cannot be used: architecture is x; it must be one of demo, paper",
+        "config.json cannot be used: model.architecture is 'x'; allowed: demo, paper",
     ),
     "a setting of another version": (
         lambda folder: change_model(folder, depth=3),
