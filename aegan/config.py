@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -66,15 +67,6 @@ class ValueRange:
         """Whether no values were given."""
         return math.isnan(self.low)
 
-    @classmethod
-    def is_one(cls, text: str) -> bool:
-        """Whether a text can be parsed."""
-        try:
-            cls.parse(text)
-        except ValueError:
-            return False
-        return True
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -99,7 +91,7 @@ class PreprocessConfig:
     max_pixels: Count  # larger files are quarantined (decompression bombs)
     frames: Literal["first", "all"]  # of animations and of files with pages
     # Of samples deeper than 8 bits: full, or black..white.
-    value_range: Annotated[str, Predicate(ValueRange.is_one), "full, or as in 0..4095"]
+    value_range: Annotated[str, Predicate(ValueRange.parse), "full, or as in 0..4095"]
     # Root mean square difference below which two are one.
     near_duplicate_distance: Annotated[float, Interval(ge=0, le=255)]
     validation_fraction: Fraction  # 0: none, the last checkpoint is chosen
@@ -315,7 +307,7 @@ class TuneConfig:
         valid = {
             f"{section}.{key}": hint
             for section in ("loss", "training")
-            for key, hint in hints_of(SECTIONS[section]).items()
+            for key, hint in get_type_hints(SECTIONS[section], include_extras=True).items()
             if _parts(hint)[0] is float
         }
         for name, between in self.search.items():
@@ -425,7 +417,7 @@ def check(config: Any, name: str | None = None) -> None:
     """
     if name is None:
         name = next((key for key, kind in SECTIONS.items() if kind is type(config)), "")
-    for key, hint in hints_of(type(config)).items():
+    for key, hint in get_type_hints(type(config), include_extras=True).items():
         check_value(f"{name}.{key}".removeprefix("."), getattr(config, key), hint)
     for misfit in config.misfits() if hasattr(config, "misfits") else ():
         raise ConfigError(misfit)
@@ -451,20 +443,16 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         raise ConfigError(f"{said}; write 0.0")
     for bound, reason in itertools.pairwise([*bounds, ""]):
         if isinstance(bound, Predicate):
-            if not bound.func(value):
-                raise ConfigError(f"{said}; it must be {reason}")
-            continue
+            with suppress(ValueError):
+                if bound.func(value):
+                    continue
+            raise ConfigError(f"{said}; it must be {reason}")
         limits = {key: getattr(bound, key, None) for key in COMPARISONS}
         stated = {key: limit for key, limit in limits.items() if limit is not None}
         if not all(COMPARISONS[key][0](value, limit) for key, limit in stated.items()):
             words = " and ".join(COMPARISONS[key][1].format(at) for key, at in stated.items())
             because = f": {reason}" if isinstance(reason, str) and reason else ""
             raise ConfigError(f"{said}; it must be {words}{because}")
-
-
-def hints_of(kind: type) -> dict[str, Any]:
-    """What each field of a config class may hold."""
-    return get_type_hints(kind, include_extras=True)
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:

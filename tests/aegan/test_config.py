@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ TUNE = params.load(TuneConfig, PARAMS)
 def numbers() -> Iterator[tuple[str, str, Any]]:
     """Section, key and type of every field that holds a number."""
     for name, kind in config.SECTIONS.items():
-        for key, hint in config.hints_of(kind).items():
+        for key, hint in get_type_hints(kind, include_extras=True).items():
             if get_origin(hint) is Annotated and get_args(hint)[0] in (int, float):
                 yield name, key, hint
 
@@ -57,7 +57,7 @@ def test_every_field_that_holds_a_number_has_bounds():
     plain = {
         f"{name}.{key}"
         for name, kind in config.SECTIONS.items()
-        for key, hint in config.hints_of(kind).items()
+        for key, hint in get_type_hints(kind, include_extras=True).items()
         if hint in (int, float)
     }
     assert plain == set()
