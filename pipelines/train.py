@@ -135,13 +135,13 @@ def _train(
         log.info("run %s is complete already", run_folder.name)
         keep_facts(facts, run_folder, store)
         return
+    if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
+        checks.require(checks.places(compute, machine()))
     check_batch_size(
         config.training.batch_size,
         images=manifest["splits"]["train"]["rows"],
         workers=compute.num_workers,
     )
-    if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
-        checks.require(checks.places(compute, machine()))
     if done == num_steps:
         log.info("run %s is trained, but lacks a last piece: making it anew", run_folder.name)
         keep_facts(facts, run_folder, store)
