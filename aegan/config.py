@@ -439,7 +439,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         raise ConfigError(f"{said}; expected {kind.__name__}")
     elif is_dataclass(kind):
         check(value, name)
-    elif str(value) == "-0.0":  # within bounds, but another name for a run with the same weights
+    elif kind is float and str(value) == "-0.0":  # would name another run with the same weights
         raise ConfigError(f"{said}; write 0.0")
     for bound, reason in itertools.pairwise([*bounds, ""]):
         if isinstance(bound, Predicate):
