@@ -1,22 +1,71 @@
 """One frozen dataclass per section of params.yaml; no defaults: params.yaml states everything.
 
-`pipelines/base/params.py` builds them from the file; the library takes them as they are.
-Allowed values are declared as `Literal` types and checked there.
+A field's type says which values it takes: `Literal` ones, or bounds in the words of
+`annotated_types`, with the reason beside them. Which values go together says a class's `misfits`.
+`check` holds all of it: of params.yaml whatever the stage, of a config made by hand where it is
+used.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import itertools
+import json
+import math
+import operator
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Interval, Le, Lt, Predicate
 
 
 class ConfigError(ValueError):
-    """Settings that do not fit each other or the data; the message names them and the cure."""
+    """Settings that are out of bounds, or do not fit each other or the data, with the cure."""
 
 
 Arm = Literal["aegan", "gan", "ae", "aae", "egan"]
+Architecture = Literal["demo", "paper"]  # the keys of aegan.networks.ARCHITECTURES
 Precision = Literal["float32", "tf32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-IMAGE_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # 2^n and 3 x 2^n
+SPLITS: tuple[Split, ...] = get_args(Split)
+ImageSize = Literal[16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # 2^n and 3 x 2^n
+IMAGE_SIZES: tuple[int, ...] = get_args(ImageSize)
+ImageChannels = Literal[1, 3]  # gray, RGB
+
+MOST = 10**12  # of anything: more is a slip of the pen, and may not fit into a machine's numbers
+Count = Annotated[int, Ge(1), Le(MOST)]
+CountOrNone = Annotated[int, Ge(0), Le(MOST)]
+Weight = Annotated[float, Ge(0), Le(MOST)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+Width = Annotated[int, Interval(ge=1, le=2**16)]
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """The values that become black and white; a whole range depends on the file's type."""
+
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def parse(cls, text: str) -> "ValueRange":
+        """`full`, or `low..high` as in 0..4095; raises ValueError."""
+        if text == "full":
+            return cls()
+        low, dots, high = text.partition("..")
+        try:
+            found = cls(float(low), float(high))
+        except ValueError:
+            found = cls()
+        if not (dots and -math.inf < found.low < found.high < math.inf):
+            raise ValueError(f"{text} is no range of values: expected full, or as in 0..4095")
+        return found
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no values were given."""
+        return math.isnan(self.low)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,49 +76,64 @@ class DataConfig:
         str  # manifold | a folder | .zip/.tar archive | kaggle:owner/name | s3://... | https://...
     )
     in_place: bool  # s3://bucket/prefix only: store no files, preprocess fetches them through Ray
-    manifold_images: int  # size of the designed set, when source is `manifold`
-    manifold_size: int  # its side in pixels
-    manifold_seed: int
+    manifold_images: Count  # size of the designed set, when source is `manifold`
+    manifold_size: Annotated[int, Interval(ge=8, le=8192)]  # its side in pixels
+    manifold_seed: Seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
     """How files become uint8 images in Parquet shards (stage `preprocess`)."""
 
-    image_size: int  # side in pixels after resizing: one of IMAGE_SIZES
-    image_channels: int  # 3 (RGB) or 1 (gray)
+    image_size: ImageSize  # side in pixels after resizing
+    image_channels: ImageChannels
     fit: Literal["crop", "pad"]  # centre-crop the longer side, or pad the shorter one
-    max_pixels: int  # larger files are quarantined (decompression bombs)
+    max_pixels: Count  # larger files are quarantined (decompression bombs)
     frames: Literal["first", "all"]  # of animations and of files with pages
-    value_range: str  # of samples deeper than 8 bits: full, or black..white as in 0..4095
-    near_duplicate_distance: float  # root mean square difference [0, 255] below which two are one
-    validation_fraction: float  # 0: none, the last checkpoint is chosen
-    test_fraction: float  # 0: none, nothing is measured on images that are new to the model
-    rows_per_shard: int
-    rows_per_row_group: int
+    # Of samples deeper than 8 bits: full, or black..white.
+    value_range: Annotated[str, Predicate(ValueRange.parse), "full, or as in 0..4095"]
+    # Root mean square difference below which two are one.
+    near_duplicate_distance: Annotated[float, Interval(ge=0, le=255)]
+    validation_fraction: Fraction  # 0: none, the last checkpoint is chosen
+    test_fraction: Fraction  # 0: none, nothing is measured on images that are new to the model
+    rows_per_shard: Count
+    rows_per_row_group: Count
+
+    def misfits(self) -> Iterator[str]:
+        held_out = self.validation_fraction + self.test_fraction
+        if held_out >= 1:
+            yield (
+                f"preprocess.validation_fraction and preprocess.test_fraction are {held_out:g} "
+                "together; they must leave something to train on"
+            )
+        if self.rows_per_shard % self.rows_per_row_group:
+            yield (
+                f"preprocess.rows_per_shard is {self.rows_per_shard}; it must be a multiple of "
+                f"preprocess.rows_per_row_group, {self.rows_per_row_group}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The four networks."""
 
-    architecture: str  # a key of aegan.networks.ARCHITECTURES
-    latent_dim: int
-    base_channels: int  # width of the generator's last stage; the others follow
+    architecture: Architecture
+    latent_dim: Width
+    base_channels: Width  # width of the generator's last stage; the others follow
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights and form of the objective (docs/method.md)."""
 
-    lambda_image_reconstruction: float  # weight of |x - x_tilde|
-    lambda_latent_reconstruction: float  # weight of (z - z_tilde)^2
-    lambda_image_adversarial: float
-    lambda_latent_adversarial: float
+    lambda_image_reconstruction: Weight  # weight of |x - x_tilde|
+    lambda_latent_reconstruction: Weight  # weight of (z - z_tilde)^2
+    lambda_image_adversarial: Weight
+    lambda_latent_adversarial: Weight
     adversarial: Literal["bce", "relativistic"]
-    real_target: float  # discriminator targets of the `bce` form
-    fake_target: float
-    gamma: float  # weight of the R1 and R2 gradient penalties; 0 switches them off
+    real_target: Annotated[float, Interval(ge=0, le=1)]  # of discriminators, in the `bce` form
+    fake_target: Annotated[float, Interval(ge=0, le=1)]
+    gamma: Weight  # weight of the R1 and R2 gradient penalties; 0 switches them off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +141,25 @@ class TrainingConfig:
     """The loop: what is optimised, for how long, how often it reports."""
 
     arm: Arm  # which terms of the objective are used
-    num_steps: int  # encoder/generator updates; may be raised later
+    num_steps: Count  # encoder/generator updates; may be raised later
     start_from: str  # a model folder, a checkpoint, models:/name@alias; empty: random weights
-    batch_size: int  # over all workers
+    batch_size: Count  # over all workers
     update_rule: Literal["shared", "reference"]  # one batch for all updates, or the author's rounds
     precision: Precision  # of the networks' products; tf32 is float32 anywhere but on a GPU
-    learning_rate: float  # of encoder and generator
-    discriminator_learning_rate: float
-    beta1: float
-    beta2: float
-    max_gradient_norm: float  # of each variable; 0 switches clipping off
-    ema_half_life_images: float
+    learning_rate: Weight  # of encoder and generator
+    discriminator_learning_rate: Weight
+    beta1: Fraction
+    beta2: Fraction
+    max_gradient_norm: Weight  # of each variable; 0 switches clipping off
+    ema_half_life_images: Weight
     horizontal_flip: bool
-    seed: int
+    seed: Seed
     reader: Literal["resident", "streamed"]  # whole split in memory, or row groups as they come
-    log_interval_steps: int
-    sample_interval_steps: int
-    checkpoint_interval_steps: int
-    checkpoints_kept: int  # newest ones, besides the best
-    max_rollbacks: int  # after a non-finite loss
+    log_interval_steps: Count
+    sample_interval_steps: Count
+    checkpoint_interval_steps: Count
+    checkpoints_kept: Count  # newest ones, besides the best
+    max_rollbacks: CountOrNone  # after a non-finite loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +169,26 @@ class TrainConfig:
     model: ModelConfig
     loss: LossConfig
     training: TrainingConfig
+
+    def misfits(self) -> Iterator[str]:
+        plain = (self.loss.adversarial, self.loss.gamma) == ("bce", 0)
+        if self.training.update_rule == "reference" and not plain:
+            yield "training.update_rule: reference needs loss.adversarial: bce and loss.gamma: 0"
+
+
+def check_batch_size(batch_size: int, *, images: int, workers: int = 1) -> None:
+    """Raise ConfigError unless the training images fill a batch, and each worker has a share."""
+    if images < batch_size:
+        cure = f", or -S training.batch_size={1 << images.bit_length() - 1}" if images else ""
+        raise ConfigError(
+            f"training.batch_size is {batch_size}, but there are only {images} training images: "
+            f"add images{cure}"
+        )
+    if batch_size < workers:
+        raise ConfigError(
+            f"training.batch_size is {batch_size}: it must be at least the number of workers, "
+            f"{workers}"
+        )
 
 
 RENAMED = {"model.preset": "model.architecture"}  # settings that earlier versions wrote otherwise
@@ -140,27 +224,55 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return sections
 
 
+NO_CUDA_GRAPHS = "compute.cuda_graphs needs a GPU and one worker: set it to false"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """How the training runs; nothing here changes what is computed but for rounding."""
 
-    num_workers: int
-    min_workers: int  # with fewer nodes than usual, train on with so many; 0: with all or none
+    num_workers: Count
+    min_workers: (
+        CountOrNone  # with fewer nodes than usual, train on with so many; 0: with all or none
+    )
     device: Literal["auto", "cpu", "cuda"]
-    gpus_per_worker: float  # if there are GPUs; less than 1 only for a single worker
-    threads_per_worker: int  # 0: the node's cores divided by its workers
-    micro_batch_size: int  # images at once through the networks, for less memory; 0: all
+    # If there are GPUs; less than 1 only for a single worker.
+    gpus_per_worker: Annotated[
+        float, Interval(gt=0, le=1), "a worker trains on one GPU, use more workers"
+    ]
+    # 0: the node's cores divided by its workers.
+    threads_per_worker: Annotated[int, Interval(ge=0, le=4096)]
+    micro_batch_size: CountOrNone  # images at once through the networks, for less memory; 0: all
     compile: bool  # with torch.compile; slower on CPU (docs/performance.md)
     cuda_graphs: bool  # one launch a step; a GPU and one worker only
-    max_failures: int  # restarts of crashed workers; those of preempted nodes do not count
-    storage: str  # runs: the folder, on a disk that all nodes share; or s3://bucket/prefix
+    max_failures: CountOrNone  # restarts of crashed workers; those of preempted nodes do not count
+    # The folder runs, on a disk that all nodes share, or a bucket.
+    storage: Annotated[
+        str,
+        Predicate(re.compile("runs|s3://.*", re.DOTALL).fullmatch),
+        "runs or s3://bucket/prefix (for another folder make runs a link to it)",
+    ]
+
+    def misfits(self) -> Iterator[str]:
+        if self.min_workers > self.num_workers:
+            yield (
+                f"compute.min_workers is {self.min_workers}; it must be at most "
+                f"compute.num_workers, {self.num_workers}"
+            )
+        if self.gpus_per_worker < 1 < self.num_workers:
+            yield (
+                f"compute.gpus_per_worker is {self.gpus_per_worker}; it must be 1, or a part of "
+                "one for a single worker"
+            )
+        if self.cuda_graphs and (self.device == "cpu" or self.num_workers > 1):
+            yield NO_CUDA_GRAPHS
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRange:
     """The values among which the search looks for one setting."""
 
-    low: float
+    low: float  # both within the setting's own bounds
     high: float
     scale: Literal["log", "linear"]
 
@@ -171,42 +283,186 @@ class TuneConfig:
 
     search: dict[str, SearchRange]  # by the setting's name: loss.gamma, training.learning_rate, ...
     objective: Literal["frechet_distance", "image_reconstruction", "pareto"]
-    num_trials: int  # the settings of params.yaml are the first of them
-    num_steps: int  # of a trial that is not stopped early
-    grace_steps: int  # before a trial may be stopped; also the steps between two checkpoints
-    reduction_factor: int  # one trial of so many goes on, until so many times as many steps
-    concurrent_trials: int
-    gpus_per_trial: float  # share of one GPU, where there are any
-    num_finalists: int  # best trials that are trained again with other seeds
-    seeds_per_finalist: int
-    seeds_of_comparison: int  # of the winner with the settings of params.yaml, on test images
-    seed: int
+    num_trials: Count  # the settings of params.yaml are the first of them
+    num_steps: Count  # of a trial that is not stopped early
+    grace_steps: Count  # before a trial may be stopped; also the steps between two checkpoints
+    # One trial of so many goes on, until so many times as many steps.
+    reduction_factor: Annotated[int, Ge(2), Le(MOST)]
+    concurrent_trials: Count
+    # Share of one GPU, where there are any.
+    gpus_per_trial: Annotated[float, Interval(gt=0, le=1), "a trial trains in one process"]
+    num_finalists: Count  # best trials that are trained again with other seeds
+    seeds_per_finalist: Count
+    seeds_of_comparison: Count  # of the winner with the settings of params.yaml, on test images
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)]  # Optuna's generator takes no more
+
+    def misfits(self) -> Iterator[str]:
+        if self.grace_steps > self.num_steps:
+            yield (
+                f"tune.grace_steps is {self.grace_steps}; it must be at most tune.num_steps, "
+                f"{self.num_steps}"
+            )
+        if not self.search:
+            yield "tune.search names no settings"
+        valid = {
+            f"{section}.{key}": hint
+            for section in ("loss", "training")
+            for key, hint in get_type_hints(SECTIONS[section], include_extras=True).items()
+            if _parts(hint)[0] is float
+        }
+        for name, between in self.search.items():
+            if name not in valid:
+                yield f"tune.search has {name}; valid: {', '.join(valid)}"
+            for end in ("low", "high"):
+                check_value(f"tune.search.{name}.{end}", getattr(between, end), valid[name])
+            span = f"tune.search.{name} is {between.low:g} to {between.high:g}"
+            if between.low >= between.high:
+                yield f"{span}; low must be less than high"
+            if between.scale == "log" and between.low <= 0:
+                yield f"{span}; with scale: log both must be above 0"
+
+
+def check_search(start: TrainConfig, tune: TuneConfig) -> None:
+    """Raise ConfigError unless these settings can be the first trial of the search."""
+    if start.training.arm == "gan" and tune.objective != "frechet_distance":
+        raise ConfigError(
+            f"tune.objective is {tune.objective}, but training.arm: gan has no encoder to "
+            "reconstruct with; use frechet_distance"
+        )
+    if start.training.start_from:
+        raise ConfigError("tune trains from random weights; empty training.start_from for it")
+    if start.training.update_rule == "reference" and "loss.gamma" in tune.search:
+        raise ConfigError("training.update_rule: reference has no loss.gamma to search")
+    for name, between in tune.search.items():
+        value = operator.attrgetter(name)(start)
+        if not between.low <= value <= between.high:
+            raise ConfigError(
+                f"tune.search.{name} is {between.low:g} to {between.high:g}, but {name} itself, "
+                f"which is the first trial, is {value:g}: widen the range"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How the trained model is judged on held-out images (stage `evaluate`)."""
 
-    num_samples: int  # generated images, at most
+    # Generated images, at most; half of the real ones are compared with the other half.
+    num_samples: Annotated[int, Ge(2), Le(MOST)]
     feature_weights: str  # Inception weights file; empty: fixed random features
-    neighbours: int  # k of precision, recall, density and coverage
-    seed: int
+    neighbours: Count  # k of precision, recall, density and coverage
+    seed: Seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateConfig:
     """Pictures and animations of paths between images (stage `interpolate`)."""
 
-    num_pairs: int
-    num_frames: int  # frames from one end to the other
+    num_pairs: Count
+    # From one end to the other.
+    num_frames: Annotated[int, Ge(2), "a path has two ends", Le(MOST)]
     path: Literal["slerp", "linear"]
-    seed: int
+    seed: Seed
+
+
+Name = Annotated[
+    str,
+    Predicate(lambda name: re.fullmatch(r"(?! ).{1,250}(?<! )", name) and name.isprintable()),
+    "1 to 250 printable letters without blanks around them",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
     """Where the model goes in MLflow (stage `register`)."""
 
-    experiment: str
-    model_name: str
-    alias: str
+    experiment: Name
+    model_name: Annotated[
+        Name,
+        # What parts an address, `models:/name@alias`, and what MLflow's filters cannot hold.
+        Predicate(lambda name: not re.search(r"""[/:@?#]|^\.\.?$|\\$|'.*"|".*'""", name)),
+        "letters, digits, blanks, - and _, which MLflow can look for",
+    ]
+    alias: Annotated[
+        str,
+        Predicate(
+            re.compile(r"(?!(latest|v\d+)$)[\w-]{1,250}", re.ASCII | re.IGNORECASE).fullmatch
+        ),
+        "letters, digits, - and _, but not latest or v and a number, which MLflow keeps for itself",
+    ]
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "preprocess": PreprocessConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "training": TrainingConfig,
+    "compute": ComputeConfig,
+    "tune": TuneConfig,
+    "evaluate": EvaluateConfig,
+    "interpolate": InterpolateConfig,
+    "register": RegisterConfig,
+}
+COMPARISONS = {  # bound => whether a value is within it, and how it is said
+    "gt": (operator.gt, "above {}"),
+    "ge": (operator.ge, "{} or more"),
+    "lt": (operator.lt, "below {}"),
+    "le": (operator.le, "at most {}"),
+}
+
+
+def check(config: Any, name: str | None = None) -> None:
+    """Raise ConfigError unless every value of a config object is of its type and within its bounds,
+    and all go together. `name` stands before the names of its fields; a section has its own.
+    """
+    if name is None:
+        name = next((key for key, kind in SECTIONS.items() if kind is type(config)), "")
+    for key, hint in get_type_hints(type(config), include_extras=True).items():
+        check_value(f"{name}.{key}".removeprefix("."), getattr(config, key), hint)
+    for misfit in config.misfits() if hasattr(config, "misfits") else ():
+        raise ConfigError(misfit)
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError, which begins with the name, unless a value is what a field may hold."""
+    kind, bounds = _parts(hint)
+    said = f"{name} is {written(value)}"
+    if get_origin(kind) is Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in get_args(kind)):
+            raise ConfigError(f"{said}; allowed: {', '.join(map(str, get_args(kind)))}")
+    elif get_origin(kind) is dict:  # any names, values of one kind
+        if not isinstance(value, dict):
+            raise ConfigError(f"{said}; expected names with their values")
+        for key, entry in value.items():
+            check_value(f"{name}.{key}", entry, get_args(kind)[1])
+    elif type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(f"{said}; expected {kind.__name__}")
+    elif is_dataclass(kind):
+        check(value, name)
+    elif kind is float and str(value) == "-0.0":  # would name another run with the same weights
+        raise ConfigError(f"{said}; write 0.0")
+    for bound, reason in itertools.pairwise([*bounds, ""]):
+        if isinstance(bound, Predicate):
+            with suppress(ValueError):
+                if bound.func(value):
+                    continue
+            raise ConfigError(f"{said}; it must be {reason}")
+        limits = {key: getattr(bound, key, None) for key in COMPARISONS}
+        stated = {key: limit for key, limit in limits.items() if limit is not None}
+        if not all(COMPARISONS[key][0](value, limit) for key, limit in stated.items()):
+            words = " and ".join(COMPARISONS[key][1].format(at) for key, at in stated.items())
+            because = f": {reason}" if isinstance(reason, str) and reason else ""
+            raise ConfigError(f"{said}; it must be {words}{because}")
+
+
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type, and the bounds and reasons beside it."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def written(value: Any) -> str:
+    """A value much as it stands in params.yaml, on one short line."""
+    if value is None:
+        return "empty"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

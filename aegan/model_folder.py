@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_in
 from torch import Tensor
 
-from aegan.config import ConfigError, ModelConfig, with_new_names
-from aegan.data.sample_depth import ValueRange
+from aegan.config import ConfigError, ModelConfig, ValueRange, with_new_names
 from aegan.files import save_tensors, sha256_of, write_json
 from aegan.networks import AEGAN
 

@@ -57,7 +57,7 @@ def main() -> None:
 
 def compare(folder: Path) -> list[Row]:
     """A row for each way, seed and number of steps."""
-    config = params.load_train_config()
+    config = params.load(TrainConfig)
     old, new = folder / "old", folder / "new"
     write_shards(old, {"train": faces(LARGE), "validation": faces(100, start=LARGE)})
     some = new_kind(SMALL + 2 * JUDGES)

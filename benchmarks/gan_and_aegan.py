@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import aegan
-from aegan.config import Arm, ComputeConfig
+from aegan.config import Arm, ComputeConfig, TrainConfig
 from aegan.data.dataset import load_images
 from aegan.training import checkpoint
 from aegan.training.state import export_model
@@ -31,7 +31,7 @@ COLUMNS, SCALE, HEADING = 8, 2, 28
 
 
 def main() -> None:
-    config = params.load_train_config()
+    config = params.load(TrainConfig)
     validation = torch.from_numpy(load_images(SHARDS, "validation"))
     pictures, scores = [], {}
     for arm, heading in ARMS.items():

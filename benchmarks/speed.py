@@ -263,7 +263,7 @@ def configuration(preset: str, folder: Path) -> tuple[TrainConfig, PreprocessCon
     file.write_text(params.PARAMS_FILE.read_text(encoding="utf-8"), encoding="utf-8")
     if preset != "demo":
         params.apply_overlay(PRESETS / f"{preset}.yaml", file)
-    return params.load_train_config(file), params.load(PreprocessConfig, file)
+    return params.load(TrainConfig, file), params.load(PreprocessConfig, file)
 
 
 def make_shards(config: PreprocessConfig, folder: Path, count: int) -> Path:

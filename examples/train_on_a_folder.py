@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from aegan.config import DataConfig, PreprocessConfig
+from aegan.config import DataConfig, PreprocessConfig, TrainConfig
 from aegan.training import checkpoint
 from aegan.training.loop import train
 from aegan.training.state import export_model
@@ -40,7 +40,7 @@ def main() -> None:
             artifacts=work / "preprocess",
             runs=work / "runs",
         )
-        config = params.load_train_config()
+        config = params.load(TrainConfig)
         config = replace(config, training=replace(config.training, num_steps=options.steps))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         train(

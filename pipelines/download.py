@@ -114,8 +114,6 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
 
 def _manifold(config: DataConfig) -> Source:
     """The designed data set: PNG files of faces with their true factors."""
-    if config.manifold_images < 1 or config.manifold_size < 8:
-        raise UserError("data.manifold_images must be at least 1, data.manifold_size at least 8")
 
     def entries() -> Entries:
         for start in range(0, config.manifold_images, ROW_GROUP_ROWS):

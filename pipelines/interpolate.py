@@ -16,7 +16,7 @@ from aegan.config import InterpolateConfig, Split
 from aegan.data import dataset
 from aegan.pictures import enlarge, grid, save_animation, save_png
 from pipelines.base import locks, params
-from pipelines.base.errors import UserError, run_stage
+from pipelines.base.errors import run_stage
 from pipelines.base.files import new_folder, write_json
 from pipelines.base.outputs import FOLDERS, INTERPOLATE, SHARDS
 from pipelines.base.trained_model import STAND_INS, check_size, load_model, shown_split
@@ -71,11 +71,6 @@ logger = logging.getLogger(__name__)
 
 def interpolate(model_folder: Path, shards: Path, output: Path, config: InterpolateConfig) -> None:
     """Draw every picture the model allows and replace the folder `output`; raises UserError."""
-    if config.num_pairs < 1 or config.num_frames < 2:
-        raise UserError(
-            f"params.yaml: interpolate.num_pairs is {config.num_pairs} and interpolate.num_frames "
-            f"{config.num_frames}; a path needs at least 1 pair and 2 frames"
-        )
     model = load_model(model_folder)
     split = None if model.encoder is None else shown_split(shards)
     note = NO_ENCODER if split is None else STAND_INS[split]

@@ -29,8 +29,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from aegan.config import IMAGE_SIZES, SPLITS, PreprocessConfig, Split, TrainingConfig
-from aegan.data.sample_depth import ValueRange
+from aegan.config import SPLITS, PreprocessConfig, Split, TrainingConfig, check_batch_size
 from aegan.pictures import grid, save_png
 from pipelines.base import identity, locks, params
 from pipelines.base.errors import UserError, run_stage
@@ -77,7 +76,6 @@ def preprocess(
 
     A set that cannot be trained on in batches of `batch_size` is refused here, not hours later.
     """
-    _check(config)
     snapshot = _read_snapshot(raw)
     with _work_folder(runs, _fingerprint(config, snapshot)) as work:
         parts = decode.decode_snapshot(
@@ -108,34 +106,6 @@ def preprocess(
     for warning in statistics["warnings"]:
         log.warning("warning: %s", warning)
     return statistics
-
-
-def _check(config: PreprocessConfig) -> None:
-    """What types alone cannot say about the parameters."""
-    requirements = {
-        f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}": (
-            config.image_size in IMAGE_SIZES
-        ),
-        "image_channels must be 1 or 3": config.image_channels in (1, 3),
-        "max_pixels must be above 0": config.max_pixels > 0,
-        "near_duplicate_distance must not be negative": config.near_duplicate_distance >= 0,
-        "validation_fraction must not be negative": config.validation_fraction >= 0,
-        "test_fraction must not be negative": config.test_fraction >= 0,
-        "validation_fraction and test_fraction must leave something to train on": (
-            config.validation_fraction + config.test_fraction < 1
-        ),
-        "rows_per_row_group must be above 0": config.rows_per_row_group > 0,
-        "rows_per_shard must be a multiple of rows_per_row_group": (
-            config.rows_per_shard > 0 and config.rows_per_shard % config.rows_per_row_group == 0
-        ),
-    }
-    for requirement, holds in requirements.items():
-        if not holds:
-            raise UserError(f"params.yaml: preprocess.{requirement}")
-    try:
-        ValueRange.parse(config.value_range)
-    except ValueError as error:
-        raise UserError(f"params.yaml: preprocess.value_range: {error}") from None
 
 
 def _read_snapshot(raw: Path) -> dict[str, Any]:
@@ -208,11 +178,7 @@ def _check_splits(
             f"{training} training images are left and {LEAST_TRAINING_IMAGES} are needed: add "
             "images, or lower preprocess.validation_fraction and preprocess.test_fraction"
         )
-    if training < batch_size:
-        raise UserError(
-            f"training.batch_size is {batch_size}, but there are only {training} training images: "
-            f"add images, or -S training.batch_size={1 << training.bit_length() - 1}"
-        )
+    check_batch_size(batch_size, images=training)
 
 
 def _warnings(config: PreprocessConfig, verdict: Verdict) -> list[str]:

@@ -22,9 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from aegan.config import ComputeConfig, TrainConfig
+from aegan.config import ComputeConfig, TrainConfig, check_batch_size
 from aegan.data.dataset import read_manifest
-from aegan.networks import ARCHITECTURES
 from aegan.training import checkpoint, training_log
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.start import Start, begin, record
@@ -49,7 +48,7 @@ from pipelines.bucket.shard_store import send_shards
 from pipelines.bucket.storage import is_s3
 from pipelines.cluster import checks
 from pipelines.cluster.follow import follow
-from pipelines.cluster.session import ray_session, shipped_environment, uses_gpu
+from pipelines.cluster.session import machine, ray_session, shipped_environment, uses_gpu
 from pipelines.cluster.worker_death import explain
 from pipelines.registry.start_from import read_start
 
@@ -65,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    config = params.load_train_config()
+    config = params.load(TrainConfig)
     checks.before_training()
     with locks.hold("train"):
         run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
@@ -87,7 +86,6 @@ def train(
     `run_workers` stands in for Ray. Raises UserError; KeyboardInterrupt after a checkpoint was
     saved.
     """
-    _check(config, compute)
     if not (shards / "manifest.json").exists():
         raise UserError(f"{shards} has no images: run `dvc repro preprocess` first")
     manifest = read_manifest(shards)
@@ -137,6 +135,13 @@ def _train(
         log.info("run %s is complete already", run_folder.name)
         keep_facts(facts, run_folder, store)
         return
+    if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
+        checks.require(checks.places(compute, machine()))
+    check_batch_size(
+        config.training.batch_size,
+        images=manifest["splits"]["train"]["rows"],
+        workers=compute.num_workers,
+    )
     if done == num_steps:
         log.info("run %s is trained, but lacks a last piece: making it anew", run_folder.name)
         keep_facts(facts, run_folder, store)
@@ -238,57 +243,6 @@ def _open_store(storage: str, *, shards: Path, run_folder: Path) -> RunStore | N
     return store
 
 
-def _check(config: TrainConfig, compute: ComputeConfig) -> None:
-    """What types alone cannot say about the parameters."""
-    options = config.training
-    if config.model.architecture not in ARCHITECTURES:
-        raise UserError(
-            f"params.yaml: model.architecture is '{config.model.architecture}'; allowed: "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    positive = {
-        "model.latent_dim": config.model.latent_dim,
-        "model.base_channels": config.model.base_channels,
-        "training.num_steps": options.num_steps,
-        "training.batch_size": options.batch_size,
-        "training.log_interval_steps": options.log_interval_steps,
-        "training.sample_interval_steps": options.sample_interval_steps,
-        "training.checkpoint_interval_steps": options.checkpoint_interval_steps,
-        "training.checkpoints_kept": options.checkpoints_kept,
-        "compute.num_workers": compute.num_workers,
-    }
-    not_negative = {
-        "loss.gamma": config.loss.gamma,
-        "training.seed": options.seed,
-        "training.max_rollbacks": options.max_rollbacks,
-        "training.max_gradient_norm": options.max_gradient_norm,
-        "compute.min_workers": compute.min_workers,
-        "compute.threads_per_worker": compute.threads_per_worker,
-        "compute.max_failures": compute.max_failures,
-        "compute.micro_batch_size": compute.micro_batch_size,
-    }
-    for least, values in ((1, positive), (0, not_negative)):
-        for key, value in values.items():
-            if value < least:
-                raise UserError(f"params.yaml: {key} is {value}; it must be {least} or more")
-    if compute.min_workers > compute.num_workers:
-        raise UserError(
-            f"params.yaml: compute.min_workers is {compute.min_workers}; it must be at most "
-            f"compute.num_workers, {compute.num_workers}"
-        )
-    gpus = compute.gpus_per_worker
-    if gpus != 1 and not (0 < gpus < 1 and compute.num_workers == 1):
-        raise UserError(
-            f"params.yaml: compute.gpus_per_worker is {gpus}; it must be 1, or a part of one for a "
-            "single worker (a worker trains on one GPU: use more workers)"
-        )
-    if compute.storage != "runs" and not is_s3(compute.storage):
-        raise UserError(
-            f"params.yaml: compute.storage is {compute.storage!r}; it must be runs or "
-            "s3://bucket/prefix (for another folder make runs a link to it)"
-        )
-
-
 def _clear(run_folder: Path) -> None:
     """Remove what a run that was cut off left behind, but not its checkpoints and logs."""
     for stale in (STOP, OUTCOME):
@@ -342,7 +296,7 @@ def _run(
             torch_config=LoopbackTorchConfig(folder=str(run_folder))
             if local
             else ClusterTorchConfig(),
-            scaling_config=_scaling(compute, local=local),
+            scaling_config=_scaling(compute),
             run_config=RunConfig(
                 # A name of its own each time: Ray hands back the old result for a reused one.
                 # Resuming is the business of our own checkpoints.
@@ -383,24 +337,17 @@ def _run(
     return outcome
 
 
-def _scaling(compute: ComputeConfig, *, local: bool) -> Any:
-    """Ray's ScalingConfig; raises UserError where this machine can never have so many workers."""
+def _scaling(compute: ComputeConfig) -> Any:
+    """Ray's ScalingConfig."""
     import ray
     from ray.train import ScalingConfig
 
     present = ray.cluster_resources()
     use_gpu = uses_gpu(compute, present)
-    kind, share = ("GPU", compute.gpus_per_worker) if use_gpu else ("CPU", 1)
-    least = compute.min_workers or compute.num_workers
-    if present.get(kind, 0) < least * share:
-        found = f"there are {present.get(kind, 0):.0f} {kind}s"
-        if local:
-            key = "min_workers" if compute.min_workers else "num_workers"
-            raise UserError(
-                f"compute.{key} is {least}, but {found}: lower it"
-                + (" or set compute.device: cpu" if use_gpu else "")
-            )
-        log.info("waiting for nodes: %d workers are wanted, but %s", least, found)
+    finding = checks.places(compute, present)
+    if finding.status == "fail":
+        log.info("waiting for nodes: %s", finding.found)
+    least, share = compute.min_workers or compute.num_workers, compute.gpus_per_worker
     elastic = compute.min_workers not in (0, compute.num_workers)
     return ScalingConfig(
         num_workers=(least, compute.num_workers) if elastic else compute.num_workers,

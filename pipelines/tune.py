@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 
 from aegan.config import (
     ComputeConfig,
-    LossConfig,
     RegisterConfig,
     TrainConfig,
-    TrainingConfig,
     TuneConfig,
+    check_batch_size,
+    check_search,
 )
 from aegan.data.dataset import read_manifest
 from pipelines.base import locks, params
@@ -36,9 +36,17 @@ from pipelines.base.files import new_folder, write_json
 from pipelines.base.identity import code_sha256, file_of
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.base.run_name import run_name
-from pipelines.cluster.session import execution, ray_session
+from pipelines.cluster.session import execution, machine, ray_session
 from pipelines.registry import tracking
-from pipelines.search.trial import OBJECTIVES, Scores, Settings, Task, Trial, shortened
+from pipelines.search.trial import (
+    OBJECTIVES,
+    Scores,
+    Settings,
+    Task,
+    Trial,
+    share_of,
+    shortened,
+)
 from pipelines.train import WORKER_ENVIRONMENT
 
 RUNS = Path("runs")
@@ -47,7 +55,6 @@ CODE = (  # what determines a search, besides the trainings
     "pipelines.search.trial",
     "pipelines.tune",
 )
-SEARCHED = {"loss": LossConfig, "training": TrainingConfig}  # sections with settings to search
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +62,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     with locks.hold("tune"):
         tune(
-            params.load_train_config(),
+            params.load(TrainConfig),
             params.load(TuneConfig),
             params.load(ComputeConfig),
             experiment=params.load(RegisterConfig).experiment,
@@ -66,7 +73,7 @@ def tune(
     start: TrainConfig, config: TuneConfig, compute: ComputeConfig, *, experiment: str
 ) -> None:
     """Search, choose, compare, and write what is found into artifacts/tune; raises UserError."""
-    check(start, config)
+    check_search(start, config)
     if not (SHARDS / "manifest.json").exists():
         raise UserError(f"{SHARDS} has no images: run `dvc repro preprocess` first")
     manifest = read_manifest(SHARDS)
@@ -75,6 +82,10 @@ def tune(
             raise UserError(
                 f"there are no {split} images to tune on: set preprocess.{split}_fraction"
             )
+    check_batch_size(start.training.batch_size, images=manifest["splits"]["train"]["rows"])
+    if not os.environ.get("RAY_ADDRESS"):  # of a cluster Ray alone knows what it has
+        here = machine()
+        share_of(config, compute, here, largest=here["CPU"])
     dataset_sha256 = manifest["dataset_sha256"]
     start = shortened(start, num_steps=config.num_steps, interval=config.grace_steps)
     name = search_name(start, config, dataset_sha256)
@@ -94,7 +105,7 @@ def _tune(
 ) -> None:
     from pipelines.search import tuner  # imports Ray, whose environment is set by now
 
-    share = tuner.share_of(config, compute)
+    share = tuner.share_of_cluster(config, compute)
     task = Task(
         start=start,
         objectives=OBJECTIVES[config.objective],
@@ -174,63 +185,6 @@ def _tune(
     )
     for line in verdict(comparison):
         log.info("%s", line)
-
-
-def check(start: TrainConfig, config: TuneConfig) -> None:
-    """What types alone cannot say about the parameters; raises UserError."""
-    for key in ("num_trials", "grace_steps", "concurrent_trials", "num_finalists",
-                "seeds_per_finalist", "seeds_of_comparison"):  # fmt: skip
-        if getattr(config, key) < 1:
-            raise UserError(
-                f"params.yaml: tune.{key} is {getattr(config, key)}; it must be 1 or more"
-            )
-    if config.grace_steps > config.num_steps:
-        raise UserError(
-            f"params.yaml: tune.grace_steps is {config.grace_steps}, more than tune.num_steps, "
-            f"{config.num_steps}"
-        )
-    if config.reduction_factor < 2:
-        raise UserError(
-            f"params.yaml: tune.reduction_factor is {config.reduction_factor}; it must be 2 or more"
-        )
-    if not 0 < config.gpus_per_trial <= 1:
-        raise UserError(
-            f"params.yaml: tune.gpus_per_trial is {config.gpus_per_trial}; it must be above 0 and "
-            "at most 1: a trial trains in one process"
-        )
-    if start.training.arm == "gan" and config.objective != "frechet_distance":
-        raise UserError(
-            f"params.yaml: tune.objective is {config.objective}, but training.arm: gan has no "
-            "encoder to reconstruct with; use frechet_distance"
-        )
-    if start.training.start_from:
-        raise UserError(
-            "params.yaml: tune trains from random weights; empty training.start_from for it"
-        )
-    if not config.search:
-        raise UserError("params.yaml: tune.search names no settings")
-    valid = [
-        f"{section}.{field.name}"
-        for section, kind in SEARCHED.items()
-        for field in fields(kind)
-        if field.type is float
-    ]
-    for name, between in config.search.items():
-        if name not in valid:
-            raise UserError(f"params.yaml: tune.search has {name}; valid: {', '.join(valid)}")
-        span = f"params.yaml: tune.search.{name} is {between.low:g} to {between.high:g}"
-        if not between.low < between.high or not math.isfinite(between.high - between.low):
-            raise UserError(f"{span}; low must be less than high")
-        if between.scale == "log" and between.low <= 0:
-            raise UserError(f"{span}; with scale: log both must be above 0")
-        value = settings_of(start, [name])[name]
-        if not between.low <= value <= between.high:
-            raise UserError(
-                f"{span}, but {name} itself, which is the first trial, is {value:g}: widen the "
-                "range"
-            )
-    if start.training.update_rule == "reference" and "loss.gamma" in config.search:
-        raise UserError("params.yaml: training.update_rule: reference has no loss.gamma to search")
 
 
 def settings_of(config: TrainConfig, names: list[str]) -> Settings:

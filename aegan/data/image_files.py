@@ -31,11 +31,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from aegan.config import ValueRange
 from aegan.data import colour, image_headers
 from aegan.data.file_kinds import START_BYTES, kind_of
 from aegan.data.sample_depth import (
     UnknownRangeError,
-    ValueRange,
     load_pixels,
     straighten,
     tiff_tag,

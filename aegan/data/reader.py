@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from aegan.config import ConfigError
 from aegan.data.dataset import load_images, read_manifest, read_row_group
 
 GPU_SHARE = 0.5  # of its free memory that training images may take
@@ -30,10 +29,10 @@ def resident_reader(
     """Keeps the whole training split in memory and shuffles it whole.
 
     On a GPU where it fits, else on the host, read ahead of the GPU. `share` is what this worker
-    keeps of each batch. Raises ConfigError if there is not one batch.
+    keeps of each batch. There must be images for one.
     """
     images = torch.from_numpy(load_images(folder, "train"))
-    batches_per_epoch = _batches_per_epoch(folder, len(images), batch_size)
+    batches_per_epoch = len(images) // batch_size
     fits = device.type != "cuda" or images.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
     if fits:
         images = images.to(device)
@@ -84,14 +83,14 @@ def streamed_reader(
 ) -> ReadBatch:
     """Holds three windows of row groups at most: row groups are shuffled, then rows in a window.
 
-    Arguments and errors as `resident_reader`. Every worker reads every row group and keeps its
+    Arguments as of `resident_reader`. Every worker reads every row group and keeps its
     share of each batch: reading raw pixels is so much faster than training on them that this costs
     less than it simplifies.
     """
     manifest = read_manifest(folder)
     shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
     groups, sizes = _row_groups(folder, manifest["splits"]["train"]["shards"])
-    batches_per_epoch = _batches_per_epoch(folder, sum(sizes), batch_size)
+    batches_per_epoch = sum(sizes) // batch_size
     thread = ThreadPoolExecutor(1, thread_name_prefix="shards")  # reads ahead
     loading: dict[_Window, Future[Tensor]] = {}
 
@@ -138,15 +137,6 @@ def _row_groups(
             groups.append((folder / shard["file"], group))
             sizes.append(metadata.row_group(group).num_rows)
     return groups, sizes
-
-
-def _batches_per_epoch(folder: Path, rows: int, batch_size: int) -> int:
-    if rows < batch_size:
-        raise ConfigError(
-            f"training.batch_size is {batch_size}, but {folder} has only {rows} training images: "
-            "use more images or a smaller batch"
-        )
-    return rows // batch_size
 
 
 def _random(*key: int) -> np.random.Generator:

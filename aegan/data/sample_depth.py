@@ -4,43 +4,15 @@ Pillow keeps deep grey values but clips them where it converts them, knows no ot
 file type's whole one, and compares a PNG's transparent value with samples of another depth.
 """
 
-import math
-from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from aegan.config import ValueRange
 from aegan.data.image_headers import png_header
 
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_FORMAT = 258, 262, 339
-
-
-@dataclass(frozen=True)
-class ValueRange:
-    """The values that become black and white; a whole range depends on the file's type."""
-
-    low: float = math.nan
-    high: float = math.nan
-
-    @classmethod
-    def parse(cls, text: str) -> "ValueRange":
-        """`full`, or `low..high` as in 0..4095; raises ValueError."""
-        if text == "full":
-            return cls()
-        low, dots, high = text.partition("..")
-        try:
-            found = cls(float(low), float(high))
-        except ValueError:
-            found = cls()
-        if not (dots and -math.inf < found.low < found.high < math.inf):
-            raise ValueError(f"{text} is no range of values: expected full, or as in 0..4095")
-        return found
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no values were given."""
-        return math.isnan(self.low)
 
 
 class UnknownRangeError(Exception):

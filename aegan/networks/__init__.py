@@ -1,5 +1,5 @@
 """Generator, encoder and discriminators, and the layers they are made of."""
 
-from aegan.networks.model import AEGAN, ARCHITECTURES, check_sizes
+from aegan.networks.model import AEGAN, ARCHITECTURES
 
-__all__ = ["AEGAN", "ARCHITECTURES", "check_sizes"]
+__all__ = ["AEGAN", "ARCHITECTURES"]

@@ -7,19 +7,19 @@ An architecture is a module of this package with four functions, which take the 
     image_discriminator   x => logit [N, 1]
     latent_discriminator  z => logit [N, 1]
 
-A new one is such a file and an entry in ARCHITECTURES.
+A new one is such a file, an entry in ARCHITECTURES and its name in `aegan.config.Architecture`.
 """
 
+from types import ModuleType
 from typing import Literal
 
 from torch import nn
 
-from aegan.config import IMAGE_SIZES, ConfigError, ModelConfig
+from aegan.config import Architecture, ImageChannels, ImageSize, ModelConfig, check, check_value
 from aegan.networks import demo, paper
 from aegan.priors import NormalPrior
 
-ARCHITECTURES = {"demo": demo, "paper": paper}
-MAX_WIDTH = 2**16  # of latents and of the generator's last stage
+ARCHITECTURES: dict[Architecture, ModuleType] = {"demo": demo, "paper": paper}
 
 
 class AEGAN(nn.Module):
@@ -41,7 +41,9 @@ class AEGAN(nn.Module):
     ) -> None:
         # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
-        check_sizes(config, image_size, image_channels)
+        check(config)
+        check_value("image_size", image_size, ImageSize)
+        check_value("image_channels", image_channels, ImageChannels)
         self.prior = NormalPrior(config.latent_dim)
         self.latent_dim = config.latent_dim
         self.image_size = image_size
@@ -61,19 +63,3 @@ class AEGAN(nn.Module):
             self.image_discriminator = make.image_discriminator(**sizes)
             self.latent_discriminator = make.latent_discriminator(**sizes)
         self.encoder = make.encoder(**sizes) if encoder else None
-
-
-def check_sizes(config: ModelConfig, image_size: int, image_channels: int) -> None:
-    """Refuse what no network can be built from; raises ConfigError."""
-    for name, value, allowed in (
-        ("image_size", image_size, IMAGE_SIZES),
-        ("image_channels", image_channels, (1, 3)),
-        ("architecture", config.architecture, tuple(ARCHITECTURES)),
-    ):
-        if value not in allowed:
-            expected = ", ".join(map(str, allowed))
-            raise ConfigError(f"{name} is {value}; it must be one of {expected}")
-    widths = {"latent_dim": config.latent_dim, "base_channels": config.base_channels}
-    for name, width in widths.items():
-        if not 1 <= width <= MAX_WIDTH:
-            raise ConfigError(f"{name} is {width}; it must lie between 1 and {MAX_WIDTH}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan.config import ConfigError, TrainConfig
+from aegan.config import NO_CUDA_GRAPHS, ConfigError, TrainConfig, check, check_batch_size
 from aegan.data.dataset import load_images, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
 from aegan.losses import Terms
@@ -76,21 +76,12 @@ def train(
     """
     options = config.training
     manifest = read_manifest(shards)
-    if options.batch_size < world_size:
-        raise ConfigError(
-            f"training.batch_size is {options.batch_size}: it must be at least the number of "
-            f"workers, {world_size}"
-        )
-    if options.update_rule == "reference" and (config.loss.adversarial, config.loss.gamma) != (
-        "bce",
-        0,
-    ):
-        raise ConfigError(
-            "training.update_rule: reference needs loss.adversarial: bce and loss.gamma: 0"
-        )
-
+    check(config)
+    check_batch_size(
+        options.batch_size, images=manifest["splits"]["train"]["rows"], workers=world_size
+    )
     if cuda_graphs and (device.type != "cuda" or world_size > 1):
-        raise ConfigError("compute.cuda_graphs needs a GPU and one worker: set it to false")
+        raise ConfigError(NO_CUDA_GRAPHS)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from aegan.config import ConfigError
 from pipelines.base.names import shown
 
 
@@ -23,14 +24,14 @@ class _Formatter(logging.Formatter):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main function: plain log lines, one line for a UserError, 130 for Ctrl-C."""
+    """Run a stage's main function: plain log lines, one for a user's error, 130 for Ctrl-C."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
         main()
-    except UserError as error:
+    except (UserError, ConfigError) as error:
         sys.exit(_shown(f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,31 +1,19 @@
 """The only reader of params.yaml: sections become the dataclasses of `aegan.config`."""
 
 import dataclasses
-import json
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aegan import config, files
-from pipelines.base import mlflow_names
+from aegan.config import SECTIONS, ConfigError, written
 from pipelines.base.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
-SECTIONS: dict[str, type] = {
-    "data": config.DataConfig,
-    "preprocess": config.PreprocessConfig,
-    "model": config.ModelConfig,
-    "loss": config.LossConfig,
-    "training": config.TrainingConfig,
-    "compute": config.ComputeConfig,
-    "tune": config.TuneConfig,
-    "evaluate": config.EvaluateConfig,
-    "interpolate": config.InterpolateConfig,
-    "register": config.RegisterConfig,
-}
 Section = TypeVar("Section")
 
 
@@ -33,20 +21,22 @@ def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
     """The section of `params.yaml` that belongs to a config class; raises UserError.
 
     All sections are checked: what is wrong in the last stage's is said before the first one works.
+    `TrainConfig` is the three that a training needs: networks, objective, optimisation.
     """
-    sections = {name: parse_section(name, values) for name, values in read(path).items()}
-    mlflow_names.check(sections["register"])
-    name = next(key for key, value in SECTIONS.items() if value is section)
-    return cast(Section, sections[name])
+    return next(found for found in _checked(read(path)) if type(found) is section)
 
 
-def load_train_config(path: Path = PARAMS_FILE) -> config.TrainConfig:
-    """What a training needs: networks, objective, optimisation."""
-    return config.TrainConfig(
-        model=load(config.ModelConfig, path),
-        loss=load(config.LossConfig, path),
-        training=load(config.TrainingConfig, path),
-    )
+def _checked(values: dict[str, Any]) -> list[Any]:
+    """All sections as config objects; raises UserError."""
+    sections = {name: _parse(name, values[name], kind) for name, kind in SECTIONS.items()}
+    parts = {name: sections[name] for name in get_type_hints(config.TrainConfig)}
+    every = [*sections.values(), config.TrainConfig(**parts)]
+    try:
+        for section in every:
+            config.check(section)
+    except ConfigError as error:
+        raise UserError(f"params.yaml: {error}") from None
+    return every
 
 
 def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
@@ -55,17 +45,13 @@ def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} not found: run from the project's root folder")
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except (YAMLError, ValueError) as error:  # also of a number with too many digits
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
     _check_keys(f"{path}: sections", raw, list(SECTIONS))
     return raw
-
-
-def parse_section(name: str, values: Any) -> Any:
-    """One section's values as its dataclass; names the key, what is wrong and what is allowed."""
-    return _parse(name, values, SECTIONS[name])
 
 
 def _parse(name: str, values: Any, kind: type) -> Any:
@@ -89,32 +75,16 @@ def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            allowed = ", ".join(map(str, get_args(kind)))
-            raise UserError(f"params.yaml: {key} is {_written(value)}; allowed: {allowed}")
-        return value
+    """Sections within a section, and whole numbers where any will do; the rest as it is."""
     if dataclasses.is_dataclass(kind):
         return _parse(key, value, cast(type, kind))
-    if get_origin(kind) is dict:  # any names, values of one kind
-        if not isinstance(value, dict):
-            raise UserError(
-                f"params.yaml: {key} is {_written(value)}; expected names with their values"
-            )
+    if get_origin(kind) is dict and isinstance(value, dict):
         item = get_args(kind)[1]
         return {name: _convert(f"{key}.{name}", entry, item) for name, entry in value.items()}
     if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"params.yaml: {key} is {_written(value)}; expected {kind.__name__}")
+        with suppress(OverflowError):  # so large that it is out of bounds
+            return float(value)
     return value
-
-
-def _written(value: Any) -> str:
-    """A value much as it stands in the file."""
-    if value is None:
-        return "empty"
-    return f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def as_dict(*sections: Any) -> dict[str, dict[str, Any]]:
@@ -136,13 +106,12 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
             raise UserError(f"{overlay}: unknown section {name}; valid: {', '.join(SECTIONS)}")
         for key, value in values.items():
             if document[name].get(key) != value:
-                before = _written(document[name].get(key))
-                changed.append(f"{name}.{key}: {before} -> {_written(value)}")
+                before = written(document[name].get(key))
+                changed.append(f"{name}.{key}: {before} -> {written(value)}")
             document[name][key] = value
     text = StringIO()
     yaml.dump(document, text)
-    for name, values in YAML(typ="safe").load(text.getvalue()).items():
-        parse_section(name, values)
+    _checked(YAML(typ="safe").load(text.getvalue()))
     files.write_text(path, text.getvalue())
     return changed
 

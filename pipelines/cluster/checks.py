@@ -6,7 +6,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,10 +40,16 @@ class Finding:
 def before_training() -> None:
     """Say what may end a training on this machine; UserError for what surely would."""
     for finding in of_this_machine():
-        if finding.status == "fail":
-            raise UserError(f"{finding.subject}: {finding.found}; {finding.cure}")
-        if finding.status == "warn":
-            log.warning("%s: %s; %s", finding.subject, finding.found, finding.cure)
+        require(finding)
+
+
+def require(finding: Finding) -> None:
+    """UserError for what failed; a warning is logged."""
+    said = f"{finding.subject}: {finding.found}; {finding.cure}"
+    if finding.status == "fail":
+        raise UserError(said)
+    if finding.status == "warn":
+        log.warning("%s", said)
 
 
 def of_this_machine() -> Iterator[Finding]:
@@ -153,27 +159,26 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     return Finding("ok", str(folder), found)
 
 
-def cores(compute: ComputeConfig) -> Finding:
-    """The cores that this process may use, and whether the workers find one each."""
-    number = len(os.sched_getaffinity(0))
-    found = f"{number} of {os.cpu_count()} usable, compute.num_workers is {compute.num_workers}"
-    least = compute.min_workers or compute.num_workers
-    if compute.device != "cuda" and least > number:
-        return Finding("fail", "cores", found, "lower compute.num_workers")
-    return Finding("ok", "cores", found)
+def places(compute: ComputeConfig, present: Mapping[str, float]) -> Finding:
+    """Whether the workers find a core or a share of a GPU each, of what there is by Ray's names."""
+    subject, (kind, number) = "cores and GPUs", session.wanted(compute, present)
+    key = "min_workers" if compute.min_workers else "num_workers"
+    found = f"compute.{key} is {getattr(compute, key)}, "
+    if compute.cuda_graphs and kind != "GPU":
+        return Finding("fail", subject, "compute.cuda_graphs needs a GPU", "set it to false")
+    if present.get(kind, 0) < number:
+        cure = f"lower compute.{key}" + (" or set compute.device: cpu" if kind == "GPU" else "")
+        found += f"but there are {present.get(kind, 0):.0f} {kind}s"
+        return Finding("fail", subject, found, cure)
+    return Finding("ok", subject, f"{found}and there are {present[kind]:.0f} {kind}s")
 
 
-def gpus(compute: ComputeConfig) -> Finding:
+def gpus() -> Finding:
     """The GPUs that PyTorch sees here."""
     import torch
 
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = ", ".join(names) or "none: training takes the CPU"
-    wanted = compute.num_workers if compute.device == "cuda" or names else 0
-    if wanted > len(names) and compute.gpus_per_worker == 1:
-        cure = "lower compute.num_workers, or set compute.device: cpu"
-        return Finding("fail", "GPUs", f"{found}; compute.num_workers is {wanted}", cure)
-    return Finding("ok", "GPUs", found)
+    return Finding("ok", "GPUs", ", ".join(names) or "none: training takes the CPU")
 
 
 def _gib(size: float) -> str:

@@ -50,6 +50,22 @@ def uses_gpu(compute: ComputeConfig, present: Mapping[str, float]) -> bool:
     return compute.device == "cuda" or (compute.device == "auto" and present.get("GPU", 0) > 0)
 
 
+def wanted(compute: ComputeConfig, present: Mapping[str, float]) -> tuple[str, float]:
+    """What the workers compute on, GPU or CPU, and how much of it the fewest of them take."""
+    least = compute.min_workers or compute.num_workers
+    return (
+        ("GPU", least * compute.gpus_per_worker) if uses_gpu(compute, present) else ("CPU", least)
+    )
+
+
+def machine() -> dict[str, int]:
+    """The cores that this process may use, and the GPUs that PyTorch sees: a private Ray's."""
+    import joblib
+    import torch
+
+    return {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
+
+
 def execution(compute: ComputeConfig) -> dict[str, Any]:
     """The training loop's keywords that say how it computes."""
     return {
@@ -113,10 +129,12 @@ def _connection(dashboard: bool) -> Iterator[bool]:
 
 def _start(folder: str, *, dashboard: bool) -> None:
     """Start a private Ray whose files are in this folder; one that is cut off leaves nothing."""
-    earlier = set(psutil.Process().children())
+    here, earlier = machine(), set(psutil.Process().children())
     try:
         _init(
             address="local",
+            num_cpus=here["CPU"],
+            num_gpus=here["GPU"],
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,

@@ -20,7 +20,7 @@ from pipelines.base import params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.names import shown
 from pipelines.bucket import storage
-from pipelines.cluster import checks
+from pipelines.cluster import checks, session
 from pipelines.cluster.checks import Finding, attempt
 from pipelines.jobs import job
 
@@ -56,17 +56,16 @@ def examine() -> Iterator[Finding]:
     """Everything, the cheap things first."""
     try:
         compute = params.load(config.ComputeConfig)
-        params.load_train_config()
     except UserError as error:
         yield Finding("fail", "params.yaml", str(error))
         return
-    yield Finding("ok", "params.yaml", "every key is there and of its type")
+    yield Finding("ok", "params.yaml", "every key is there and within its bounds")
     yield _packages(job.locked_versions(job.REQUIREMENTS), "make run (it installs them)")
     address = os.environ.get("RAY_ADDRESS", "")
     yield from checks.of_this_machine()
     if not address:
-        yield checks.cores(compute)
-        yield checks.gpus(compute)
+        yield checks.places(compute, session.machine())
+        yield checks.gpus()
     yield _bucket(compute.storage, "bucket, from here")
     yield _mlflow()
     yield from _cluster(address)
@@ -150,16 +149,14 @@ def _by_job(address: str) -> Iterator[Finding]:
 
 def _of_nodes() -> Iterator[Finding]:
     """From a node of the cluster: what it has free, and what a process on each node finds."""
-    from pipelines.cluster.session import nodes, on_each_node, ray_session, resources
-
     compute = params.load(config.ComputeConfig)
     versions = job.locked_versions(job.REQUIREMENTS)
     try:
-        with ray_session():
-            yield Finding("ok", "Ray", f"joined; {len(nodes())} nodes")
-            yield _free(compute, *resources())
+        with session.ray_session():
+            yield Finding("ok", "Ray", f"joined; {len(session.nodes())} nodes")
+            yield _free(compute, *session.resources())
             check = _NodeCheck(versions, compute.storage)
-            for node, result in on_each_node(check, seconds=NODE_SECONDS):
+            for node, result in session.on_each_node(check, seconds=NODE_SECONDS):
                 if isinstance(result, Exception):
                     reason = str(result).strip().splitlines()[-1]
                     cure = "give the node the packages of requirements.lock (infra/Dockerfile)"
@@ -175,11 +172,7 @@ def _free(
     compute: config.ComputeConfig, total: dict[str, float], free: dict[str, float]
 ) -> Finding:
     """Whether the workers that are asked for find their places."""
-    from pipelines.cluster.session import uses_gpu
-
-    kind = "GPU" if uses_gpu(compute, total) else "CPU"
-    share = compute.gpus_per_worker if kind == "GPU" else 1
-    wanted = (compute.min_workers or compute.num_workers) * share
+    kind, wanted = session.wanted(compute, total)
     found = ", ".join(
         f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU")
     )

@@ -35,7 +35,9 @@ SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
 MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
 MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
-SERVED_PACKAGES = ("mlflow", "numpy", "pillow", "pyarrow", "safetensors", "torch")
+SERVED_PACKAGES = (
+    "annotated-types", "mlflow", "numpy", "pillow", "pyarrow", "safetensors", "torch",
+)  # fmt: skip
 
 
 class Point(NamedTuple):

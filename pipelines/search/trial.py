@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 import aegan
-from aegan.config import ConfigError, Split, TrainConfig
+from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneConfig
 from aegan.data.dataset import load_images, read_manifest
 from aegan.metrics.features import extract, random_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
@@ -22,8 +22,9 @@ from aegan.training import checkpoint, loop, training_log
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.state import export_model
 from aegan.training.validation import validate
+from pipelines.base.errors import UserError
 from pipelines.base.run_name import run_name
-from pipelines.cluster.session import ORPHAN_WAIT_SECONDS
+from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, uses_gpu
 
 SCORES = ("frechet_distance", "image_reconstruction", "uncovered")
 OBJECTIVES: dict[str, tuple[str, ...]] = {  # scores that the search lowers, by `tune.objective`
@@ -82,6 +83,42 @@ class Trial:
     step: int
     scores: Scores  # at that step
     history: dict[int, Scores]  # at every step that was judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one trial gets of the machines."""
+
+    cpus: int
+    gpus: float
+    device: str
+
+
+def share_of(
+    config: TuneConfig, compute: ComputeConfig, total: Mapping[str, float], *, largest: float
+) -> Share:
+    """What each of the concurrent trials gets of all CPUs and GPUs, by Ray's names.
+
+    `largest`: the CPUs of the largest node. Raises UserError where that is too little.
+    """
+    gpus, concurrent = total.get("GPU", 0), config.concurrent_trials
+    use_gpu = uses_gpu(compute, total)
+    if use_gpu and math.floor(1 / config.gpus_per_trial) * gpus < concurrent:
+        raise UserError(
+            f"tune.concurrent_trials is {concurrent} with tune.gpus_per_trial "
+            f"{config.gpus_per_trial:g}, but there are {gpus:.0f} GPUs: lower one of them, or set "
+            "compute.device: cpu"
+        )
+    if total.get("CPU", 0) < concurrent:
+        raise UserError(
+            f"tune.concurrent_trials is {concurrent}, but there are {total.get('CPU', 0):.0f} "
+            "CPUs: lower it"
+        )
+    return Share(
+        cpus=int(min(total["CPU"] // concurrent, largest)),
+        gpus=config.gpus_per_trial if use_gpu else 0,
+        device="cuda" if use_gpu else "cpu",
+    )
 
 
 def rounded(settings: Mapping[str, float]) -> Settings:

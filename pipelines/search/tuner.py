@@ -26,19 +26,21 @@ from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneCon
 from aegan.training.checkpoint import CheckpointError
 from pipelines.base.errors import UserError
 from pipelines.base.progress import progress
-from pipelines.cluster.session import show_ray_logs, uses_gpu
+from pipelines.cluster.session import show_ray_logs
 from pipelines.registry import mlflow_store, tracking
 from pipelines.search.trial import (
     SCORES,
     Ended,
     Scores,
     Settings,
+    Share,
     Task,
     Trial,
     curves,
     rounded,
     run_trial,
     scores_in,
+    share_of,
     train_and_judge,
 )
 
@@ -53,15 +55,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one trial gets of the machines."""
-
-    cpus: int
-    gpus: float
-    device: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Record:
     """Where the trials are recorded in MLflow."""
 
@@ -69,28 +62,10 @@ class Record:
     experiment: str
 
 
-def share_of(config: TuneConfig, compute: ComputeConfig) -> Share:
+def share_of_cluster(config: TuneConfig, compute: ComputeConfig) -> Share:
     """What each of the concurrent trials gets; raises UserError where that is too little."""
-    total = ray.cluster_resources()
-    gpus, concurrent = total.get("GPU", 0), config.concurrent_trials
-    use_gpu = uses_gpu(compute, total)
-    if use_gpu and math.floor(1 / config.gpus_per_trial) * gpus < concurrent:
-        raise UserError(
-            f"tune.concurrent_trials is {concurrent} with tune.gpus_per_trial "
-            f"{config.gpus_per_trial:g}, but there are {gpus:.0f} GPUs: lower one of them, or set "
-            "compute.device: cpu"
-        )
-    if total.get("CPU", 0) < concurrent:
-        raise UserError(
-            f"tune.concurrent_trials is {concurrent}, but there are {total.get('CPU', 0):.0f} "
-            "CPUs: lower it"
-        )
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    return Share(
-        cpus=int(min(total["CPU"] // concurrent, largest)),
-        gpus=config.gpus_per_trial if use_gpu else 0,
-        device="cuda" if use_gpu else "cpu",
-    )
+    return share_of(config, compute, ray.cluster_resources(), largest=largest)
 
 
 def search(

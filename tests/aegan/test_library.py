@@ -220,7 +220,7 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
             image_size=16,
             image_channels=3,
         ),
-        "latent_dim is 0; it must lie between 1 and 65536",
+        "model.latent_dim is 0; it must be 1 or more and at most 65536",
     ),
     "networks of no kind": (
         lambda model: aegan.AEGAN(
@@ -228,7 +228,7 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
             image_size=16,
             image_channels=3,
         ),
-        "architecture is large; it must be one of demo, paper",
+        "model.architecture is 'large'; allowed: demo, paper",
     ),
 }
 
@@ -410,7 +410,7 @@ def test_a_side_that_no_networks_have_is_refused(image_size: int) -> None:
         if image_size in allowed:
             aegan.AEGAN(config, image_size=image_size, image_channels=3)
             return
-        with pytest.raises(aegan.ConfigError, match=f"image_size is {image_size}; it must be one "):
+        with pytest.raises(aegan.ConfigError, match=f"image_size is {image_size}; allowed: 16, "):
             aegan.AEGAN(config, image_size=image_size, image_channels=3)
 
 

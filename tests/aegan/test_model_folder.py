@@ -93,11 +93,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a size that no networks have": (
         lambda folder: change_config(folder, image_size=24),
-        "config.json cannot be used: image_size is 24; it must be one of 16, 32, 48",
+        "config.json cannot be used: image_size is 24; allowed: 16, 32, 48",
     ),
     "networks of no kind": (
         lambda folder: change_model(folder, architecture="x"),
-        "config.json cannot be used: architecture is x; it must be one of demo, paper",
+        "config.json cannot be used: model.architecture is 'x'; allowed: demo, paper",
     ),
     "a setting of another version": (
         lambda folder: change_model(folder, depth=3),
@@ -109,7 +109,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a latent too long": (
         lambda folder: change_model(folder, latent_dim=10**9),
-        "config.json cannot be used: latent_dim is 1000000000; it must lie between 1 and 65536",
+        "config.json cannot be used: model.latent_dim is 1000000000; it must be 1 or more",
     ),
     "networks too large": (
         lambda folder: change_model(folder, base_channels=2**14),

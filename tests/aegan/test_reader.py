@@ -71,12 +71,6 @@ def test_the_workers_shares_add_up_to_the_global_batch(reader, shards, world_siz
     assert [number for part in parts for number in part] == whole
 
 
-@READERS
-def test_a_batch_larger_than_the_split_is_refused_with_both_numbers(reader, shards):
-    with pytest.raises(ValueError, match=f"batch_size is 1000, but .* only {ROWS} training images"):
-        open_reader(reader, shards, batch_size=1000)
-
-
 def test_loading_a_split_gives_its_images_in_order_and_a_limit_the_first_ones(shards):
     images = torch.from_numpy(load_images(shards, "train"))
     assert numbers_of(images) == list(range(ROWS))

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aegan.config import ValueRange
 from aegan.data.image_files import UnusableImageError, decode_file, decode_image
-from aegan.data.sample_depth import ValueRange
 from tests.pictures import chunk, encode, png, tiff
 
 RAMP = np.arange(256).reshape(16, 16)

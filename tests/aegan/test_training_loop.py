@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aegan.config import TrainConfig
+from aegan.config import ConfigError, TrainConfig
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
@@ -384,6 +384,17 @@ def test_only_rank_0_which_judges_checkpoints_holds_validation_images(shards):
 def test_a_batch_smaller_than_the_number_of_workers_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size is 8: it must be at least .* 9"):
         run(tiny_config(), shards, tmp_path, world_size=9)
+
+
+def test_settings_made_by_hand_are_checked_before_anything_is_written(shards, tmp_path):
+    for wrong, message in (
+        ({"batch_size": 41}, "only 40 training images"),
+        ({"beta1": 1.0}, "training.beta1 is 1.0; it must be below 1"),
+        ({"update_rule": "reference", "loss": {"gamma": 1.0}}, "reference needs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(tiny_config(**wrong), shards, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("loss", [{}, {"gamma": 0.5}, {"adversarial": "relativistic"}])

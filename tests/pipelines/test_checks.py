@@ -104,10 +104,52 @@ def test_where_no_folder_for_rays_sockets_is_short_enough_one_line_says_so(monke
         checks.before_training()
 
 
-def test_more_workers_than_cores_are_named(monkeypatch):
-    compute = params.load(ComputeConfig, PARAMS)
-    compute = replace(compute, num_workers=10_000)
-    finding = checks.cores(compute)
-    assert finding.status == "fail"
-    assert finding.cure == "lower compute.num_workers"
-    assert checks.cores(COMPUTE).status == "ok"
+@pytest.mark.parametrize(
+    ("changes", "gpus", "sentence"),
+    [
+        (
+            {"num_workers": 3},
+            0,
+            "num_workers is 3, but there are 2 CPUs; lower compute.num_workers",
+        ),
+        (
+            {"num_workers": 5, "min_workers": 3},
+            0,
+            "min_workers is 3, but there are 2 CPUs; lower compute.min_workers",
+        ),
+        (
+            {"device": "cuda"},
+            0,
+            "num_workers is 1, but there are 0 GPUs; lower compute.num_workers or set "
+            "compute.device: cpu",
+        ),
+        (
+            {"num_workers": 2},
+            1,
+            "num_workers is 2, but there are 1 GPUs; lower compute.num_workers or set "
+            "compute.device: cpu",
+        ),
+        ({"cuda_graphs": True}, 0, "cuda_graphs needs a GPU; set it to false"),
+    ],
+)
+def test_workers_that_find_no_place_on_this_machine_are_named_with_the_cure(
+    changes, gpus, sentence
+):
+    finding = checks.places(replace(COMPUTE, **changes), {"CPU": 2, "GPU": gpus})
+    with pytest.raises(UserError, match=f"^cores and GPUs: compute.{sentence}$"):
+        checks.require(finding)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus"),
+    [
+        ({}, 0),
+        ({"num_workers": 2}, 0),
+        ({"num_workers": 9, "min_workers": 2}, 0),
+        ({"num_workers": 2, "device": "cpu"}, 1),
+        ({"cuda_graphs": True, "gpus_per_worker": 0.5}, 1),
+    ],
+)
+def test_workers_that_find_a_place_each_are_let_through(changes, gpus):
+    found = checks.places(replace(COMPUTE, **changes), {"CPU": 2, "GPU": gpus})
+    assert found.status == "ok"

@@ -59,7 +59,15 @@ def test_a_laptop_needs_no_cluster_no_bucket_and_no_server(project, capsys, monk
     assert end.value.code == 0, said
     assert line(said, "Ray") == ("ok    Ray: RAY_ADDRESS is not set: a private Ray on this machine")
     assert line(said, "packages").startswith("ok    packages: torch 2.")
-    for subject in ("params.yaml", "memory", "disk", "Ray's folder", "/dev/shm", "cores", "GPUs"):
+    for subject in (
+        "params.yaml",
+        "memory",
+        "disk",
+        "Ray's folder",
+        "/dev/shm",
+        "cores and GPUs",
+        "GPUs",
+    ):
         assert line(said, subject)
     assert not (project / "mlflow.db").exists()
 

@@ -229,9 +229,3 @@ def test_a_split_too_small_for_a_path_is_refused_before_anything_is_replaced(
     with pytest.raises(UserError, match="fewer than 4 training images: add images"):
         draw(project)
     assert (project / "out/earlier.png").exists()
-
-
-@pytest.mark.parametrize("wrong", [{"num_pairs": 0}, {"num_frames": 1}])
-def test_a_path_needs_a_pair_and_two_frames(project: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="at least 1 pair and 2 frames"):
-        draw(project, replace(CONFIG, **wrong))  # type: ignore[arg-type]

@@ -17,13 +17,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from aegan.config import (
-    LossConfig,
-    SearchRange,
-    TrainConfig,
-    TrainingConfig,
-    TuneConfig,
-)
+from aegan.config import LossConfig, SearchRange, TrainingConfig, TuneConfig
 from aegan.training import loop
 from pipelines import tune
 from pipelines.base import params
@@ -86,15 +80,6 @@ def make_trial(number: int, score: float, **changes: Any) -> Trial:
 # -- what is searched -----------------------------------------------------------------------------
 
 
-def test_the_projects_own_search_is_valid():
-    start = TrainConfig(
-        model=START.model,
-        loss=params.load(LossConfig, PARAMS),
-        training=params.load(TrainingConfig, PARAMS),
-    )
-    tune.check(start, CONFIG)
-
-
 def test_a_trial_changes_its_settings_and_seed_and_nothing_else(shards, tmp_path):
     task = make_task(shards, tmp_path)
     config = task.config({"loss.gamma": 0.5, "training.learning_rate": 1e-3}, seed=7)
@@ -106,43 +91,6 @@ def test_a_trial_changes_its_settings_and_seed_and_nothing_else(shards, tmp_path
     back = task.config({}, seed=START.training.seed)
     assert replace(config, loss=back.loss, training=back.training) == back
     assert replace(config.loss, gamma=1.0) == back.loss
-
-
-def only(name: str, low: float, high: float, *, scale: Any = "log") -> dict[str, Any]:
-    """A search of one setting."""
-    return {"search": {name: SearchRange(low=low, high=high, scale=scale)}}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"search": {}}, "names no settings"),
-        (only("loss.gama", 1, 2), r"has loss.gama; valid: "),
-        (only("loss.adversarial", 1, 2), r"has loss.adversarial; valid: "),
-        (only("gamma", 1, 2), r"has gamma; valid: "),
-        (only("loss.gamma", 2, 1), "low must be less than high"),
-        (only("loss.gamma", 1, 1, scale="linear"), "low must be less than high"),
-        (only("loss.gamma", 1, math.inf), "low must be less than high"),
-        (only("loss.gamma", math.nan, 1), "low must be less than high"),
-        (only("loss.gamma", 0, 1), "with scale: log both must be above 0"),
-        (only("loss.gamma", 2, 3), "is 1: widen the range"),
-        ({"num_trials": 0}, "tune.num_trials is 0; it must be 1 or more"),
-        ({"grace_steps": 10_000}, "more than tune.num_steps"),
-        ({"reduction_factor": 1}, "must be 2 or more"),
-        ({"gpus_per_trial": 0.0}, "above 0 and at most 1"),
-        ({"gpus_per_trial": 2.0}, "above 0 and at most 1"),
-    ],
-)
-def test_a_search_without_sense_is_named_with_what_would_make_sense(changes, message):
-    with pytest.raises(UserError, match=message):
-        tune.check(START, replace(CONFIG, **changes))
-
-
-@pytest.mark.parametrize("objective", ["image_reconstruction", "pareto"])
-def test_without_encoder_there_is_no_reconstruction_to_search_for(objective):
-    gan = replace(START, training=replace(START.training, arm="gan"))
-    with pytest.raises(UserError, match="no encoder"):
-        tune.check(gan, replace(CONFIG, objective=objective))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +222,7 @@ def test_several_objectives_are_reported_at_the_end_only(shards, tmp_path):
 
 def test_a_trial_that_diverges_reports_the_worst_scores(shards, tmp_path):
     task = make_task(shards, tmp_path)
-    config, reports = task.config({"training.learning_rate": 1e30}, seed=0), []
+    config, reports = task.config({"training.learning_rate": 1e12}, seed=0), []
     run_trial(task, config, reports.append)
     assert reports[-1] == {"diverged": True, "frechet_distance": math.inf}
 
