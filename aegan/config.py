@@ -150,8 +150,6 @@ class ComputeConfig:
     gpus_per_worker: float  # if there are GPUs; less than 1 only for a single worker
     threads_per_worker: int  # 0: the node's cores divided by its workers
     micro_batch_size: int  # images at once through the networks, for less memory; 0: all
-    compile: bool  # with torch.compile; slower on CPU (docs/performance.md)
-    cuda_graphs: bool  # one launch a step; a GPU and one worker only
     max_failures: int  # restarts of crashed workers; those of preempted nodes do not count
     storage: str  # runs: the folder, on a disk that all nodes share; or s3://bucket/prefix
 

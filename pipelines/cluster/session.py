@@ -50,15 +50,6 @@ def uses_gpu(compute: ComputeConfig, present: Mapping[str, float]) -> bool:
     return compute.device == "cuda" or (compute.device == "auto" and present.get("GPU", 0) > 0)
 
 
-def execution(compute: ComputeConfig) -> dict[str, Any]:
-    """The training loop's keywords that say how it computes."""
-    return {
-        "micro_batch_size": compute.micro_batch_size,
-        "compile_networks": compute.compile,
-        "cuda_graphs": compute.cuda_graphs,
-    }
-
-
 @contextmanager
 def _plain_executable() -> Iterator[None]:
     """Ray hands the path of Python to a shell as it is: one with a space gets another name."""

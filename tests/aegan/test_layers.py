@@ -202,19 +202,6 @@ def test_channels_last_stays_channels_last(dtype: torch.dtype) -> None:
             assert layer().is_contiguous(memory_format=CHANNELS_LAST)
 
 
-@pytest.mark.slow
-def test_upsample_convolution_compiles_as_one_graph() -> None:
-    layer = UpsampleConv2d(4, 8, 4, scale=2, latent_channels=2)
-    h, y = random(2, 4, 8, 8, dtype=torch.float32), random(2, 2, dtype=torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for ours, reference in zip(
-        torch.autograd.grad(compiled(h, y).square().sum(), [h, y, layer.weight]),
-        torch.autograd.grad(layer(h, y).square().sum(), [h, y, layer.weight]),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, reference)
-
-
 @pytest.mark.parametrize(("latent_channels", "y"), [(2, None), (0, torch.zeros(1, 2))])
 def test_a_missing_or_unexpected_latent_is_refused(latent_channels: int, y: Tensor | None) -> None:
     layer = UpsampleConv2d(3, 5, 4, scale=2, latent_channels=latent_channels)
