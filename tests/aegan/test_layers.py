@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aegan.networks import winograd
-from aegan.networks.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+from aegan.networks.layers import ChannelNorm, SameConv2d, UpsampleConv2d, winograd_from
 from benchmarks.limits import Counter
 from tests.plain import channel_norm, same_convolution, upsample_convolution
 
@@ -69,8 +68,7 @@ def test_upsample_convolution_equals_upsample_tile_concatenate_convolve(
     h = random(batch, channels[0], height, width)
     y = random(batch, latent_channels) if latent_channels else None
     inputs = [h, layer.weight, layer.bias] + ([] if y is None else [y])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "MIN_CHANNELS", 1 if few_products else 64)
+    with winograd_from(1 if few_products else 64):
         assert_equal_to_second_order(
             lambda: layer(h.contiguous(memory_format=memory_format), y),
             lambda: upsample_convolution(h, y, layer.weight, layer.bias, scale),
@@ -79,14 +77,11 @@ def test_upsample_convolution_equals_upsample_tile_concatenate_convolve(
 
 
 @pytest.mark.parametrize(("scale", "share"), [(1, 3 / 4), (2, 4 / 5)])
-def test_pairs_of_rows_take_fewer_products(
-    scale: int, share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_of_rows_take_fewer_products(scale: int, share: float) -> None:
     layer, h = UpsampleConv2d(64, 64, 4, scale=scale), torch.zeros(1, 64, 128, 128)
     flops = []
     for min_channels in (65, 64):
-        monkeypatch.setattr(winograd, "MIN_CHANNELS", min_channels)
-        with Counter() as count:
+        with winograd_from(min_channels), Counter() as count:
             layer(h)
         flops.append(count.flops)
     assert flops[1] / flops[0] == pytest.approx(share, rel=0.01)  # one more row is padding
@@ -96,13 +91,8 @@ def test_pairs_of_rows_take_fewer_products(
 @pytest.mark.parametrize(("kernel_size", "min_channels"), [(3, 64), (4, 64), (4, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upsample_convolution_rounds_no_worse_than_the_plain_form(
-    scale: int,
-    kernel_size: int,
-    min_channels: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    scale: int, kernel_size: int, min_channels: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(winograd, "MIN_CHANNELS", min_channels)
     torch.manual_seed(0)
     layer = UpsampleConv2d(32, 16, kernel_size, scale=scale, latent_channels=8)
     h = random(2, 32, 64 // scale, 64 // scale, dtype=torch.float32)
@@ -119,7 +109,8 @@ def test_upsample_convolution_rounds_no_worse_than_the_plain_form(
         return upsample_convolution(*arguments, scale)
 
     exact = derivatives(lambda: plain(torch.float64).float())
-    ours = derivatives(lambda: layer(h.contiguous(memory_format=CHANNELS_LAST), y))
+    with winograd_from(min_channels):
+        ours = derivatives(lambda: layer(h.contiguous(memory_format=CHANNELS_LAST), y))
     plainly = derivatives(lambda: plain(torch.float32))
     assert ours[0].dtype == dtype
     for fast, reference, truth in zip(ours, plainly, exact, strict=True):
