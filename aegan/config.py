@@ -224,9 +224,6 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return sections
 
 
-NO_CUDA_GRAPHS = "compute.cuda_graphs needs a GPU and one worker: set it to false"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """How the training runs; nothing here changes what is computed but for rounding."""
@@ -243,8 +240,6 @@ class ComputeConfig:
     # 0: the node's cores divided by its workers.
     threads_per_worker: Annotated[int, Interval(ge=0, le=4096)]
     micro_batch_size: CountOrNone  # images at once through the networks, for less memory; 0: all
-    compile: bool  # with torch.compile; slower on CPU (docs/performance.md)
-    cuda_graphs: bool  # one launch a step; a GPU and one worker only
     max_failures: CountOrNone  # restarts of crashed workers; those of preempted nodes do not count
     # The folder runs, on a disk that all nodes share, or a bucket.
     storage: Annotated[
@@ -264,8 +259,6 @@ class ComputeConfig:
                 f"compute.gpus_per_worker is {self.gpus_per_worker}; it must be 1, or a part of "
                 "one for a single worker"
             )
-        if self.cuda_graphs and (self.device == "cpu" or self.num_workers > 1):
-            yield NO_CUDA_GRAPHS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from aegan.data.dataset import load_images
 from aegan.data.image_files import decode_image
 from aegan.data.reader import resident_reader, streamed_reader
 from benchmarks.machine import describe
+from pipelines.base import params
 from pipelines.download import download
 from pipelines.preprocess import preprocess
 
@@ -31,19 +33,6 @@ IMAGE_SIZE = 64
 BATCH_SIZE = 64
 BATCHES = 400  # read by a reader of shards, its start included
 WORKERS = 2
-PREPROCESS = PreprocessConfig(
-    image_size=IMAGE_SIZE,
-    image_channels=3,
-    fit="crop",
-    max_pixels=50_000_000,
-    frames="first",
-    value_range="full",
-    near_duplicate_distance=3.0,
-    validation_fraction=0.05,
-    test_fraction=0.1,
-    rows_per_shard=8192,
-    rows_per_row_group=1024,
-)
 
 
 class ImageFiles(Dataset[torch.Tensor]):
@@ -76,6 +65,7 @@ def ways(folder: Path) -> dict[str, Callable[[], int]]:
     source = DataConfig(
         source=str(files), in_place=False, manifold_images=1, manifold_size=8, manifold_seed=0
     )
+    preprocessing = replace(params.load(PreprocessConfig), image_size=IMAGE_SIZE)
     share = slice(0, BATCH_SIZE)
     loader = DataLoader(ImageFiles(files), BATCH_SIZE, shuffle=True, num_workers=WORKERS)
 
@@ -84,7 +74,11 @@ def ways(folder: Path) -> dict[str, Callable[[], int]]:
 
     def write_shards() -> int:
         result = preprocess(
-            PREPROCESS, raw, shards=shards, artifacts=folder / "artifacts", runs=folder / "runs"
+            preprocessing,
+            raw,
+            shards=shards,
+            artifacts=folder / "artifacts",
+            runs=folder / "runs",
         )
         return int(result["files"])
 

@@ -20,16 +20,16 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from aegan.config import ModelConfig, TrainConfig
+from aegan.config import TrainConfig
 from aegan.networks import AEGAN
 from aegan.training.updates import Discriminators
 from benchmarks.machine import describe
-from benchmarks.speed import configuration, make_shards
+from benchmarks.speed import PRESETS, configuration, make_shards
 from pipelines.train import WORKER_ENVIRONMENT
 
 IMAGES = 512
@@ -80,10 +80,9 @@ LOADS = {
 
 
 def main() -> None:
-    presets = get_args(ModelConfig.__annotations__["preset"])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--presets", nargs="+", choices=presets, default=presets)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--repeats", type=int, default=1, help="of all ways, in turn")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": describe("torch", "ray"), "presets": {}}

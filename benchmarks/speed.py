@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,13 +26,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from aegan.config import (
     DataConfig,
-    ModelConfig,
     Precision,
     PreprocessConfig,
     TrainConfig,
 )
-from aegan.networks import winograd
-from aegan.training.cuda_graphs import Graphed
+from aegan.networks.layers import winograd_from
 from aegan.training.ema import update_ema
 from aegan.training.loop import train
 from aegan.training.state import TrainingState
@@ -51,10 +48,9 @@ from pipelines.download import download
 from pipelines.preprocess import preprocess
 from tests.plain import PlainUpdates, make_plain, take_step
 
-PRESETS = Path("presets")
+PRESETS = ("demo", "paper")  # the first one: params.yaml as it is
 INTERVAL = len(ROUND)  # steps; one round of the author's rule
 LOOP_STEPS = {"demo": 80, "paper": 16}
-WARM_UP_STEPS = {"cpu": 1, "cuda": 16}  # graphs are recorded after a few calls
 TOP = 5  # costs named in the profile
 
 
@@ -66,17 +62,14 @@ class Form:
     precision: Precision = "float32"
     plain: bool = False
     allocator: Literal["ours", "default"] = "ours"  # ours: `limits.keep_memory`
-    compiled: bool = False
-    graphs: bool = False
 
     @property
     def name(self) -> str:
         extras = ["default allocator"] if self.allocator == "default" else []
-        extras += [word for word in ("compiled", "graphs") if getattr(self, word)]
         return ", ".join(["plain" if self.plain else "fast", self.rule, self.precision, *extras])
 
 
-def forms(rule_of_preset: str, device: torch.device, *, compiled: bool) -> list[Form]:
+def forms(rule_of_preset: str, device: torch.device) -> list[Form]:
     plain = Form(rule=rule_of_preset, plain=True)
     found = [plain]
     if device.type == "cpu":
@@ -84,13 +77,7 @@ def forms(rule_of_preset: str, device: torch.device, *, compiled: bool) -> list[
     for precision in get_args(Precision):
         if precision == "tf32" and device.type != "cuda":
             continue
-        for rule in ("shared", "reference"):
-            form = Form(rule=rule, precision=precision)
-            found.append(form)
-            if compiled:
-                found.append(replace(form, compiled=True))
-            if device.type == "cuda":
-                found.append(replace(form, graphs=True))
+        found += [Form(rule=rule, precision=precision) for rule in ("shared", "reference")]
     return found
 
 
@@ -136,10 +123,8 @@ def _round_of(
         make_plain(state.model)
         updates = PlainUpdates(state.model, config)
     else:
-        updates = Updates(state, config, device, compile_networks=form.compiled)
+        updates = Updates(state, config, device)
     x, z = batch(config, sizes, device, plain=form.plain)
-    if form.graphs:
-        replace_by_graphs(updates)
 
     def take_round(steps: int = INTERVAL) -> None:
         torch.backends.cuda.matmul.allow_tf32 = form.precision == "tf32"
@@ -149,17 +134,6 @@ def _round_of(
             update_ema(state.ema, state.model, 0.999)
 
     return take_round
-
-
-def replace_by_graphs(updates: Any) -> None:
-    """As the training loop does with `compute.cuda_graphs`."""
-    of_kind = {
-        kind: Graphed(lambda x, z, kind=kind: Updates.of_discriminators(updates, kind, x, z))
-        for kind in ROUND
-    }
-    updates.of_discriminators = lambda kind, x, z: of_kind[kind](x, z)
-    updates.on_one_batch = Graphed(updates.on_one_batch)
-    updates.of_encoder_generator = Graphed(updates.of_encoder_generator)
 
 
 def batch(
@@ -194,16 +168,15 @@ def measure_steps(
     device: torch.device,
     *,
     repeats: int,
-    compiled: bool,
 ) -> dict[str, Any]:
-    chosen = forms(config.training.update_rule, device, compiled=compiled)
+    chosen = forms(config.training.update_rule, device)
     rounds = {form: round_of(form, config, sizes, device) for form in chosen}
     times: dict[Form, list[float]] = {form: [] for form in rounds}
     memory: dict[Form, int] = {}
     for form, take_round in rounds.items():  # warm up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        take_round(WARM_UP_STEPS[device.type])
+        take_round(1)
         if device.type == "cuda":
             memory[form] = torch.cuda.max_memory_allocated(device)
     rates: dict[str, list[float]] = {form.precision: [] for form in rounds}
@@ -232,12 +205,12 @@ def measure_steps(
             }
         if form in memory:
             results[form.name]["peak_memory_mib"] = memory[form] // 2**20
-        if form.plain or form.compiled or form.graphs:
+        if form.plain:
             continue
         rate = max(rates[form.precision])  # what the machine can do
         with Counter() as count:
             rounds[form]()
-        with patch.object(winograd, "MIN_CHANNELS", sys.maxsize), Counter() as direct:
+        with winograd_from(sys.maxsize), Counter() as direct:
             rounds[form]()
         flops, traffic = count.flops / INTERVAL, count.bytes / INTERVAL
         results[form.name] |= {
@@ -262,7 +235,7 @@ def configuration(preset: str, folder: Path) -> tuple[TrainConfig, PreprocessCon
     file = folder / "params.yaml"
     file.write_text(params.PARAMS_FILE.read_text(encoding="utf-8"), encoding="utf-8")
     if preset != "demo":
-        params.apply_overlay(PRESETS / f"{preset}.yaml", file)
+        params.apply_overlay(Path("presets") / f"{preset}.yaml", file)
     return params.load(TrainConfig, file), params.load(PreprocessConfig, file)
 
 
@@ -310,12 +283,10 @@ def measure_loop(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    presets = get_args(ModelConfig.__annotations__["preset"])
-    parser.add_argument("--preset", choices=presets, required=True)
+    parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, help="default: the preset's")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -330,9 +301,7 @@ def main() -> None:
         sizes = {"dataset_sha256": "", "fit": "crop"} | {
             key: getattr(preprocessing, key) for key in ("image_size", "image_channels")
         }
-        steps = measure_steps(
-            config, sizes, device, repeats=options.repeats, compiled=options.compile
-        )
+        steps = measure_steps(config, sizes, device, repeats=options.repeats)
         loop = measure_loop(config, preprocessing, device, Path(name))
     result = {
         "preset": options.preset,

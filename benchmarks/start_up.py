@@ -19,10 +19,9 @@ from pathlib import Path
 
 from aegan.config import PreprocessConfig, TrainConfig
 from benchmarks.machine import describe, spread
-from benchmarks.speed import configuration, make_shards
+from benchmarks.speed import PRESETS, configuration, make_shards
 
 IMAGES = 2000
-PRESETS = ("demo", "paper")
 # Stamps the moments at which the loop passes from one part to the next, then ends the process.
 LOOP = """
 import time
@@ -31,7 +30,7 @@ import torch
 stamps["import torch"] = time.perf_counter()
 import json, os, sys
 from pathlib import Path
-from aegan.training import loop
+from aegan.training import loop as training_loop
 from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
 stamps["import the rest"] = time.perf_counter()
 

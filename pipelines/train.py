@@ -287,9 +287,6 @@ def _run(
             driver=driver,
             compute=compute,
         )
-        environment = WORKER_ENVIRONMENT | shipped_environment()
-        if compute.compile and not store:  # workers see this folder: kept for later runs
-            environment["TORCHINDUCTOR_CACHE_DIR"] = str(run_folder.parent / "compiled")
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"assignment": assignment},
@@ -303,7 +300,7 @@ def _run(
                 name=uuid.uuid4().hex[:12],
                 storage_path=str(run_folder / "ray"),  # only this process's node writes there
                 failure_config=FailureConfig(max_failures=compute.max_failures),
-                worker_runtime_env={"env_vars": environment},
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | shipped_environment()},
             ),
         )
 

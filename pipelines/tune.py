@@ -36,7 +36,7 @@ from pipelines.base.files import new_folder, write_json
 from pipelines.base.identity import code_sha256, file_of
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.base.run_name import run_name
-from pipelines.cluster.session import execution, machine, ray_session
+from pipelines.cluster.session import machine, ray_session
 from pipelines.registry import tracking
 from pipelines.search.trial import (
     OBJECTIVES,
@@ -113,7 +113,7 @@ def _tune(
         runs=folder / "trials",
         device=share.device,
         threads=compute.threads_per_worker or share.cpus,
-        execution=execution(compute),
+        micro_batch_size=compute.micro_batch_size,
     )
     record = tuner.Record(search=folder.name, experiment=experiment)
     log.info(

@@ -133,6 +133,16 @@ def test_the_library_needs_no_pipeline_package(path):
     assert roots & {*OWNERS, "dvc", "pipelines", "tests"} == set()
 
 
+def test_only_the_layers_know_of_winograds_form():
+    files = {
+        path
+        for folder in ("aegan", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    users = {path.stem for path in files if "aegan.networks.winograd" in imports_of(path)}
+    assert users == {"layers"}
+
+
 @cache
 def code_of(stage: str) -> set[str]:
     """The files of all modules of ours that a stage imports, directly or through others."""

@@ -6,6 +6,9 @@ checkpoints do not depend on the form. Channels-last tensors are the fast ones a
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aegan.networks import winograd
+
+# Of input and output: with fewer, Winograd's additions cost what its form saves in products.
+_winograd_channels = ContextVar("winograd_channels", default=64)
+
+
+@contextmanager
+def winograd_from(channels: int) -> Iterator[None]:
+    """Inside, 4x4 convolutions of so many channels take Winograd's form; only a CPU has it.
+
+    Values are the same but for rounding: to compare the forms, or to count without it.
+    """
+    before = _winograd_channels.set(channels)
+    try:
+        yield
+    finally:
+        _winograd_channels.reset(before)
 
 
 class ChannelNorm(nn.Module):
@@ -112,7 +131,8 @@ class UpsampleConv2d(nn.Module):
 
     def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """`bias` is [out], or [N, out, 1, 1]: each image's own."""
-        if winograd.pays(h, weight, self.scale):
+        enough_channels = min(weight.shape[:2]) >= _winograd_channels.get()
+        if enough_channels and winograd.applies(h, weight, self.scale):
             return winograd.upsample_convolution(h, weight, bias, self.scale)
         common = bias if bias.ndim == 1 else None
         if self.scale > 1:

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan.config import NO_CUDA_GRAPHS, ConfigError, TrainConfig, check, check_batch_size
+from aegan.config import TrainConfig, check, check_batch_size
 from aegan.data.dataset import load_images, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
-from aegan.losses import Terms
 from aegan.pictures import grid, is_sound_png, save_png
 from aegan.pixels import to_float
 from aegan.sampling import decode, random_latents, reconstruct
 from aegan.training import checkpoint, distributed, training_log
 from aegan.training.checkpoint import CheckpointError
-from aegan.training.cuda_graphs import Graphed
 from aegan.training.ema import ema_decay, update_ema
 from aegan.training.state import TrainingState
 from aegan.training.training_log import Row
@@ -56,8 +54,6 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     micro_batch_size: int = 0,
-    compile_networks: bool = False,
-    cuda_graphs: bool = False,
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
@@ -66,7 +62,6 @@ def train(
     So a finished run with a larger `num_steps` goes on, as if that had been asked for at once.
 
     A worker's share of a batch goes through the networks in parts of `micro_batch_size` (0: whole).
-    `cuda_graphs` needs a GPU and a single worker.
     The process group, if any, is up already. Rank 0 reads and writes `run_folder`: checkpoints,
     `metrics.jsonl`, sample pictures; the other ranks get the checkpoint from it. Every rank calls
     `report` at every checkpoint and asks `should_stop` every few steps. A run whose log, pictures
@@ -80,8 +75,6 @@ def train(
     check_batch_size(
         options.batch_size, images=manifest["splits"]["train"]["rows"], workers=world_size
     )
-    if cuda_graphs and (device.type != "cuda" or world_size > 1):
-        raise ConfigError(NO_CUDA_GRAPHS)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
@@ -119,14 +112,8 @@ def train(
 
     # Train.
     updates = Updates(
-        state,
-        config,
-        device,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
-        compile_networks=compile_networks,
+        state, config, device, world_size=world_size, micro_batch_size=micro_batch_size
     )
-    update = _update_functions(updates, cuda_graphs)
     clock, clock_step = time.perf_counter(), state.step
     speed = options.batch_size * state.step / state.seconds if state.seconds else 0.0
     while state.step < options.num_steps:
@@ -135,15 +122,15 @@ def train(
 
         # Update the networks.
         if options.update_rule == "shared":
-            state.log.add(update["all"](*read_batch(step)))
+            state.log.add(updates.on_one_batch(*read_batch(step)))
         else:  # the author's rule: rounds of updates, each on a fresh batch
             position = step % len(ROUND)
             first_batch = 2 * (step - position)  # of this round, which reads one an update
             if position == 0:
                 for number, turn in enumerate(ROUND, start=first_batch):
-                    state.log.add(update[turn](*read_batch(number)))
+                    state.log.add(updates.of_discriminators(turn, *read_batch(number)))
             fresh = read_batch(first_batch + len(ROUND) + position)
-            state.log.add(update["encoder_generator"](*fresh))
+            state.log.add(updates.of_encoder_generator(*fresh))
 
         # Update the averages.
         images_shown = step * options.batch_size
@@ -175,7 +162,6 @@ def train(
             assert regular is not None  # every run begins with one, and one is always kept
             state.restore(*regular)
             state.attempt = attempt
-            update = _update_functions(updates, cuda_graphs)
             distributed.from_rank_0(partial(_begin, state, config, run_folder), device)
             clock, clock_step = time.perf_counter(), state.step
             continue
@@ -213,20 +199,6 @@ def _validation_images(shards: Path, rank: int) -> Tensor:
     """What rank 0 judges checkpoints by, uint8 [N, H, W, C]; the others load none."""
     limit = VALIDATION_IMAGES if rank == 0 else 0
     return torch.from_numpy(load_images(shards, "validation", limit=limit))
-
-
-def _update_functions(
-    updates: Updates, cuda_graphs: bool
-) -> dict[str, Callable[[Tensor, Tensor], Terms]]:
-    """What a step calls with x and z; with graphs, made anew after the optimisers' state moved."""
-    functions: dict[str, Callable[[Tensor, Tensor], Terms]] = {
-        "all": updates.on_one_batch,
-        "encoder_generator": updates.of_encoder_generator,
-        **{turn: partial(updates.of_discriminators, turn) for turn in ROUND},
-    }
-    return {
-        name: Graphed(function) if cuda_graphs else function for name, function in functions.items()
-    }
 
 
 def _load_newest(

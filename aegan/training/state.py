@@ -49,13 +49,7 @@ class TrainingState:
             if network is not None:
                 network.requires_grad_(is_used)
                 discriminators += list(network.parameters()) if is_used else []
-        # `capturable` keeps the step count on a GPU, where a CUDA graph can raise it.
-        adam = partial(
-            torch.optim.Adam,
-            betas=(options.beta1, options.beta2),
-            fused=True,
-            capturable=device.type == "cuda",
-        )
+        adam = partial(torch.optim.Adam, betas=(options.beta1, options.beta2), fused=True)
         self.optimizers = {
             "encoder_generator": adam(
                 [

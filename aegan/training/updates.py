@@ -45,7 +45,6 @@ class Updates:
         *,
         world_size: int = 1,
         micro_batch_size: int = 0,
-        compile_networks: bool = False,
     ) -> None:
         self.model = state.model
         self.optimizers = state.optimizers
@@ -53,8 +52,6 @@ class Updates:
         self.objective = OBJECTIVES[config.training.arm]
         self.world_size = world_size
         self.micro_batch_size = micro_batch_size or config.training.batch_size
-        if compile_networks:
-            _compile(self.model, discriminators=config.loss.gamma == 0)
         self.autocast = partial(autocast, config.training.precision, device)
         self.encoder_generator = distributed.wrap(
             EncoderGenerator(self.model, self.objective), device
@@ -184,16 +181,6 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     enabled = precision == "bfloat16"
     context: AbstractContextManager[None] = torch.autocast(device.type, torch.bfloat16, enabled)
     return context
-
-
-def _compile(model: AEGAN, *, discriminators: bool) -> None:
-    """With PyTorch's compiler, which cannot differentiate twice, as gradient penalties do."""
-    networks = [model.generator, model.encoder]
-    if discriminators:
-        networks += [model.image_discriminator, model.latent_discriminator]
-    for network in networks:
-        if network is not None:
-            network.compile()
 
 
 def _clip(optimizer: torch.optim.Optimizer, max_gradient_norm: float) -> None:

@@ -1,6 +1,8 @@
 """The only reader of params.yaml: sections become the dataclasses of `aegan.config`."""
 
 import dataclasses
+import functools
+import logging
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -14,7 +16,10 @@ from aegan.config import SECTIONS, ConfigError, written
 from pipelines.base.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
+GONE = ("compute.compile", "compute.cuda_graphs")  # settings of earlier versions, off by default
 Section = TypeVar("Section")
+
+log = logging.getLogger(__name__)
 
 
 def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
@@ -61,8 +66,25 @@ def _parse(name: str, values: Any, kind: type) -> Any:
     for key in values:
         if (new := config.RENAMED.get(f"{name}.{key}")) is not None:
             raise UserError(f"params.yaml: {name}.{key} is called {new} now: rename it there")
+    values = {key: value for key, value in values.items() if not _is_gone(f"{name}.{key}", value)}
     _check_keys(f"params.yaml: keys of {name}", values, list(hints))
     return kind(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
+
+
+def _is_gone(key: str, value: Any) -> bool:
+    """Whether it is a setting of an earlier version; UserError if it was switched on."""
+    if key not in GONE:
+        return False
+    if value is not False:
+        raise UserError(f"params.yaml: {key} is no setting any more: remove the line")
+    _say_once(f"params.yaml: {key} is no setting any more; the line can be removed")
+    return True
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    """A stage reads the file several times."""
+    log.info(note)
 
 
 def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:

@@ -164,8 +164,6 @@ def places(compute: ComputeConfig, present: Mapping[str, float]) -> Finding:
     subject, (kind, number) = "cores and GPUs", session.wanted(compute, present)
     key = "min_workers" if compute.min_workers else "num_workers"
     found = f"compute.{key} is {getattr(compute, key)}, "
-    if compute.cuda_graphs and kind != "GPU":
-        return Finding("fail", subject, "compute.cuda_graphs needs a GPU", "set it to false")
     if present.get(kind, 0) < number:
         cure = f"lower compute.{key}" + (" or set compute.device: cpu" if kind == "GPU" else "")
         found += f"but there are {present.get(kind, 0):.0f} {kind}s"

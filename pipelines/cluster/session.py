@@ -66,15 +66,6 @@ def machine() -> dict[str, int]:
     return {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
 
 
-def execution(compute: ComputeConfig) -> dict[str, Any]:
-    """The training loop's keywords that say how it computes."""
-    return {
-        "micro_batch_size": compute.micro_batch_size,
-        "compile_networks": compute.compile,
-        "cuda_graphs": compute.cuda_graphs,
-    }
-
-
 @contextmanager
 def _plain_executable() -> Iterator[None]:
     """Ray hands the path of Python to a shell as it is: one with a space gets another name."""

@@ -26,7 +26,7 @@ from pipelines.bucket.run_store import OUTCOME, STOP, RunStore, Uploader
 from pipelines.bucket.shard_store import fetch_shards, node_folder
 from pipelines.cluster import prometheus
 from pipelines.cluster.process_group import told_to_end
-from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, cpus_of_this_node, execution
+from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, cpus_of_this_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
         device=ray.train.torch.get_device(),
         rank=rank,
         world_size=context.get_world_size(),
-        **execution(compute),
+        micro_batch_size=compute.micro_batch_size,
         report=place.report,
         should_stop=place.should_stop,
     )

@@ -1,8 +1,10 @@
-"""What a submitted job runs on the cluster: `dvc repro` in a copy of the project's files.
+"""What a job runs on the cluster: `dvc repro` in a copy of the project's files.
 
-`pipelines/submit.py` starts it as `python -m pipelines.jobs.job CONTENT_ID FILES_SHA256`. Data,
-models and metrics go to the DVC remote in the bucket, after a failure too; dvc.lock and what DVC
-does not store go into one JSON object, which is there once the job has succeeded and not before.
+Data, models and metrics go to the DVC remote in the bucket, after a failure too: a second job goes
+on from there. `pipelines/submit.py` starts it as `python -m pipelines.jobs.job CONTENT_ID
+FILES_SHA256`; dvc.lock and what DVC does not store then go into one JSON object, which is there
+once the job has succeeded and not before. A RayJob (infra/kubernetes) starts it without arguments,
+in the image, whose code and parameters it runs; the remote is DVC_REMOTE_URL, s3://bucket/prefix.
 """
 
 import hashlib
@@ -20,25 +22,52 @@ from pipelines.base.errors import UserError, run_stage
 
 # What a bare cluster may lack is imported inside functions, after the versions were checked.
 
+FOLDER = Path(__file__).parents[2]  # of this code
 DVC_LOCK, REQUIREMENTS = Path("dvc.lock"), Path("requirements.lock")
 DVC_REMOTE = "storage"  # its name in .dvc/config.local
 CHECKED = ("torch", "ray", "dvc", "mlflow", "pyarrow")  # those that decide what comes out
 
 
 def main() -> None:
-    content, files_sha256 = sys.argv[1:]
+    if sys.argv[1:]:
+        run_submitted(*sys.argv[1:])
+    else:
+        run_image()
+
+
+def run_image() -> None:
+    """All stages, on the files that lie beside this code."""
+    os.chdir(FOLDER)
+    check_versions(REQUIREMENTS)
+    remote = os.environ.get("DVC_REMOTE_URL")
+    if not remote:
+        raise UserError("DVC_REMOTE_URL is not set: set it to s3://bucket/prefix")
+    run_pipeline(remote)
+
+
+def run_submitted(content: str, files_sha256: str) -> None:
+    """The files that a driver sent; leaves a result for it."""
     check_versions(REQUIREMENTS)
     from aegan.config import ComputeConfig
     from pipelines.base import params
     from pipelines.bucket import storage
 
     address = params.load(ComputeConfig).storage
-    Path(".dvc/config.local").write_text(dvc_config(address), encoding="utf-8")
+    # Without a server to register with, the model is registered where it is fetched to.
+    stages = [] if "MLFLOW_TRACKING_URI" in os.environ else ["report"]
+    run_pipeline(remote_url(address), *stages)
+    result = {"job": content, "files_sha256": files_sha256, **collect_result()}
+    # Found by the content that the job started from, and by the one that its results lead to.
+    for name in {content, content_id(files_sha256, DVC_LOCK.read_bytes())}:
+        storage.write_object(result_url(address, name), json.dumps(result, indent=1).encode())
+
+
+def run_pipeline(remote: str, *stages: str) -> None:
+    """Run what the remote does not have yet, and push it."""
+    Path(".dvc/config.local").write_text(dvc_config(remote), encoding="utf-8")
     # The stages' `python` is this one; DVC writes nowhere but into this folder.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["DVC_SITE_CACHE_DIR"] = str(Path(".dvc/tmp").resolve())
-    # Without a server to register with, the model is registered where it is fetched to.
-    stages = [] if "MLFLOW_TRACKING_URI" in os.environ else ["report"]
     try:
         run_dvc("repro", "--pull", *stages)
     except UserError:
@@ -46,10 +75,6 @@ def main() -> None:
             run_dvc("push", "--run-cache")
         raise
     run_dvc("push", "--run-cache")
-    result = {"job": content, "files_sha256": files_sha256, **collect_result()}
-    # Found by the content that the job started from, and by the one that its results lead to.
-    for name in {content, content_id(files_sha256, DVC_LOCK.read_bytes())}:
-        storage.write_object(result_url(address, name), json.dumps(result, indent=1).encode())
 
 
 def content_id(files_sha256: str, dvc_lock: bytes) -> str:
@@ -68,11 +93,11 @@ def remote_url(address: str) -> str:
     return f"{address.rstrip('/')}/dvc"
 
 
-def dvc_config(address: str) -> str:
+def dvc_config(remote: str) -> str:
     """DVC's settings in a copy that is no git repository."""
     return (
         f"[core]\n    no_scm = true\n    remote = {DVC_REMOTE}\n"
-        f"['remote \"{DVC_REMOTE}\"']\n    url = {remote_url(address)}\n"
+        f"['remote \"{DVC_REMOTE}\"']\n    url = {remote}\n"
     )
 
 

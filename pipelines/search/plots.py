@@ -1,4 +1,9 @@
-"""Pictures of a finished search: slices, parallel coordinates, importance (docs/tuning.md)."""
+"""Pictures of a finished search: slices, parallel coordinates, importance (docs/tuning.md).
+
+Not those of `optuna.visualization.matplotlib` 5.0: with several objectives its importances stand at
+the names of other settings, in the other two names and ticks cover each other, and none marks
+params.yaml and the trials that were stopped early.
+"""
 
 import logging
 import math

@@ -52,7 +52,7 @@ class Task:
     runs: Path  # every trial has its own folder there
     device: str
     threads: int
-    execution: Mapping[str, Any]  # keywords of the loop that say how it computes
+    micro_batch_size: int  # as in the section `compute`
 
     def resolved(self) -> "Task":
         """The same for a process that works in another folder."""
@@ -183,7 +183,7 @@ def train(
             run_folder=folder,
             device=torch.device(task.device),
             report=report,
-            **task.execution,
+            micro_batch_size=task.micro_batch_size,
         )
 
 

@@ -149,8 +149,6 @@ def first(bound: Any, *keys: str) -> Any:
             {"num_workers": 2, "gpus_per_worker": 0.5},
             "compute.gpus_per_worker is 0.5; it must be 1, or a part of one for a single worker",
         ),
-        ("compute", {"num_workers": 2, "cuda_graphs": True}, config.NO_CUDA_GRAPHS),
-        ("compute", {"device": "cpu", "cuda_graphs": True}, config.NO_CUDA_GRAPHS),
         (
             "interpolate",
             {"num_frames": 1},

@@ -14,6 +14,8 @@ from pipelines.base import params
 from tests.s3 import s3_server
 from tests.test_pipeline import SMALL_PARAMETERS, STAGES, stages_run
 
+ROOT = Path(__file__).parents[2]
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
@@ -30,7 +32,7 @@ def bucket(monkeypatch) -> Iterator[str]:
 
 
 def run_job(image: Path, bucket: str) -> str:
-    """What infra/job.sh prints, run as in a container that has nothing but the image."""
+    """What a RayJob prints, run as in a container that has nothing but the image."""
     environment = {
         **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -40,7 +42,8 @@ def run_job(image: Path, bucket: str) -> str:
         "DVC_SITE_CACHE_DIR": str(image / ".dvc/tmp"),
         "DVC_REMOTE_URL": bucket,
     }
-    command = [image / "infra/job.sh"]
+    rayjob = YAML(typ="safe").load((ROOT / "infra/kubernetes/job/rayjob.yaml").read_text())
+    command = rayjob["spec"]["entrypoint"].split()
     done = subprocess.run(
         command, cwd="/", env=environment, text=True, capture_output=True, check=False
     )

@@ -16,6 +16,8 @@ import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.base import identity
+
 FOLDER = Path(__file__).parents[2] / "infra/kubernetes"
 KUBERNETES_VERSION = "1.32"
 CLUSTERS = ("cpu", "gpu")
@@ -222,8 +224,9 @@ def test_a_job_brings_its_own_cluster_and_ends(overlay):
     assert job["rayClusterSpec"] == of_kind(cluster, "RayCluster")["spec"]
     assert job["shutdownAfterJobFinishes"] is True
     assert job["backoffLimit"] > 0 < job["activeDeadlineSeconds"]
-    script = job["entrypoint"].removeprefix("sh /app/")
-    assert (FOLDER.parents[1] / script).exists()
+    python, option, module = job["entrypoint"].split()
+    assert (python, option) == ("python", "-m")
+    assert identity.file_of(module) is not None
 
 
 def test_gpu_workers_ask_for_one_gpu():

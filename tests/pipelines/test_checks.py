@@ -129,7 +129,6 @@ def test_where_no_folder_for_rays_sockets_is_short_enough_one_line_says_so(monke
             "num_workers is 2, but there are 1 GPUs; lower compute.num_workers or set "
             "compute.device: cpu",
         ),
-        ({"cuda_graphs": True}, 0, "cuda_graphs needs a GPU; set it to false"),
     ],
 )
 def test_workers_that_find_no_place_on_this_machine_are_named_with_the_cure(
@@ -147,7 +146,7 @@ def test_workers_that_find_no_place_on_this_machine_are_named_with_the_cure(
         ({"num_workers": 2}, 0),
         ({"num_workers": 9, "min_workers": 2}, 0),
         ({"num_workers": 2, "device": "cpu"}, 1),
-        ({"cuda_graphs": True, "gpus_per_worker": 0.5}, 1),
+        ({"gpus_per_worker": 0.5}, 1),
     ],
 )
 def test_workers_that_find_a_place_each_are_let_through(changes, gpus):

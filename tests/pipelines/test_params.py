@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from aegan.config import DataConfig, LossConfig, TrainingConfig
+from aegan.config import ComputeConfig, DataConfig, LossConfig, TrainingConfig
 from pipelines.base import identity, params
 from pipelines.base.errors import UserError
 
@@ -104,6 +104,20 @@ def test_every_stage_says_a_wrong_value_of_any_section_in_one_line(file, old, ne
     with pytest.raises(UserError, match=message) as error:
         params.load(DataConfig, file)  # what the first stage reads
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
+def test_a_setting_of_an_earlier_version_that_is_off_is_skipped_with_one_note(file, key, caplog):
+    edit(file, "compute:\n", f"compute:\n  {key}: false\n")
+    with caplog.at_level("INFO"):
+        compute = [params.load(ComputeConfig, path) for path in (file, file, ROOT / "params.yaml")]
+    assert compute[0] == compute[1] == compute[2]
+    assert caplog.messages == [
+        f"params.yaml: compute.{key} is no setting any more; the line can be removed"
+    ]
+    edit(file, f"{key}: false", f"{key}: true")
+    with pytest.raises(UserError, match=f"compute.{key} is no setting any more: remove the line"):
+        params.load(DataConfig, file)
 
 
 def test_a_missing_file_says_where_to_run(tmp_path):

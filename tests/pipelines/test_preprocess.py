@@ -32,7 +32,7 @@ from pipelines import preprocess as preprocess_stage
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.download import download
-from pipelines.ingest import decode as decode_module
+from pipelines.ingest import pieces
 from pipelines.ingest.decode import decode_snapshot
 from pipelines.ingest.pieces import decode_files, decode_rows
 from pipelines.preprocess import preprocess
@@ -296,7 +296,7 @@ def test_all_pages_of_a_source_become_images_when_asked_for(tmp_path, processes)
 
 
 def test_decoded_frames_of_a_source_come_in_tables_of_bounded_size(monkeypatch):
-    monkeypatch.setattr(decode_module, "TABLE_BYTES", 10 * 768)
+    monkeypatch.setattr(pieces, "TABLE_BYTES", 10 * 768)
     contents = pa.array([stack(15), b"no image", stack(3)], pa.large_binary())
     rows = pa.table({"source": ["a", "b", "c"], "content": contents})
     for frames, sizes in (("all", [15, 4]), ("first", [3])):

@@ -453,3 +453,18 @@ def test_where_no_stage_speaks_the_reason_is_dvcs(stages):
     Path("dvc.yaml").unlink()
     with pytest.raises(UserError, match=r"^dvc repro failed: 'dvc\.yaml' does not exist$"):
         job.run_dvc("repro", "good")
+
+
+def test_a_job_of_the_image_needs_a_remote_and_fails_if_a_stage_does(stages, monkeypatch):
+    monkeypatch.setattr(job, "check_versions", lambda lock: None)
+    monkeypatch.setattr(job, "FOLDER", Path.cwd())
+    monkeypatch.setattr(sys, "argv", ["job"])
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which a job changes
+    monkeypatch.delenv("DVC_REMOTE_URL", raising=False)
+    with pytest.raises(UserError, match=r"^DVC_REMOTE_URL is not set: set it to s3://"):
+        job.main()
+    monkeypatch.setenv("DVC_REMOTE_URL", str(Path("remote").resolve()))
+    with pytest.raises(UserError, match="no images in set/"):
+        job.main()
+    # What ended well before is in the remote all the same.
+    assert any(path.is_file() for path in Path("remote/files").rglob("*"))

@@ -55,7 +55,7 @@ def make_task(shards: Path, runs: Path, *, objective: str = "frechet_distance") 
         runs=runs,
         device="cpu",
         threads=1,
-        execution={},
+        micro_batch_size=0,
     )
 
 
