@@ -23,6 +23,8 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long modules first: at the end no process waits for another one's.
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
     for item in items:
         for marker in item.iter_markers("fault"):
             item.user_properties.append(("fault", marker.args[0]))
