@@ -1,6 +1,10 @@
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+
+# Side by side, threads of several processes would wait for one another on the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
