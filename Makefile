@@ -1,8 +1,10 @@
 # Every target does its own set-up: a virtual environment in .venv with the locked versions.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# One test process more than cores: those that start servers wait much of their time.
+PYTEST := $(BIN)/python -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
-.PHONY: run doctor submit test test-cluster test-faults test-quick check mlflow serve refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -17,16 +19,19 @@ doctor: .venv/installed ## what a run would find here and on the cluster: memory
 	@$(BIN)/python -m pipelines.project.doctor
 
 test: .venv/installed ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: .venv/installed ## what runs in minutes: no servers, no long training
-	$(BIN)/python -m pytest -m "not slow and not integration"
+	$(PYTEST) -m "not slow and not integration"
 
 test-cluster: .venv/installed ## a Ray cluster on this machine that loses workers, nodes, its bucket
-	$(BIN)/python -m pytest tests/cluster
+	$(PYTEST) tests/cluster
 
 test-faults: .venv/installed ## every fault and attack of docs/reliability.md and docs/security.md, with their counts
-	$(BIN)/python -m pytest -m fault
+	$(PYTEST) -m fault
+
+coverage: .venv/installed ## the whole test suite, and which lines it runs, also in the processes it starts
+	$(PYTEST) --cov --cov-report=
 
 check: .venv/installed ## format, lint, types, declared dependencies
 	$(BIN)/ruff format --check .

@@ -1,6 +1,10 @@
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+
+# Side by side, threads of several processes would wait for one another on the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -23,6 +27,8 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long modules first: at the end no process waits for another one's.
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
     for item in items:
         for marker in item.iter_markers("fault"):
             item.user_properties.append(("fault", marker.args[0]))

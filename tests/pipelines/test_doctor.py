@@ -106,7 +106,7 @@ def test_an_address_where_no_cluster_is_is_named_with_the_cure(
 
 @pytest.mark.fault("bucket")
 def test_rights_to_the_bucket_are_tried_and_nothing_is_left_there(project, capsys, monkeypatch):
-    change("params.yaml", "^  storage: runs", "  storage: s3://bucket/prefix")
+    change("params.yaml", "^  storage: runs", "  storage: s3://doctors/prefix")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with s3_server() as address:
@@ -115,8 +115,8 @@ def test_rights_to_the_bucket_are_tried_and_nothing_is_left_there(project, capsy
         said = line(examine(capsys, status=1), "bucket, from here")
         assert "cannot be written (NoSuchBucket): check the bucket's name" in said
         client = boto3.client("s3", region_name="us-east-1", endpoint_url=address)
-        client.create_bucket(Bucket="bucket")
+        client.create_bucket(Bucket="doctors")
         said = line(examine(capsys, status=0), "bucket, from here")
-        assert "s3://bucket/prefix can be written, listed, read and deleted from" in said
-        assert client.list_objects_v2(Bucket="bucket")["KeyCount"] == 0
+        assert "s3://doctors/prefix can be written, listed, read and deleted from" in said
+        assert client.list_objects_v2(Bucket="doctors")["KeyCount"] == 0
     storage._client.cache_clear()

@@ -53,6 +53,14 @@ def listening(answer: Callable[[socket.socket], object]) -> Iterator[str]:
 
 
 @contextmanager
+def closed_port() -> Iterator[str]:
+    """host:port that refuses connections, and that nobody else gets meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+@contextmanager
 def http_server() -> Iterator[str]:
     """host:port of something like a dashboard."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
@@ -110,9 +118,8 @@ def test_a_port_that_never_answers_is_given_up_in_time(monkeypatch):
 @pytest.mark.fault("ray addresses")
 @pytest.mark.timeout(60)
 def test_a_closed_port_is_one_line(monkeypatch):
-    with listening(lambda connection: None) as address:
-        pass
-    assert "(Connection refused): expected RAY_ADDRESS=" in refusal(monkeypatch, address)
+    with closed_port() as address:
+        assert "(Connection refused): expected RAY_ADDRESS=" in refusal(monkeypatch, address)
 
 
 @pytest.mark.fault("ray addresses")
@@ -127,13 +134,12 @@ def test_an_address_of_another_form_is_told_the_right_one(monkeypatch, address):
 @pytest.mark.fault("ray addresses")
 @pytest.mark.timeout(60)
 def test_auto_where_the_last_cluster_has_ended_is_one_line(monkeypatch, tmp_path):
-    with listening(lambda connection: None) as address:
-        pass
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray/ray_current_cluster").write_text(f"{address}\n")
-    # A Ray that runs here beside the tests comes first; this user cannot join that one either.
-    assert "the cluster that RAY_ADDRESS=auto has found, " in refusal(monkeypatch, "auto")
+    with closed_port() as address:
+        (tmp_path / "ray/ray_current_cluster").write_text(f"{address}\n")
+        # A Ray that runs here beside the tests comes first; this user cannot join that one either.
+        assert "the cluster that RAY_ADDRESS=auto has found, " in refusal(monkeypatch, "auto")
 
 
 @contextmanager
