@@ -31,7 +31,7 @@ from aegan.training.run_folder import RENDEZVOUS, RunFolder
 from aegan.training.start import Start, begin, record
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import clear_disk_errors
+from pipelines.base.files import clear_disk_errors, read_json
 from pipelines.base.identity import weights_code_sha256
 from pipelines.base.outputs import SHARDS, TRAIN
 from pipelines.base.run_name import run_name
@@ -80,9 +80,7 @@ def train(
     saved.
     """
     _check(config, compute)
-    if not (shards / "manifest.json").exists():
-        raise UserError(f"{shards} has no images: run `dvc repro preprocess` first")
-    manifest = read_manifest(shards)
+    manifest = read_json(shards / "manifest.json", stage="preprocess")
     start = read_start(config, manifest, output=TRAIN)
     name = run_name(config, manifest["dataset_sha256"], start_sha256=start.sha256 if start else "")
     folder = RunFolder((runs / name).resolve())

@@ -27,12 +27,11 @@ from aegan.config import (
     TrainingConfig,
     TuneConfig,
 )
-from aegan.data.dataset import read_manifest
 from aegan.files import sha256_of_json, write_json
 from aegan.training.run_folder import DRIVER_LOCK
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_folder
+from pipelines.base.files import new_folder, read_json
 from pipelines.base.identity import code_sha256, file_of
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.base.run_name import run_name
@@ -67,9 +66,7 @@ def tune(
 ) -> None:
     """Search, choose, compare, and write what is found into artifacts/tune; raises UserError."""
     check(start, config)
-    if not (SHARDS / "manifest.json").exists():
-        raise UserError(f"{SHARDS} has no images: run `dvc repro preprocess` first")
-    manifest = read_manifest(SHARDS)
+    manifest = read_json(SHARDS / "manifest.json", stage="preprocess")
     for split in ("validation", "test"):
         if not manifest["splits"][split]["rows"]:
             raise UserError(

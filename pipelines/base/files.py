@@ -65,9 +65,7 @@ def new_folder(folder: Path, *, written: Sequence[str]) -> Iterator[Path]:
     target = folder.resolve()  # `folder` may be a link to a larger disk
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with clear_disk_errors(folder):
-        for left_over in target.parent.glob(
-            f".{target.name}.*.tmp"
-        ):  # by a process that was killed
+        for left_over in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed process
             shutil.rmtree(left_over)
         aside.mkdir(parents=True)
         try:
