@@ -68,6 +68,11 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def sha256_of_json(value: Any) -> str:
+    """Of a JSON value, in hex, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def flush(path: Path) -> None:
     """A file, or the names in a folder, to the disk: whole also after a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from aegan.config import TrainConfig
+from aegan.files import write_json
 from aegan.networks.layers import winograd_from
 from aegan.training.loop import train
 from aegan.training.updates import ROUND
@@ -189,7 +190,7 @@ def main() -> None:
             print(f"  {row['gpus']:3} GPUs {speed:10,.0f} images/s, {efficiency:.0%}")
     if options.picture:
         draw(report["gpus"]["curves"], options.picture)
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, report)
 
 
 def assumed_gpu(options: argparse.Namespace) -> Device:

@@ -6,7 +6,6 @@ Every repeat measures all ways once, one after the other, so that a busy machine
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from aegan.data import designed_faces
 from aegan.data.dataset import load_images
 from aegan.data.image_files import decode_image
 from aegan.data.reader import resident_reader, streamed_reader
+from aegan.files import write_json
 from benchmarks.machine import describe
 from pipelines.base import params
 from pipelines.download import download
@@ -141,7 +141,7 @@ def main() -> None:
     if options.json:
         settings = {"images": options.images, "image_size": IMAGE_SIZE, "repeats": options.repeats}
         report = {"machine": machine, "settings": settings, "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

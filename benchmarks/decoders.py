@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from aegan.data.image_files import decode_image
+from aegan.files import write_json
 from benchmarks.machine import describe
 from benchmarks.photographs import FORMATS, encode, photograph
 
@@ -262,7 +263,7 @@ def main() -> None:
     }
     print(json.dumps({key: report[key] for key in ("absent", "speed", "behaviour")}, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

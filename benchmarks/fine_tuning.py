@@ -9,7 +9,6 @@ pictures; their averaged networks are judged on pictures of the new kind that ne
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -22,7 +21,9 @@ import aegan
 from aegan.config import TrainConfig
 from aegan.data import designed_faces
 from aegan.data.dataset import read_manifest
-from aegan.training import checkpoint, loop, start
+from aegan.files import write_json
+from aegan.training import loop, start
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import validate
 from benchmarks.machine import describe
@@ -50,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = compare(options.keep or Path(scratch))
     result = {"machine": machine, "minutes": (time.perf_counter() - began) / 60, "rows": rows}
-    options.json.write_text(json.dumps(result, indent=1))
+    write_json(options.json, result)
     print(table(rows))
     print(f"{machine['cpu']}, {result['minutes']:.0f} minutes")
 
@@ -67,7 +68,7 @@ def compare(folder: Path) -> list[Row]:
     first = shortened(config, num_steps=FIRST_STEPS, interval=FIRST_STEPS)
     train(first, old, folder / "first")
     model = folder / "model"
-    export_model(checkpoint.path_of(folder / "first/checkpoints", FIRST_STEPS), model)
+    export_model(RunFolder(folder / "first").checkpoint(FIRST_STEPS), model)
     rows = []
     for seed in SEEDS:
         for way in WAYS:
@@ -79,9 +80,7 @@ def compare(folder: Path) -> list[Row]:
                 start.begin(found, one, manifest, run_folder, address=str(model))
             train(one, new, run_folder)
             for step in STEPS:
-                export_model(
-                    checkpoint.path_of(run_folder / "checkpoints", step), run_folder / "model"
-                )
+                export_model(RunFolder(run_folder).checkpoint(step), run_folder / "model")
                 for weights in ("ema", "raw"):
                     networks = aegan.load(run_folder / "model", weights=weights)
                     scores = validate(networks, judges, seed=0)

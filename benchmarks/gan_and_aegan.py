@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 import aegan
 from aegan.config import Arm, ComputeConfig, TrainConfig
 from aegan.data.dataset import load_images
-from aegan.training import checkpoint
 from aegan.training.state import export_model
 from aegan.training.validation import validate
 from pipelines.base import params
@@ -36,10 +35,9 @@ def main() -> None:
     pictures, scores = [], {}
     for arm, heading in ARMS.items():
         one = replace(config, training=replace(config.training, arm=arm))
-        run_folder = train(one, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
-        last = checkpoint.path_of(run_folder / "checkpoints", config.training.num_steps)
+        run = train(one, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
         with TemporaryDirectory() as folder:
-            export_model(last, Path(folder))
+            export_model(run.checkpoint(config.training.num_steps), Path(folder))
             model = aegan.load(folder)
         scores[arm] = validate(model, validation, seed=0)
         samples = aegan.sample(model, COLUMNS * COLUMNS, seed=0)

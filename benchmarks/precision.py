@@ -20,8 +20,9 @@ import torch
 import aegan
 from aegan.config import Precision
 from aegan.data.dataset import load_images
-from aegan.training import checkpoint
+from aegan.files import write_json
 from aegan.training.loop import train
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import validate
 from benchmarks.machine import describe
@@ -65,7 +66,7 @@ def main() -> None:
                     run_folder=run,
                     device=device,
                 )
-                export_model(checkpoint.path_of(run / "checkpoints", options.steps), run / "model")
+                export_model(RunFolder(run).checkpoint(options.steps), run / "model")
                 model = aegan.load(run / "model")
                 scores[precision].append(validate(model, validation, seed=0))
                 print(precision, seed, scores[precision][-1], flush=True)
@@ -91,7 +92,7 @@ def main() -> None:
             for precision, rows in scores.items()
         },
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, result)
     print(json.dumps(result["scores"], indent=1))
     print(f"{options.picture}: samples, {' | '.join(precisions)}")
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from aegan.config import DataConfig
 from aegan.data.image_files import decode_image
+from aegan.files import write_json
 from benchmarks.machine import describe, spread
 from benchmarks.photographs import FORMATS, encode, photograph
 from pipelines.base import params
@@ -140,7 +141,7 @@ def main() -> None:
     if options.json:
         settings = {"output_size": OUTPUT_SIZE, "cores": CORES, "repeats": options.repeats}
         report = {"machine": machine, "settings": settings, "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ import torch
 import torch.distributed as dist
 
 from aegan.config import TrainConfig
+from aegan.files import write_json
 from aegan.networks import AEGAN
+from aegan.training.run_folder import NAMES, RunFolder
 from aegan.training.updates import Discriminators
 from benchmarks.machine import describe
 from benchmarks.speed import PRESETS, configuration, make_shards
@@ -102,7 +104,7 @@ def main() -> None:
         report["all_reduce"] = measure_all_reduce(sizes, folder)
     for size, result in report["all_reduce"].items():
         print(f"  all-reduce of {int(size):>12,} bytes: {1e3 * result['seconds']['median']:.3f} ms")
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, report)
 
 
 def measure_preset(preset: str, repeats: int, folder: Path) -> dict[str, Any]:
@@ -205,9 +207,9 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def read_log(run_folder: Path) -> list[dict[str, float]]:
-    """Rows of the one metrics.jsonl in or below a folder."""
-    (log,) = run_folder.rglob("metrics.jsonl")
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    """Rows of the one log in or below a folder."""
+    (log,) = run_folder.rglob(str(NAMES.log))
+    return RunFolder(log.parent).rows()
 
 
 def gradients(config: TrainConfig, image_size: int, image_channels: int) -> dict[str, Any]:

@@ -30,9 +30,11 @@ from aegan.config import (
     PreprocessConfig,
     TrainConfig,
 )
+from aegan.files import write_json
 from aegan.networks.layers import winograd_from
 from aegan.training.ema import update_ema
 from aegan.training.loop import train
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState
 from aegan.training.updates import ROUND, Updates
 from benchmarks.limits import (
@@ -273,10 +275,8 @@ def measure_loop(
     )
     config = replace(config, training=training)
     train(config, shards=shards, run_folder=folder / "run", device=device)
-    rows = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    quartiles = statistics.quantiles(  # without the first interval, which warms up
-        (json.loads(row)["images_per_second"] for row in rows[1:]), n=4
-    )
+    rows = RunFolder(folder / "run").rows()[1:]  # without the first interval, which warms up
+    quartiles = statistics.quantiles((row["images_per_second"] for row in rows), n=4)
     names = ("quartile_1", "images_per_second", "quartile_3")
     return {name: round(value, 1) for name, value in zip(names, quartiles, strict=True)}
 
@@ -313,7 +313,7 @@ def main() -> None:
         **steps,
         "training_loop": loop,
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, result)
     print(json.dumps(result, indent=1))
 
 

@@ -12,7 +12,6 @@ another image size, or after the set was doubled.
 import argparse
 import dataclasses
 import io
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from aegan.config import SPLITS, DataConfig, PreprocessConfig
 from aegan.data import dataset, designed_faces
+from aegan.files import write_json
 from benchmarks.machine import describe
 from pipelines.base import params
 from pipelines.download import download
@@ -331,7 +331,7 @@ def main() -> None:
     if options.json:
         settings = {"side": SIDE, "images": IMAGES, "image_sizes": IMAGE_SIZES, "seed": 0}
         report = {"machine": describe("pillow", "numpy"), "settings": settings, "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

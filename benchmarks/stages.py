@@ -23,8 +23,9 @@ import torch
 import aegan
 from aegan.config import EvaluateConfig, InterpolateConfig
 from aegan.data.dataset import read_manifest
-from aegan.training import checkpoint
+from aegan.files import write_json
 from aegan.training.loop import train
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from benchmarks.machine import describe, spread
 from benchmarks.speed import configuration, make_shards
@@ -52,7 +53,7 @@ def make_model(folder: Path, *, images: int) -> tuple[Path, Path]:
         run_folder=run,
         device=torch.device("cpu"),
     )
-    export_model(checkpoint.path_of(run / "checkpoints", STEPS), folder / "model")
+    export_model(RunFolder(run).checkpoint(STEPS), folder / "model")
     return shards, folder / "model"
 
 
@@ -150,7 +151,7 @@ def main() -> None:
             "repeats": options.repeats - 1,
         }
         report = {"machine": machine, "settings": settings, "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from aegan.config import PreprocessConfig, TrainConfig
+from aegan.files import write_json
+from aegan.training.run_folder import NAMES
 from benchmarks.machine import describe, spread
 from benchmarks.speed import PRESETS, configuration, make_shards
 
@@ -82,8 +84,8 @@ def start_stage(project: Path) -> dict[str, float]:
     moments: dict[str, float] = {}
     while "all" not in moments and process.poll() is None:
         for part, pattern in (
-            ("until the worker is at work", "runs/*/worker.lock"),
-            ("all", "runs/*/metrics.jsonl"),
+            ("until the worker is at work", f"runs/*/{NAMES.worker_lock}"),
+            ("all", f"runs/*/{NAMES.log}"),
         ):
             found = [file for file in project.glob(pattern) if part != "all" or file.stat().st_size]
             if found and part not in moments:
@@ -147,7 +149,7 @@ def main() -> None:
     if options.json:
         settings = {"repeats": options.repeats, "images": IMAGES}
         report = {"machine": machine, "settings": settings, "seconds": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

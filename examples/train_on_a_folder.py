@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from aegan.config import DataConfig, PreprocessConfig, TrainConfig
-from aegan.training import checkpoint
 from aegan.training.loop import train
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from pipelines.base import params
 from pipelines.download import download
@@ -50,7 +50,7 @@ def main() -> None:
             device=device,
             report=print,
         )
-        export_model(checkpoint.path_of(work / "run/checkpoints", options.steps), options.model)
+        export_model(RunFolder(work / "run").checkpoint(options.steps), options.model)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from PIL import Image
 
 from aegan.config import DataConfig
 from aegan.data import designed_faces
-from aegan.files import sha256_of
+from aegan.files import sha256_of, write_json
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_folder, write_json
+from pipelines.base.files import new_folder
 from pipelines.base.names import shown
 from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW
 from pipelines.base.progress import progress
@@ -67,7 +67,7 @@ def download(config: DataConfig, folder: Path) -> dict[str, Any]:
         _open_source(config, aside) as source,
     ):
         manifest = _write_snapshot(source, aside)
-        write_json(manifest, aside / "manifest.json")
+        write_json(aside / "manifest.json", manifest)
     return manifest
 
 

@@ -22,6 +22,7 @@ import aegan
 from aegan.config import EvaluateConfig, Split
 from aegan.data import dataset
 from aegan.data.designed_faces import FACTORS, Factor
+from aegan.files import new_file, write_json
 from aegan.metrics import METRICS, Better
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.factors import (
@@ -40,7 +41,7 @@ from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_file, write_json
+from pipelines.base.files import clear_disk_errors
 from pipelines.base.outputs import SHARDS
 from pipelines.base.trained_model import STAND_INS, check_size, load_model, shown_split
 
@@ -93,11 +94,6 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     measure = Measure(real, z, extractor, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
-    draw_latents(
-        None if model.encoder is None else aegan.encode(model, real.test),
-        output / "latent.png",
-        split=real.split,
-    )
     figures = {
         "features": features,
         "split": real.split,
@@ -105,8 +101,11 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
         "note": " ".join(filter(None, notes)),
         **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
-    write_json(figures, output / "metrics.json")
-    write_json(summary(figures), output / "summary.json")
+    encoded = None if model.encoder is None else aegan.encode(model, real.test)
+    with clear_disk_errors(output):
+        draw_latents(encoded, output / "latent.png", split=real.split)
+        write_json(output / "metrics.json", figures)
+        write_json(output / "summary.json", summary(figures))
 
 
 # -- what is compared -----------------------------------------------------------------------------

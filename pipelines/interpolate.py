@@ -14,10 +14,11 @@ from torch import Tensor
 import aegan
 from aegan.config import InterpolateConfig, Split
 from aegan.data import dataset
+from aegan.files import write_json
 from aegan.pictures import enlarge, grid, save_animation, save_png
 from pipelines.base import locks, params
 from pipelines.base.errors import run_stage
-from pipelines.base.files import new_folder, write_json
+from pipelines.base.files import new_folder
 from pipelines.base.outputs import FOLDERS, INTERPOLATE, SHARDS
 from pipelines.base.trained_model import STAND_INS, check_size, load_model, shown_split
 
@@ -102,7 +103,7 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
                 if (aside / f"{name}.png").exists()
             ],
         }
-        write_json(index, aside / "index.json")
+        write_json(aside / "index.json", index)
 
 
 def real_images(

@@ -10,7 +10,6 @@ The bytes do not depend on the number of processes. Killed, the next run uses th
 
 import dataclasses
 import hashlib
-import json
 import logging
 import shutil
 import threading
@@ -30,10 +29,11 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from aegan.config import SPLITS, PreprocessConfig, Split, TrainingConfig, check_batch_size
+from aegan.files import sha256_of_json, write_json
 from aegan.pictures import grid, save_png
 from pipelines.base import identity, locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import clear_disk_errors, new_folder, write_json
+from pipelines.base.files import clear_disk_errors, new_folder, read_json
 from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
 from pipelines.base.progress import progress
 from pipelines.ingest import decode, splits
@@ -76,7 +76,7 @@ def preprocess(
 
     A set that cannot be trained on in batches of `batch_size` is refused here, not hours later.
     """
-    snapshot = _read_snapshot(raw)
+    snapshot = read_json(raw / "manifest.json", stage="download")
     with _work_folder(runs, _fingerprint(config, snapshot)) as work:
         parts = decode.decode_snapshot(
             config, raw, snapshot["shards"], work=work, processes=processes
@@ -94,7 +94,7 @@ def preprocess(
             of_files, warnings = _of_files(config, parts)
             statistics |= of_files
             statistics["warnings"] += warnings
-            write_json(statistics, reports / "statistics.json")
+            write_json(reports / "statistics.json", statistics)
             _draw(kept.sheet, reports / "contact_sheet.png")
     log.info(
         "kept %d of %d files: %d train, %d validation, %d test",
@@ -108,22 +108,10 @@ def preprocess(
     return statistics
 
 
-def _read_snapshot(raw: Path) -> dict[str, Any]:
-    file = raw / "manifest.json"
-    if not file.exists():
-        raise UserError(f"{file} not found: run the stage download first")
-    snapshot: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return snapshot
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _fingerprint(config: PreprocessConfig, snapshot: dict[str, Any]) -> str:
     """Of all that a part file depends on: parameters, files, code and decoder."""
     code = identity.code_sha256(identity.code_of(["pipelines.ingest.pieces"]))
-    return _hash([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
+    return sha256_of_json([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
 
 
 @contextmanager
@@ -246,7 +234,7 @@ def _schema(config: PreprocessConfig, factors: list[str]) -> pa.Schema:
         "width": config.image_size,
         "channels": config.image_channels,
         "schema_version": SCHEMA_VERSION,
-        "preprocess_sha256": _hash(dataclasses.asdict(config)),
+        "preprocess_sha256": sha256_of_json(dataclasses.asdict(config)),
     }
     return pa.schema(columns, {key: str(value) for key, value in metadata.items()})
 
@@ -357,7 +345,7 @@ def _write_shards(
         "image_channels": config.image_channels,
         "fit": config.fit,
         "value_range": config.value_range,
-        "preprocess_sha256": _hash(dataclasses.asdict(config)),
+        "preprocess_sha256": sha256_of_json(dataclasses.asdict(config)),
         "dataset_sha256": hashlib.sha256(
             "".join(entry["sha256"] for entry in entries).encode()
         ).hexdigest(),
@@ -367,7 +355,7 @@ def _write_shards(
         "classes": verdict.classes,
         "splits": by_split,
     }
-    write_json(manifest, folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest)
     return training_images
 
 

@@ -5,32 +5,33 @@ model holds the weights and answers requests. The same content registered again 
 """
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import aegan
 from aegan.config import RegisterConfig
+from aegan.files import write_json
+from aegan.training.run_folder import RunFolder
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import hash_files, project_folder, write_json
+from pipelines.base.files import clear_disk_errors, hash_files, project_folder, read_json
+from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
 from pipelines.registry import mlflow_store, tracking
 
-RUN, MODEL = Path("artifacts/train/run.json"), Path("artifacts/train/model")
-CURVES, SCORES = Path("artifacts/train/curves.csv"), Path("artifacts/evaluate/metrics.json")
-MANIFEST, DVC_LOCK = Path("artifacts/shards/manifest.json"), Path("dvc.lock")
+TRAINED, MODEL = RunFolder(TRAIN), TRAIN / "model"
+CURVES, SCORES = TRAIN / "curves.csv", Path("artifacts/evaluate/metrics.json")
+MANIFEST, DVC_LOCK = SHARDS / "manifest.json", Path("dvc.lock")
 OUTPUT = Path("artifacts/register/registration.json")
 FILES = {  # folder among the run's artifacts -> what goes there, as far as it exists
-    "samples": ["artifacts/train/samples"],
-    "interpolations": ["artifacts/interpolate"],
-    "report": ["report/index.html"],
-    "metrics": ["artifacts/train/run.json", "artifacts/train/curves.csv", "artifacts/evaluate"],
-    "data": ["artifacts/shards/manifest.json", "artifacts/preprocess"],
+    "samples": [TRAINED.samples],
+    "interpolations": [INTERPOLATE],
+    "report": [Path("report/index.html")],
+    "metrics": [TRAINED.facts, CURVES, SCORES.parent],
+    "data": [MANIFEST, PREPROCESS],
 }
 
 
@@ -49,13 +50,16 @@ def register(config: RegisterConfig) -> tracking.Version:
         "tracking_uri": mlflow_store.without_credentials(mlflow_store.tracking_uri()),
         "model_sha256": record.version_tags["model_sha256"],
     }
-    write_json(registration, OUTPUT)
+    with clear_disk_errors(OUTPUT):
+        write_json(OUTPUT, registration)
     return version
 
 
 def collect() -> tracking.Record:
     """What the earlier stages left in the working folder; raises UserError where it is missing."""
-    run, scores, manifest = _read_json(RUN), _read_json(SCORES), _read_json(MANIFEST)
+    run = read_json(TRAINED.facts, stage="train")
+    scores = read_json(SCORES, stage="evaluate")
+    manifest = read_json(MANIFEST, stage="preprocess")
     if manifest["dataset_sha256"] != run["dataset_sha256"]:
         raise UserError(f"{MANIFEST} is not the data the model was trained on: run `dvc repro`")
     if not (MODEL / "config.json").exists():
@@ -83,7 +87,7 @@ def collect() -> tracking.Record:
             for key, value in values.items()
         },
         points=[
-            *curves(Path("runs") / run["run_name"]),
+            *curves(RunFolder(Path("runs") / run["run_name"])),
             *(tracking.Point(name, value, step, measured) for name, value in final.items()),
         ],
         run_tags=identity | _code_version(run),
@@ -99,25 +103,23 @@ def collect() -> tracking.Record:
             },
         },
         files={
-            folder: [Path(path) for path in paths if Path(path).exists()]
-            for folder, paths in FILES.items()
+            folder: [path for path in paths if path.exists()] for folder, paths in FILES.items()
         },
     )
 
 
-def curves(run_folder: Path) -> Iterator[tracking.Point]:
+def curves(folder: RunFolder) -> Iterator[tracking.Point]:
     """Curves of the training and of the machine it ran on, with the times they were measured.
 
     A run that was trained elsewhere has no run folder here; its losses are among the artifacts.
     """
-    if (run_folder / "metrics.jsonl").exists():
-        yield from _points("train/", _read_lines(run_folder / "metrics.jsonl"))
+    if rows := folder.rows():
+        yield from _points("train/", rows)
     elif CURVES.exists():
-        rows = csv.DictReader(CURVES.read_text(encoding="utf-8").splitlines())
-        yield from _points("train/", [{"time": CURVES.stat().st_mtime, **row} for row in rows])
-    if (run_folder / "system.jsonl").exists():
-        rows_by_time = _read_lines(run_folder / "system.jsonl")
-        yield from _points("system/", [{"step": i, **row} for i, row in enumerate(rows_by_time)])
+        table = csv.DictReader(CURVES.read_text(encoding="utf-8").splitlines())
+        yield from _points("train/", [{"time": CURVES.stat().st_mtime, **row} for row in table])
+    numbered = ({"step": i, **row} for i, row in enumerate(folder.system_rows()))
+    yield from _points("system/", numbered)
 
 
 def _points(prefix: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[tracking.Point]:
@@ -154,25 +156,6 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):  # an empty cell, a word, a list
         return False
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: run `dvc repro` first") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): run `dvc repro --force`") from None
-    return content
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def main() -> None:

@@ -6,10 +6,8 @@ JavaScript (a few lines turn the film strip into a slider). The page's text is i
 
 import base64
 import csv
-import json
 import logging
 import math
-import re
 from collections import defaultdict
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -22,10 +20,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from aegan.files import write_text
 from aegan.metrics import METRICS
+from aegan.training.run_folder import RunFolder, step_of
 from pipelines.base import locks
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_file
+from pipelines.base.files import clear_disk_errors, read_bytes, read_json
 from pipelines.base.names import shown
 from pipelines.base.outputs import SHARDS
 from pipelines.ingest.source_address import without_secrets
@@ -125,12 +125,11 @@ def build(artifacts: Path, shards: Path) -> str:
 
 def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
     """Everything that the page shows, read and drawn."""
-    run = read_json(artifacts / "train/run.json", stage="train")
+    trained = RunFolder(artifacts / "train")
+    run = read_json(trained.facts, stage="train")
     manifest = read_json(shards / "manifest.json", stage="preprocess")
     if run["dataset_sha256"] != manifest["dataset_sha256"]:
-        raise UserError(
-            f"{artifacts / 'train'} comes from other data than {shards}: run the stage train"
-        )
+        raise UserError(f"{trained.path} comes from other data than {shards}: run the stage train")
     drawn = read_json(artifacts / "interpolate/index.json", stage="interpolate")
     statistics = read_json(artifacts / "preprocess/statistics.json", stage="preprocess")
     return {
@@ -146,7 +145,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         "warnings": statistics["warnings"],
         "quarantine": read_quarantine(artifacts / "preprocess/quarantine.csv"),
         "curves": draw_curves(artifacts / "train/curves.csv"),
-        "moments": read_moments(artifacts / "train/samples"),
+        "moments": read_moments(trained),
         "metrics": read_metrics(artifacts / "evaluate/metrics.json"),
         "latent": embed(artifacts / "evaluate/latent.png", stage="evaluate"),
     }
@@ -164,27 +163,8 @@ def render(page: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(page)
 
 
-def read_json(file: Path, *, stage: str) -> dict[str, Any]:
-    """An object from a JSON file; raises UserError."""
-    text = read_text(file, stage=stage)
-    try:
-        values = json.loads(text)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: run the stage {stage} again")
-    return values
-
-
 def read_text(file: Path, *, stage: str) -> str:
     return read_bytes(file, stage=stage).decode("utf-8", errors="replace")
-
-
-def read_bytes(file: Path, *, stage: str) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{file} not found: run the stage {stage} first") from None
 
 
 def embed(file: Path, *, stage: str) -> str:
@@ -213,24 +193,19 @@ def read_quarantine(file: Path) -> list[dict[str, Any]]:
     ]
 
 
-def read_moments(folder: Path) -> list[dict[str, Any]]:
+def read_moments(folder: RunFolder) -> list[dict[str, Any]]:
     """Sample grids through time, at most `MAX_MOMENTS`, evenly spread from first to last."""
-    files = {
-        int(match[1]): file
-        for file in sorted(folder.glob("step-*-samples.png"))
-        if (match := re.fullmatch(r"step-(\d+)-samples\.png", file.name))
-    }
-    if not files:
-        raise UserError(f"no sample grids in {folder}: run the stage train first")
-    steps = sorted(files)
+    steps = [step_of(file) for file in folder.pictures("samples")]
+    if not steps:
+        raise UserError(f"no sample grids in {folder.samples}: run the stage train first")
     if len(steps) > MAX_MOMENTS:
         steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, MAX_MOMENTS)]
     return [
         {
             "step": step,
-            "samples": embed(files[step], stage="train"),
+            "samples": embed(folder.picture(step, "samples"), stage="train"),
             "reconstructions": embed(other, stage="train")
-            if (other := folder / files[step].name.replace("samples", "reconstructions")).exists()
+            if (other := folder.picture(step, "reconstructions")).exists()
             else None,
         }
         for step in steps
@@ -340,8 +315,8 @@ def draw_curve(points: np.ndarray) -> Markup:
 def main() -> None:
     with locks.hold("report"):
         page = build(ARTIFACTS, SHARDS)
-        with new_file(OUTPUT) as aside:
-            aside.write_text(page, encoding="utf-8")
+        with clear_disk_errors(OUTPUT):
+            write_text(OUTPUT, page)
     logger.info("report: %s", OUTPUT.resolve())
 
 

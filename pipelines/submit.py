@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aegan.config import ComputeConfig
+from aegan.files import write_text
 from pipelines.base import params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_file
+from pipelines.base.files import clear_disk_errors
 from pipelines.base.names import shown
 from pipelines.base.outside import path_inside
 from pipelines.bucket import storage
@@ -234,8 +235,8 @@ def fetch(result: JobResult, address: str, *, files_sha256: str) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    with new_file(file) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with clear_disk_errors(file):
+        write_text(file, text)
 
 
 def set_remote(address: str) -> None:

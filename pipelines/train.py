@@ -24,26 +24,18 @@ from filelock import FileLock, Timeout
 
 from aegan.config import ComputeConfig, TrainConfig, check_batch_size
 from aegan.data.dataset import read_manifest
-from aegan.training import checkpoint, training_log
+from aegan.training import checkpoint
 from aegan.training.checkpoint import CheckpointError
+from aegan.training.run_folder import RENDEZVOUS, RunFolder
 from aegan.training.start import Start, begin, record
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import clear_disk_errors
+from pipelines.base.files import clear_disk_errors, read_json
 from pipelines.base.identity import weights_code_sha256
 from pipelines.base.outputs import SHARDS, TRAIN
 from pipelines.base.run_name import run_name
 from pipelines.bucket.finished_run import is_complete, keep_facts, publish, write_facts, write_log
-from pipelines.bucket.run_store import (
-    CHECKPOINTS,
-    LOG,
-    OUTCOME,
-    STOP,
-    RunStore,
-    claim,
-    shown_progress,
-    sound_step,
-)
+from pipelines.bucket.run_store import RunStore, claim, shown_progress, sound_step
 from pipelines.bucket.shard_store import send_shards
 from pipelines.bucket.storage import is_s3
 from pipelines.cluster import checks
@@ -67,9 +59,9 @@ def main() -> None:
     config = params.load(TrainConfig)
     checks.before_training()
     with locks.hold("train"):
-        run_folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
-        publish(run_folder, TRAIN)
-    if (run_folder / STOP).exists():  # asked to stop, but it was the end anyway
+        folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
+        publish(folder, TRAIN)
+    if folder.stop.exists():  # asked to stop, but it was the end anyway
         raise KeyboardInterrupt
 
 
@@ -80,32 +72,30 @@ def train(
     shards: Path,
     runs: Path,
     run_workers: Callable[..., dict[str, Any]] | None = None,
-) -> Path:
+) -> RunFolder:
     """Train to the end and return the run's folder; an interrupted run is resumed.
 
     `run_workers` stands in for Ray. Raises UserError; KeyboardInterrupt after a checkpoint was
     saved.
     """
-    if not (shards / "manifest.json").exists():
-        raise UserError(f"{shards} has no images: run `dvc repro preprocess` first")
-    manifest = read_manifest(shards)
+    manifest = read_json(shards / "manifest.json", stage="preprocess")
     start = read_start(config, manifest, output=TRAIN)
     name = run_name(config, manifest["dataset_sha256"], start_sha256=start.sha256 if start else "")
-    run_folder = (runs / name).resolve()
+    folder = RunFolder((runs / name).resolve())
     try:
-        with clear_disk_errors(run_folder):
-            run_folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(run_folder / "driver.lock", timeout=0):
-                _clear(run_folder)
+        with clear_disk_errors(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.driver_lock, timeout=0):
+                _clear(folder)
                 _train(
-                    *(config, compute, manifest, start, shards.resolve(), run_folder),
+                    *(config, compute, manifest, start, shards.resolve(), folder),
                     run_workers=run_workers or _run,
                 )
     except Timeout:
-        raise UserError(f"another training works in {run_folder}: wait for it or end it") from None
+        raise UserError(f"another training works in {folder.path}: wait for it or end it") from None
     except CheckpointError as error:
         raise UserError(str(error)) from None
-    return run_folder
+    return folder
 
 
 def _train(
@@ -114,26 +104,26 @@ def _train(
     manifest: dict[str, Any],
     start: Start | None,
     shards: Path,
-    run_folder: Path,
+    folder: RunFolder,
     *,
     run_workers: Callable[..., dict[str, Any]],
 ) -> None:
-    num_steps = config.training.num_steps
-    store = _open_store(compute.storage, shards=shards, run_folder=run_folder)
+    num_steps, name = config.training.num_steps, folder.path.name
+    store = _open_store(compute.storage, shards=shards, folder=folder)
     if store and max(store.steps(), default=-1) >= num_steps:  # finished elsewhere
-        store.fetch(run_folder)
-    done = _step_to_go_on_from(run_folder, store)
-    facts = _facts(config, compute, manifest, start, run_folder.name)
+        store.fetch(folder)
+    done = _step_to_go_on_from(folder, store)
+    facts = _facts(config, compute, manifest, start, name)
     if done is not None and done > num_steps:
         raise UserError(
-            f"training.num_steps is {num_steps}, but {run_folder} was trained for {done} steps "
+            f"training.num_steps is {num_steps}, but {folder.path} was trained for {done} steps "
             f"already: set it to {done} or more, or take another training.seed for a run of its "
             "own, or delete that folder to train anew"
             + (f" (with everything below {store.url})" if store else "")
         )
-    if done == num_steps and is_complete(run_folder, config, store):
-        log.info("run %s is complete already", run_folder.name)
-        keep_facts(facts, run_folder, store)
+    if done == num_steps and is_complete(folder, config, store):
+        log.info("run %s is complete already", name)
+        keep_facts(facts, folder, store)
         return
     if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
         checks.require(checks.places(compute, machine()))
@@ -143,27 +133,25 @@ def _train(
         workers=compute.num_workers,
     )
     if done == num_steps:
-        log.info("run %s is trained, but lacks a last piece: making it anew", run_folder.name)
-        keep_facts(facts, run_folder, store)
+        log.info("run %s is trained, but lacks a last piece: making it anew", name)
+        keep_facts(facts, folder, store)
     else:
         if done is not None:
-            log.info("resuming at step %d of run %s", done, run_folder.name)
+            log.info("resuming at step %d of run %s", done, name)
         else:
             images, arm = manifest["splits"]["train"]["rows"], config.training.arm
-            log.info("starting run %s: %d images, arm %s", run_folder.name, images, arm)
+            log.info("starting run %s: %d images, arm %s", name, images, arm)
             if start is not None:
-                _begin(start, config, manifest, run_folder, store)
-        write_facts(facts, run_folder, store)
+                _begin(start, config, manifest, folder, store)
+        write_facts(facts, folder, store)
     reached = -1
     while True:
-        outcome = run_workers(
-            config, compute, facts, shards=shards, run_folder=run_folder, store=store
-        )
+        outcome = run_workers(config, compute, facts, shards=shards, folder=folder, store=store)
         if "error" in outcome:
             raise UserError(outcome["error"])
         if outcome["finished"]:
             break
-        if (run_folder / STOP).exists():
+        if folder.stop.exists():
             log.info("stopped at step %d; the same command goes on from there", outcome["step"])
             raise KeyboardInterrupt
         if outcome["step"] <= reached:
@@ -172,9 +160,9 @@ def _train(
         log.info("a worker was told to end: going on from step %d without it", reached)
     if store:
         store.look()
-        store.fetch(run_folder)
-        write_log(run_folder)
-        keep_facts(facts, run_folder, store)
+        store.fetch(folder)
+        write_log(folder)
+        keep_facts(facts, folder, store)
 
 
 def _facts(
@@ -203,53 +191,49 @@ def _begin(
     start: Start,
     config: TrainConfig,
     manifest: dict[str, Any],
-    run_folder: Path,
+    folder: RunFolder,
     store: RunStore | None,
 ) -> None:
     """Put the weights to start from where the workers find them: into the checkpoint of step 0."""
     address = config.training.start_from
-    begin(start, config, manifest, run_folder, address=address)
+    begin(start, config, manifest, folder.path, address=address)
     taken = ", ".join(name.replace("_", " ") for name in start.networks)
     log.info("starting from %s (sha256 %s): its %s", address, start.sha256[:12], taken)
     if not any("discriminator" in name for name in start.networks):
         log.info("a model has no discriminators (a checkpoint has): they start from random weights")
     if store:
-        store.exchange(run_folder)
+        store.exchange(folder)
 
 
-def _step_to_go_on_from(run_folder: Path, store: RunStore | None) -> int | None:
+def _step_to_go_on_from(folder: RunFolder, store: RunStore | None) -> int | None:
     """The newest step that a sound checkpoint has, here or in the store; None for a new run."""
-    checkpoints, stored = run_folder / CHECKPOINTS, store.steps() if store else []
-    newest = max(sound_step(run_folder), *stored, -1)
+    newest = max(sound_step(folder), *(store.steps() if store else ()), -1)
     if newest == -1:
-        checkpoint.latest(checkpoints)  # raises if there are damaged ones
+        checkpoint.latest(folder.checkpoints)  # raises if there are damaged ones
         return None
-    for step in checkpoint.steps(checkpoints):
+    for step in checkpoint.steps(folder.checkpoints):
         if step > newest:
-            path = checkpoint.path_of(checkpoints, step)
-            log.warning("%s is damaged: going on from step %d", path, newest)
+            log.warning("%s is damaged: going on from step %d", folder.checkpoint(step), newest)
     return newest
 
 
-def _open_store(storage: str, *, shards: Path, run_folder: Path) -> RunStore | None:
+def _open_store(storage: str, *, shards: Path, folder: RunFolder) -> RunStore | None:
     """The run's place in the bucket, with the shards there; None without a bucket."""
     if not is_s3(storage):
         return None
     send_shards(shards, storage)
-    store = RunStore(f"{storage.rstrip('/')}/runs/{run_folder.name}")
+    store = RunStore(f"{storage.rstrip('/')}/runs/{folder.path.name}")
     store.look()
-    if sound_step(run_folder) > max(store.steps(), default=-1):  # trained here before
-        store.exchange(run_folder)
+    if sound_step(folder) > max(store.steps(), default=-1):  # trained here before
+        store.exchange(folder)
     return store
 
 
-def _clear(run_folder: Path) -> None:
+def _clear(folder: RunFolder) -> None:
     """Remove what a run that was cut off left behind, but not its checkpoints and logs."""
-    for stale in (STOP, OUTCOME):
-        (run_folder / stale).unlink(missing_ok=True)
-    for rendezvous in run_folder.glob("rendezvous-*"):
-        rendezvous.unlink()
-    shutil.rmtree(run_folder / "ray", ignore_errors=True)
+    for stale in (folder.stop, folder.outcome, *folder.path.glob(RENDEZVOUS.format("*"))):
+        stale.unlink(missing_ok=True)
+    shutil.rmtree(folder.ray, ignore_errors=True)
 
 
 def _run(
@@ -258,17 +242,17 @@ def _run(
     facts: dict[str, Any],
     *,
     shards: Path,
-    run_folder: Path,
+    folder: RunFolder,
     store: RunStore | None,
 ) -> dict[str, Any]:
     """Run the workers and show their progress; returns what rank 0 said of the end."""
-    (run_folder / OUTCOME).unlink(missing_ok=True)
+    folder.outcome.unlink(missing_ok=True)
     driver = claim(store) if store else ""
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(WORKER_HANGS_SECONDS))
     results: list[Any] = []
     ended = threading.Event()
     with (
-        shown_progress(store, run_folder, driver) if store else nullcontext(),
+        shown_progress(store, folder, driver) if store else nullcontext(),
         ray_session() as local,
     ):
         from ray.train import FailureConfig, RunConfig
@@ -279,7 +263,7 @@ def _run(
 
         assignment = Assignment(
             config=config,
-            run_folder=run_folder,
+            run_folder=folder,
             shards=shards,
             manifest=read_manifest(shards),
             storage=compute.storage if store else "",
@@ -290,7 +274,7 @@ def _run(
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"assignment": assignment},
-            torch_config=LoopbackTorchConfig(folder=str(run_folder))
+            torch_config=LoopbackTorchConfig(folder=str(folder.path))
             if local
             else ClusterTorchConfig(),
             scaling_config=_scaling(compute),
@@ -298,7 +282,7 @@ def _run(
                 # A name of its own each time: Ray hands back the old result for a reused one.
                 # Resuming is the business of our own checkpoints.
                 name=uuid.uuid4().hex[:12],
-                storage_path=str(run_folder / "ray"),  # only this process's node writes there
+                storage_path=str(folder.ray),  # only this process's node writes there
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | shipped_environment()},
             ),
@@ -314,23 +298,17 @@ def _run(
 
         # Ray runs beside the main thread, which keeps Ctrl-C: workers save before they end.
         threading.Thread(target=fit, daemon=True).start()
-        follow(
-            run_folder,
-            ended,
-            num_steps=config.training.num_steps,
-            stop_file=run_folder / STOP,
-            outcome_file=run_folder / OUTCOME,
-        )
+        follow(folder, ended, num_steps=config.training.num_steps)
     if results and isinstance(results[0], dict):
         outcome = results[0]
-    elif (run_folder / OUTCOME).exists():  # rank 0 ended alone, the others wait in vain
-        outcome = json.loads((run_folder / OUTCOME).read_text(encoding="utf-8"))
+    elif folder.outcome.exists():  # rank 0 ended alone, the others wait in vain
+        outcome = json.loads(folder.outcome.read_text(encoding="utf-8"))
     else:
         reason = explain(results[0]) if results else "no worker said why"
-        rows = training_log.read(run_folder / LOG)
-        seen = f"last seen at step {rows[-1]['step']}" if rows else "no step was logged"
+        row = folder.newest_row()
+        seen = f"last seen at step {row['step']}" if row else "no step was logged"
         raise UserError(f"training failed ({seen}): {reason}")
-    shutil.rmtree(run_folder / "ray", ignore_errors=True)
+    shutil.rmtree(folder.ray, ignore_errors=True)
     return outcome
 
 

@@ -6,8 +6,6 @@ runs/<name>/, named by its content: the same command goes on, a changed one star
 """
 
 import csv
-import hashlib
-import json
 import logging
 import math
 import os
@@ -29,10 +27,11 @@ from aegan.config import (
     check_batch_size,
     check_search,
 )
-from aegan.data.dataset import read_manifest
+from aegan.files import sha256_of_json, write_json
+from aegan.training.run_folder import DRIVER_LOCK
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_folder, write_json
+from pipelines.base.files import new_folder, read_json
 from pipelines.base.identity import code_sha256, file_of
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.base.run_name import run_name
@@ -74,9 +73,7 @@ def tune(
 ) -> None:
     """Search, choose, compare, and write what is found into artifacts/tune; raises UserError."""
     check_search(start, config)
-    if not (SHARDS / "manifest.json").exists():
-        raise UserError(f"{SHARDS} has no images: run `dvc repro preprocess` first")
-    manifest = read_manifest(SHARDS)
+    manifest = read_json(SHARDS / "manifest.json", stage="preprocess")
     for split in ("validation", "test"):
         if not manifest["splits"][split]["rows"]:
             raise UserError(
@@ -94,7 +91,7 @@ def tune(
     for variable, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)  # for the processes of a private Ray
     try:
-        with FileLock(folder / "driver.lock", timeout=0), ray_session(dashboard=True):
+        with FileLock(folder / DRIVER_LOCK, timeout=0), ray_session(dashboard=True):
             _tune(start, config, compute, folder=folder, experiment=experiment)
     except Timeout:
         raise UserError(f"another search works in {folder}: wait for it or end it") from None
@@ -199,8 +196,7 @@ def search_name(start: TrainConfig, config: TuneConfig, dataset_sha256: str) -> 
     code = code_sha256(filter(None, map(file_of, CODE)))
     versions = [version(package) for package in ("ray", "optuna")]
     content = [run_name(start, dataset_sha256), asdict(config), code, versions]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return f"tune-{digest[:12]}"
+    return f"tune-{sha256_of_json(content)[:12]}"
 
 
 # -- choosing -------------------------------------------------------------------------------------
@@ -269,7 +265,7 @@ def write(
     objectives = OBJECTIVES[config.objective]
     with new_folder(output, written=FOLDERS[TUNE]) as folder:
         write_trials(trials, objectives, folder / "trials.csv")
-        write_json(comparison, folder / "comparison.json")
+        write_json(folder / "comparison.json", comparison)
         params.write_overlay(
             comparison["winner"]["settings"],
             folder / "tuned.yaml",

@@ -9,9 +9,7 @@ CheckpointError
 |-- ConfigChangedError    the run folder belongs to another configuration
 """
 
-import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aegan.files import flush, remove, save_tensors, sha256_of
+from aegan.files import flush, remove, save_tensors, sha256_of, sha256_of_json
+from aegan.training.run_folder import STEP, step_name, step_of
 
 TENSORS, STATE = "state.safetensors", "state.json"
 
@@ -35,7 +34,7 @@ class ConfigChangedError(CheckpointError):
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write one checkpoint aside, flush it to the disk, then rename it into place."""
-    final = path_of(folder, step)
+    final = folder / step_name(step)
     aside = folder / f".{final.name}.tmp"
     remove(aside)
     aside.mkdir(parents=True)
@@ -96,12 +95,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, ascending; a name without dot is a whole one."""
-    names = [path.name for path in folder.glob("step-*") if path.is_dir()]
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
-
-
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
+    return sorted(step_of(path) for path in folder.glob(STEP) if path.is_dir())
 
 
 def latest(folder: Path, *, interval: int = 1) -> Path | None:
@@ -113,7 +107,7 @@ def latest(folder: Path, *, interval: int = 1) -> Path | None:
     _put_back(folder)
     problem: CheckpointError | None = None
     for step in reversed([step for step in steps(folder) if step % interval == 0]):
-        path = path_of(folder, step)
+        path = folder / step_name(step)
         try:
             if verify(path)["step"] == step:
                 return path
@@ -140,7 +134,7 @@ def forget_after(folder: Path, step: int) -> None:
     """Drop checkpoints of steps that a run which goes on from `step` reaches again."""
     for later in steps(folder):
         if later > step:
-            remove(path_of(folder, later))
+            remove(folder / step_name(later))
     for left_over in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")):
         remove(left_over)
 
@@ -150,7 +144,7 @@ def prune(folder: Path, *, kept: int, interval: int, best: int | None) -> None:
     found = steps(folder)
     regular = [step for step in found if step % interval == 0]
     for step in set(found) - {*found[-1:], *regular[-kept:], best}:
-        remove(path_of(folder, step))
+        remove(folder / step_name(step))
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -187,5 +181,4 @@ def _damaged(checkpoint: Path, reason: Exception) -> CheckpointError:
 
 
 def _sha256_of_state(state: dict[str, Any]) -> str:
-    content = {key: value for key, value in state.items() if key != "state_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json({key: value for key, value in state.items() if key != "state_sha256"})

@@ -24,8 +24,8 @@ from aegan.sampling import decode, random_latents, reconstruct
 from aegan.training import checkpoint, distributed, training_log
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.ema import ema_decay, update_ema
+from aegan.training.run_folder import Row, RunFolder, append_row
 from aegan.training.state import TrainingState
-from aegan.training.training_log import Row
 from aegan.training.updates import ROUND, Updates
 from aegan.training.validation import selected_by, validate
 
@@ -69,7 +69,7 @@ def train(
     Raises ConfigError, CheckpointError, DivergedError, and OSError on every rank if rank 0 cannot
     write.
     """
-    options = config.training
+    options, folder = config.training, RunFolder(run_folder)
     manifest = read_manifest(shards)
     check(config)
     check_batch_size(
@@ -99,16 +99,15 @@ def train(
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
-    checkpoints = run_folder / "checkpoints"
-    newest = distributed.from_rank_0(lambda: _load_newest(checkpoints), device)
+    newest = distributed.from_rank_0(lambda: _load_newest(folder), device)
     if newest is not None:
         state.restore(*newest)
     elif options.start_from:
         raise CheckpointError(
-            f"{checkpoints} lacks step 0, which holds the weights of training.start_from "
+            f"{folder.checkpoints} lacks step 0, which holds the weights of training.start_from "
             "(aegan.training.start.begin writes it)"
         )
-    distributed.from_rank_0(partial(_begin, state, config, run_folder, anew=newest is None), device)
+    distributed.from_rank_0(partial(_begin, state, config, folder, anew=newest is None), device)
 
     # Train.
     updates = Updates(
@@ -157,12 +156,12 @@ def train(
             attempt = state.attempt + 1
             # Not one of an early stop: where a run goes back to must not depend on stops.
             regular = distributed.from_rank_0(
-                lambda: _load_newest(checkpoints, options.checkpoint_interval_steps), device
+                lambda: _load_newest(folder, options.checkpoint_interval_steps), device
             )
             assert regular is not None  # every run begins with one, and one is always kept
             state.restore(*regular)
             state.attempt = attempt
-            distributed.from_rank_0(partial(_begin, state, config, run_folder), device)
+            distributed.from_rank_0(partial(_begin, state, config, folder), device)
             clock, clock_step = time.perf_counter(), state.step
             continue
 
@@ -174,7 +173,7 @@ def train(
             state.log.append(row)
         keep = partial(
             _keep,
-            *(state, row, config, run_folder, validation),
+            *(state, row, config, folder, validation),
             judge=judge_due,
             pictures=pictures_due and not last,  # of the end, see below
             log=row_due,
@@ -188,7 +187,7 @@ def train(
             return Outcome(finished=False, step=state.step)
 
     # The end: a row, a score and pictures, due or not; only a run that goes on forgets them.
-    end = partial(_end, state, config, run_folder, validation, speed)
+    end = partial(_end, state, config, folder, validation, speed)
     ending = distributed.from_rank_0(end, device)
     if ending is not None:
         report(_reported(ending))
@@ -202,10 +201,11 @@ def _validation_images(shards: Path, rank: int) -> Tensor:
 
 
 def _load_newest(
-    checkpoints: Path, interval: int = 1
+    folder: RunFolder, interval: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest one at a multiple of `interval`; any if the interval was another one before."""
-    newest = checkpoint.latest(checkpoints, interval=interval) or checkpoint.latest(checkpoints)
+    latest = partial(checkpoint.latest, folder.checkpoints)
+    newest = latest(interval=interval) or latest()
     return None if newest is None else checkpoint.load(newest)
 
 
@@ -213,23 +213,22 @@ def _load_newest(
 
 
 def _begin(
-    state: TrainingState, config: TrainConfig, run_folder: Path, *, anew: bool = False
+    state: TrainingState, config: TrainConfig, folder: RunFolder, *, anew: bool = False
 ) -> None:
     """Make the folder that of a run at this step, whatever was there beyond it."""
-    checkpoints = run_folder / "checkpoints"
     if anew:
-        state.save(checkpoints)
-    checkpoint.forget_after(checkpoints, state.step)
+        state.save(folder.checkpoints)
+    checkpoint.forget_after(folder.checkpoints, state.step)
     if state.step < config.training.num_steps:
         state.log.ending = None
-    training_log.write(run_folder / "metrics.jsonl", training_log.all_rows(state.log.as_json()))
+    folder.write_rows(training_log.all_rows(state.log.as_json()))
 
 
 def _keep(
     state: TrainingState,
     row: Row,
     config: TrainConfig,
-    run_folder: Path,
+    folder: RunFolder,
     validation: Tensor,
     *,
     judge: bool,
@@ -240,42 +239,42 @@ def _keep(
     """Keep what is due at this moment; returns the row, to which scores were added."""
     clock = time.perf_counter()
     if pictures:
-        _save_pictures(state, validation, run_folder)
+        _save_pictures(state, validation, folder)
     if judge and len(validation):  # but not an early stop: the best one must not depend on stops
         row |= validate(state.ema, validation, seed=config.training.seed)
     state.seconds += time.perf_counter() - clock
     row["seconds"] = state.seconds
     if log:
-        training_log.append(run_folder / "metrics.jsonl", row)
+        append_row(folder.log, row)
     if save:
-        _save(state, config, run_folder)
+        _save(state, config, folder)
     return row
 
 
 def _end(
-    state: TrainingState, config: TrainConfig, run_folder: Path, validation: Tensor, speed: float
+    state: TrainingState, config: TrainConfig, folder: RunFolder, validation: Tensor, speed: float
 ) -> Row | None:
     """Complete a finished run; returns its last row, or None if it was complete already."""
     log = state.log
-    if log.ending is not None and all(map(is_sound_png, _pictures(state, validation, run_folder))):
+    if log.ending is not None and all(map(is_sound_png, _pictures(state, validation, folder))):
         return None
-    _save_pictures(state, validation, run_folder)
+    _save_pictures(state, validation, folder)
     if log.ending is None:
         logged = bool(log.rows) and log.rows[-1]["step"] == state.step
         row = dict(log.rows[-1]) if logged else _row(state, speed, log.means())
         if selected_by(config.training.arm) not in row and len(validation):
             row |= validate(state.ema, validation, seed=config.training.seed)
         log.ending = row
-        _save(state, config, run_folder)
-        training_log.write(run_folder / "metrics.jsonl", training_log.all_rows(log.as_json()))
+        _save(state, config, folder)
+        folder.write_rows(training_log.all_rows(log.as_json()))
     return log.ending
 
 
-def _save(state: TrainingState, config: TrainConfig, run_folder: Path) -> None:
-    options, checkpoints = config.training, run_folder / "checkpoints"
-    state.save(checkpoints)
+def _save(state: TrainingState, config: TrainConfig, folder: RunFolder) -> None:
+    options = config.training
+    state.save(folder.checkpoints)
     checkpoint.prune(
-        checkpoints,
+        folder.checkpoints,
         kept=options.checkpoints_kept,
         interval=options.checkpoint_interval_steps,
         best=training_log.best_step(state.log.rows, selected_by(options.arm)),
@@ -291,11 +290,11 @@ def _reported(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in ("time", "seconds")}
 
 
-def _pictures(state: TrainingState, validation: Tensor, run_folder: Path) -> list[Path]:
+def _pictures(state: TrainingState, validation: Tensor, folder: RunFolder) -> list[Path]:
     """The files of this step's pictures."""
     reconstructed = state.ema.encoder is not None and len(validation) > 0
     kinds = ["samples"] + ["reconstructions"] * reconstructed
-    return [run_folder / "samples" / f"step-{state.step:08d}-{kind}.png" for kind in kinds]
+    return [folder.picture(state.step, kind) for kind in kinds]
 
 
 def _seed(*key: int) -> int:
@@ -303,9 +302,9 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _save_pictures(state: TrainingState, validation: Tensor, run_folder: Path) -> None:
+def _save_pictures(state: TrainingState, validation: Tensor, folder: RunFolder) -> None:
     """8x8 grids: fixed prior draws; validation images, if any, beside their reconstructions."""
-    samples, *reconstructions = _pictures(state, validation, run_folder)
+    samples, *reconstructions = _pictures(state, validation, folder)
     latents = random_latents(64, state.model.latent_dim, seed=0)
     save_png(grid(decode(state.ema, latents).numpy(), columns=8), samples)
     for file in reconstructions:

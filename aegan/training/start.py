@@ -18,6 +18,7 @@ from aegan.files import sha256_of
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import CONFIG, FILES, ModelError, read_description
 from aegan.training import checkpoint
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState
 
 
@@ -89,7 +90,7 @@ def begin(
     for name, tensor in start.tensors.items():
         weights[name].copy_(tensor)
     state.start = record(start, address)
-    state.save(run_folder / "checkpoints")
+    state.save(RunFolder(run_folder).checkpoints)
 
 
 def record(start: Start, address: str) -> dict[str, Any]:

@@ -4,18 +4,13 @@ Every checkpoint holds the log as it was then, so `metrics.jsonl` in the run fol
 people and plots: whatever becomes of that file, it is written anew from the newest checkpoint.
 """
 
-import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aegan import files
-
-Row = dict[str, float]
+from aegan.training.run_folder import Row
 
 
 class TrainingLog:
@@ -82,30 +77,3 @@ def best_step(rows: Iterable[Row], score: str) -> int | None:
     """The step with the lowest score, the first of equals; None without scores."""
     judged = [(row[score], int(row["step"])) for row in rows if score in row]
     return min(judged)[1] if judged else None
-
-
-def append(file: Path, row: Row) -> None:
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row) + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
-
-
-def write(file: Path, rows: Iterable[Row]) -> None:
-    """A row a line; whole or not at all."""
-    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read(file: Path) -> list[Row]:
-    """The whole rows of a file that may be damaged, be written to, or not be there."""
-    if not file.exists():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows

@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: written aside, then renamed."""
+"""What stages read of each other, folders that appear whole or not at all, disks that refuse."""
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aegan import files
 from aegan.files import sha256_of
 from pipelines.base import outputs
 from pipelines.base.errors import UserError
@@ -18,10 +18,23 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write_json(value: Any, file: Path) -> None:
-    """Indented JSON; a number that is not finite is a ValueError."""
-    with clear_disk_errors(file):
-        files.write_json(file, value)
+def read_bytes(file: Path, *, stage: str) -> bytes:
+    """What a stage has written; UserError that names the stage where it has not."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file} not found: run the stage {stage} first") from None
+
+
+def read_json(file: Path, *, stage: str) -> dict[str, Any]:
+    """A JSON object that a stage has written; UserError where it is missing or damaged."""
+    try:
+        value = json.loads(read_bytes(file, stage=stage))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: run the stage {stage} again")
+    return value
 
 
 def project_folder() -> Path:
@@ -42,13 +55,6 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def new_file(file: Path) -> Iterator[Path]:
-    """As `aegan.files.new_file`; a disk that refuses is a UserError."""
-    with clear_disk_errors(file), files.new_file(file) as temporary:
-        yield temporary
-
-
-@contextmanager
 def new_folder(folder: Path, *, written: Sequence[str]) -> Iterator[Path]:
     """A folder to fill, which replaces `folder` once all went well and else disappears.
 
@@ -59,9 +65,7 @@ def new_folder(folder: Path, *, written: Sequence[str]) -> Iterator[Path]:
     target = folder.resolve()  # `folder` may be a link to a larger disk
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with clear_disk_errors(folder):
-        for left_over in target.parent.glob(
-            f".{target.name}.*.tmp"
-        ):  # by a process that was killed
+        for left_over in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed process
             shutil.rmtree(left_over)
         aside.mkdir(parents=True)
         try:

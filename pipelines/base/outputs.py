@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from aegan.training.run_folder import NAMES
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 
@@ -22,7 +23,7 @@ FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a st
     SHARDS: ("manifest.json", *(f"{s}-[0-9]*.parquet" for s in ("train", "validation", "test"))),
     PREPROCESS: ("quarantine.csv", "statistics.json", "contact_sheet.png"),
     TRAIN: (
-        *("run.json", "metrics.json", "curves.csv", "samples/step-[0-9]*.png"),
+        *(str(NAMES.facts), "metrics.json", "curves.csv", str(NAMES.samples / "step-[0-9]*.png")),
         *("model/config.json", "model/weights.safetensors", "model/ema.safetensors"),
     ),
     INTERPOLATE: (

@@ -1,10 +1,9 @@
 """The name of a run, by which a training finds its own checkpoints again."""
 
-import hashlib
-import json
 from importlib.metadata import version
 
 from aegan.config import TrainConfig, identity
+from aegan.files import sha256_of_json
 from pipelines.base.identity import weights_code_sha256
 
 
@@ -20,5 +19,4 @@ def run_name(config: TrainConfig, dataset_sha256: str, *, start_sha256: str = ""
         weights_code_sha256(),
         version("torch"),
     ]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return f"{config.training.arm}-{digest[:12]}"
+    return f"{config.training.arm}-{sha256_of_json(content)[:12]}"

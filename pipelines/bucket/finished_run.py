@@ -17,12 +17,13 @@ from aegan.config import TrainConfig
 from aegan.pictures import is_sound_png
 from aegan.training import checkpoint, training_log
 from aegan.training.checkpoint import CheckpointError
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import selected_by
 from pipelines.base.errors import UserError
 from pipelines.base.files import new_folder
 from pipelines.base.outputs import FOLDERS, TRAIN
-from pipelines.bucket.run_store import CHECKPOINTS, FACTS, LOG, SAMPLES, RunStore
+from pipelines.bucket.run_store import FACTS, RunStore
 from pipelines.bucket.storage import patiently
 
 DETERMINED = ("run_name", "dataset_sha256", "code_sha256")  # the same in every run of one name
@@ -37,77 +38,75 @@ CURVES = (  # that dvc.yaml draws: DVC stops at a column that is not there
 log = logging.getLogger(__name__)
 
 
-def is_complete(run_folder: Path, config: TrainConfig, store: RunStore | None) -> bool:
+def is_complete(folder: RunFolder, config: TrainConfig, store: RunStore | None) -> bool:
     """Whether a run of all its steps can be published as it is; else the workers complete it."""
-    state = _newest_state(run_folder)
+    state = _newest_state(folder)
     if state["step"] != config.training.num_steps or state["log"]["ending"] is None:
         return False
-    write_log(run_folder)
-    pictures = run_folder / SAMPLES
-    last = f"step-{state['step']:08d}-samples.png"
-    for name in {last, *(file.name for file in pictures.glob("*.png"))}:
-        if not is_sound_png(pictures / name):
-            log.warning("%s is damaged or missing", pictures / name)
-            (pictures / name).unlink(missing_ok=True)
+    write_log(folder)
+    last = folder.picture(state["step"], "samples")
+    for picture in {last, *folder.pictures()}:
+        if not is_sound_png(picture):
+            log.warning("%s is damaged or missing", picture)
+            picture.unlink(missing_ok=True)
             if store:
-                store.discard(f"{SAMPLES}/{name}")
-    return (pictures / last).exists()
+                store.discard(str(picture.relative_to(folder.path)))
+    return last.exists()
 
 
-def _newest_state(run_folder: Path) -> dict[str, Any]:
+def _newest_state(folder: RunFolder) -> dict[str, Any]:
     try:
-        newest = checkpoint.latest(run_folder / CHECKPOINTS)
+        newest = checkpoint.latest(folder.checkpoints)
     except CheckpointError as error:
         raise UserError(str(error)) from None
     if newest is None:
-        raise UserError(f"{run_folder / CHECKPOINTS} is empty: run the same command again")
+        raise UserError(f"{folder.checkpoints} is empty: run the same command again")
     return checkpoint.read_state(newest)
 
 
-def write_log(run_folder: Path) -> None:
+def write_log(folder: RunFolder) -> None:
     """metrics.jsonl as the newest checkpoint has it, whatever became of the file."""
-    rows = training_log.all_rows(_newest_state(run_folder)["log"])
-    if training_log.read(run_folder / LOG) != rows:
-        training_log.write(run_folder / LOG, rows)
+    rows = training_log.all_rows(_newest_state(folder)["log"])
+    if folder.rows() != rows:
+        folder.write_rows(rows)
 
 
-def _read_facts(run_folder: Path) -> dict[str, Any] | None:
+def _read_facts(folder: RunFolder) -> dict[str, Any] | None:
     """run.json; None where it is missing or damaged."""
     try:
-        facts = json.loads((run_folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads(folder.facts.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     whole = isinstance(facts, dict) and isinstance(facts.get("params"), dict)
     return facts if whole and "dataset_sha256" in facts else None
 
 
-def keep_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None) -> None:
+def keep_facts(facts: dict[str, Any], folder: RunFolder, store: RunStore | None) -> None:
     """run.json of a finished run: as it was written then, but under the intervals of now."""
-    found = _read_facts(run_folder)
+    found = _read_facts(folder)
     if found is None or any(found.get(name) != facts[name] for name in DETERMINED):
-        log.warning("%s was damaged or missing: written anew", run_folder / FACTS)
+        log.warning("%s was damaged or missing: written anew", folder.facts)
         found = facts | {"note": "written anew after training: machine and versions are of then"}
     sections = {key: facts["params"][key] for key in ("model", "loss", "training")}
     found = found | {"params": found["params"] | sections}
-    write_facts(found, run_folder, store)
+    write_facts(found, folder, store)
 
 
-def write_facts(facts: dict[str, Any], run_folder: Path, store: RunStore | None) -> None:
+def write_facts(facts: dict[str, Any], folder: RunFolder, store: RunStore | None) -> None:
     """run.json, in the bucket first: the run is published from there, whatever becomes of here."""
     if store and patiently(partial(store.read, FACTS)) != facts:
         patiently(partial(store.write, FACTS, facts))
-    run_folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(run_folder / FACTS, facts)
+    files.write_json(folder.facts, facts)
 
 
-def publish(run_folder: Path, output: Path) -> None:
+def publish(folder: RunFolder, output: Path) -> None:
     """Copy what the later stages use out of the run's folder: best model, curves, pictures.
 
     All figures come from the newest checkpoint. Raises UserError.
     """
-    facts, state = _read_facts(run_folder), _newest_state(run_folder)
+    facts, state = _read_facts(folder), _newest_state(folder)
     if facts is None:
-        raise UserError(f"{run_folder / FACTS} is damaged or missing: run the same command again")
+        raise UserError(f"{folder.facts} is damaged or missing: run the same command again")
     training = facts["params"]["training"]
     last_step, rows = state["step"], training_log.all_rows(state["log"])
     best = training_log.best_step(rows, selected_by(training["arm"]))
@@ -129,20 +128,21 @@ def publish(run_folder: Path, output: Path) -> None:
         for key, value in row.items()
         if key.startswith("validation_")
     }
-    with new_folder(output, written=FOLDERS[TRAIN]) as folder:
+    with new_folder(output, written=FOLDERS[TRAIN]) as aside:
+        published = RunFolder(aside)
         try:
-            export_model(checkpoint.path_of(run_folder / CHECKPOINTS, chosen), folder / "model")
+            export_model(folder.checkpoint(chosen), aside / "model")
         except CheckpointError as error:
             raise UserError(
-                f"{error}, and it is the best one: put it back from a copy, or delete {run_folder} "
-                "to train anew"
+                f"{error}, and it is the best one: put it back from a copy, or delete "
+                f"{folder.path} to train anew"
             ) from None
-        (folder / SAMPLES).mkdir()
-        for picture in filter(is_sound_png, sorted((run_folder / SAMPLES).glob("step-[0-9]*.png"))):
-            shutil.copy(picture, folder / SAMPLES)
-        _write_curves(rows, folder / "curves.csv")
-        files.write_json(folder / FACTS, {**facts, **summary})
-        files.write_json(folder / "metrics.json", {**losses, **scores, **summary})
+        published.samples.mkdir()
+        for picture in filter(is_sound_png, folder.pictures()):
+            shutil.copy(picture, published.samples)
+        _write_curves(rows, aside / "curves.csv")
+        files.write_json(published.facts, {**facts, **summary})
+        files.write_json(aside / "metrics.json", {**losses, **scores, **summary})
     kind = "no validation images, so last" if best is None else "best"
     log.info("trained %d steps; %s checkpoint: step %d, in %s", last_step, kind, chosen, output)
 

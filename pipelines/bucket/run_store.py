@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from aegan import files
-from aegan.training import checkpoint, training_log
+from aegan.training import checkpoint
 from aegan.training.checkpoint import CheckpointError
+from aegan.training.run_folder import NAMES, STEP, RunFolder, append_row, step_of
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.base.outputs import listed
@@ -49,12 +50,12 @@ from pipelines.bucket.storage import (
 )
 
 POLL_SECONDS = 2.0
-CHECKPOINTS, LOG, SAMPLES, FACTS = "checkpoints", "metrics.jsonl", "samples", "run.json"
-DRIVER, PROGRESS, OUTCOME, STOP = "driver.json", "progress.json", "outcome.json", "stop"
-OUTBOX = "outbox"  # in the run folder: what is on its way into the store
+DRIVER, PROGRESS = "driver.json", "progress.json"
+FACTS, OUTCOME = str(NAMES.facts), str(NAMES.outcome)
 OBJECT = re.compile(  # whatever else lies there is none of ours: it is neither read nor deleted
-    r"(run|driver|progress|outcome)\.json|metrics\.jsonl|samples/step-[0-9]{8}-[a-z]+\.png"
-    r"|checkpoints/step-[0-9]{8}/(state\.json|[0-9a-f]{64}\.safetensors)"
+    rf"{'|'.join(map(re.escape, (DRIVER, PROGRESS, FACTS, OUTCOME, str(NAMES.log))))}"
+    rf"|{NAMES.samples}/{STEP}-[a-z]+\.png"
+    rf"|{NAMES.checkpoints}/{STEP}/({re.escape(checkpoint.STATE)}|[0-9a-f]{{64}}\.safetensors)"
 )
 
 log = logging.getLogger(__name__)
@@ -92,33 +93,33 @@ class RunStore:
     def write(self, name: str, value: Any) -> None:
         write_object(f"{self.url}/{name}", json.dumps(value).encode())
 
-    def exchange(self, folder: Path) -> None:
+    def exchange(self, folder: RunFolder) -> None:
         """Bring store and run folder to the same state: that of the newer checkpoint."""
-        shutil.rmtree(folder / OUTBOX, ignore_errors=True)
+        shutil.rmtree(folder.outbox, ignore_errors=True)
         self.look()
         local, stored = sound_step(folder), self.steps()
         if local > max(stored, default=-1):
-            checkpoint.forget_after(folder / CHECKPOINTS, local)  # damaged ones
-            self.send(self.pack(folder), checkpoint.steps(folder / CHECKPOINTS))
+            checkpoint.forget_after(folder.checkpoints, local)  # damaged ones
+            self.send(self.pack(folder), checkpoint.steps(folder.checkpoints))
         elif stored:
             self.fetch(folder)
 
-    def fetch(self, folder: Path) -> None:
+    def fetch(self, folder: RunFolder) -> None:
         """Make the run folder what is stored: its whole checkpoints, its facts and pictures.
 
         A stored checkpoint that turns out to be damaged is deleted.
         """
-        checkpoints = folder / CHECKPOINTS
-        shutil.rmtree(checkpoints / ".fetched", ignore_errors=True)
-        for step in {*checkpoint.steps(checkpoints), *self.steps()}:
-            final = checkpoint.path_of(checkpoints, step)
+        aside = folder.checkpoints / ".fetched"
+        shutil.rmtree(aside, ignore_errors=True)
+        for step in {*checkpoint.steps(folder.checkpoints), *self.steps()}:
+            final = folder.checkpoint(step)
             if not (_is_sound(final) and self._is_stored(final)):
                 shutil.rmtree(final, ignore_errors=True)
                 if step in self.steps():
-                    self._fetch_checkpoint(step, checkpoints / ".fetched", final)
+                    self._fetch_checkpoint(step, aside, final)
         for name in sorted(self._names):
-            if name == FACTS or name.startswith(f"{SAMPLES}/"):
-                file = path_inside(folder, name, origin=self.url)
+            if name == FACTS or name.startswith(f"{NAMES.samples}/"):
+                file = path_inside(folder.path, name, origin=self.url)
                 if not file.exists():
                     self._download(name, file, most_bytes=MAX_READ_BYTES)
 
@@ -126,42 +127,44 @@ class RunStore:
         """Delete an object, to be uploaded anew."""
         self._delete({name})
 
-    def pack(self, folder: Path) -> Path:
+    def pack(self, folder: RunFolder) -> RunFolder:
         """Set aside what the store lacks, as it is now: files stay there when they are pruned."""
-        outbox = folder / OUTBOX
-        shutil.rmtree(outbox, ignore_errors=True)
-        (outbox / CHECKPOINTS).mkdir(parents=True)
-        for step in checkpoint.steps(folder / CHECKPOINTS):
-            path = checkpoint.path_of(folder / CHECKPOINTS, step)
+        outbox = RunFolder(folder.outbox)
+        shutil.rmtree(outbox.path, ignore_errors=True)
+        outbox.checkpoints.mkdir(parents=True)
+        outbox.samples.mkdir()
+        for step in checkpoint.steps(folder.checkpoints):
+            path = folder.checkpoint(step)
             if _has_state(path) and not self._is_stored(path):
-                shutil.copytree(path, outbox / CHECKPOINTS / path.name, copy_function=os.link)
-        pictures = (folder / SAMPLES).glob("*.png")
-        for name in [LOG, *(f"{SAMPLES}/{picture.name}" for picture in pictures)]:
-            if (folder / name).exists() and (name == LOG or name not in self._names):
-                (outbox / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, outbox / name)
+                shutil.copytree(path, outbox.checkpoint(step), copy_function=os.link)
+        for picture in folder.pictures():
+            if f"{NAMES.samples}/{picture.name}" not in self._names:
+                shutil.copy(picture, outbox.samples)
+        if folder.log.exists():
+            shutil.copyfile(folder.log, outbox.log)
         return outbox
 
-    def send(self, outbox: Path, kept: list[int]) -> None:
+    def send(self, outbox: RunFolder, kept: list[int]) -> None:
         """Upload what was packed, a checkpoint's state last; then delete those not in `kept`."""
-        for name in (LOG, *(f"{SAMPLES}/{path.name}" for path in _files(outbox / SAMPLES))):
-            if (outbox / name).exists():
-                self._upload(outbox / name, name)
-        for step in checkpoint.steps(outbox / CHECKPOINTS):
-            path = checkpoint.path_of(outbox / CHECKPOINTS, step)
+        for file in filter(Path.exists, (outbox.log, *outbox.pictures())):
+            self._upload(file, str(file.relative_to(outbox.path)))
+        for step in checkpoint.steps(outbox.checkpoints):
+            path = outbox.checkpoint(step)
             self._upload(path / checkpoint.TENSORS, _tensors_of(path))
             self._upload(path / checkpoint.STATE, _state_of(step))
             self._states[step] = checkpoint.read_state(path)["state_sha256"]
-            self._delete(self._names_at(step) - {_tensors_of(path), _state_of(step)})
+            self._delete(
+                self._names_in(NAMES.checkpoint(step)) - {_tensors_of(path), _state_of(step)}
+            )
         for step in set(self._all_steps()) - set(kept):
             self._delete({_state_of(step)})  # first: a checkpoint without it does not count
-            self._delete(self._names_at(step))
-        shutil.rmtree(outbox)
+            self._delete(self._names_in(NAMES.checkpoint(step)))
+        shutil.rmtree(outbox.path)
 
     def _is_stored(self, path: Path) -> bool:
         """Whether this very checkpoint, and no other of its step, is in the store."""
-        state, step = checkpoint.read_state(path), int(path.name[5:])
-        if self._names_at(step) != {_tensors_of(path), _state_of(step)}:
+        state, step = checkpoint.read_state(path), step_of(path)
+        if self._names_in(NAMES.checkpoint(step)) != {_tensors_of(path), _state_of(step)}:
             return False
         if step not in self._states:
             stored = patiently(partial(self.read, _state_of(step))) or {}
@@ -201,11 +204,10 @@ class RunStore:
 
     def _all_steps(self) -> list[int]:
         """The steps of which anything is stored, ascending."""
-        folders = {name.split("/")[1] for name in self._names if name.startswith(f"{CHECKPOINTS}/")}
-        return sorted(int(folder[5:]) for folder in folders if folder.startswith("step-"))
+        return sorted({step_of(Path(name).parent) for name in self._names_in(NAMES.checkpoints)})
 
-    def _names_at(self, step: int) -> set[str]:
-        return {name for name in self._names if name.startswith(f"{_folder_of(step)}/")}
+    def _names_in(self, folder: Path) -> set[str]:
+        return {name for name in self._names if name.startswith(f"{folder}/")}
 
 
 class Uploader:
@@ -216,7 +218,7 @@ class Uploader:
     this machine's disk, and that one is the last to try.
     """
 
-    def __init__(self, store: RunStore, folder: Path, driver: str) -> None:
+    def __init__(self, store: RunStore, folder: RunFolder, driver: str) -> None:
         self._store, self._folder, self._driver = store, folder, driver
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[None] | None = None
@@ -231,7 +233,7 @@ class Uploader:
         """Upload the folder as it is now; waits for the upload before: one is pending at most."""
         if self._upload is not None:
             self._upload.exception()
-        kept = checkpoint.steps(self._folder / CHECKPOINTS)
+        kept = checkpoint.steps(self._folder.checkpoints)
         outbox = self._store.pack(self._folder)
         self._upload = self._uploads.submit(self._send, outbox, kept)
 
@@ -243,13 +245,14 @@ class Uploader:
         error = self._upload.exception() if self._upload is not None else None
         if isinstance(error, StorageError):
             raise UserError(
-                f"{error} (the newest checkpoint is in {self._folder} on {socket.gethostname()}; "
-                "the same command goes on from there or from the newest one in the bucket)"
+                f"{error} (the newest checkpoint is in {self._folder.path} on "
+                f"{socket.gethostname()}; the same command goes on from there or from the newest "
+                "one in the bucket)"
             )
         if error is not None:
             raise error
 
-    def _send(self, outbox: Path, kept: list[int]) -> None:
+    def _send(self, outbox: RunFolder, kept: list[int]) -> None:
         try:
             patiently(partial(is_asked_to_stop, self._store, self._driver))
             self._store.send(outbox, kept)
@@ -259,15 +262,15 @@ class Uploader:
 
     def _watch(self) -> None:
         """Progress out, a request to stop in; what fails here is tried again, and harms nothing."""
-        shown: dict[str, Any] | None = None
+        shown = None
         while not self._closed.wait(POLL_SECONDS):
             try:
                 if is_asked_to_stop(self._store, self._driver):
                     self._stop.set()
-                rows = training_log.read(self._folder / LOG)
-                if rows and rows[-1] != shown:
-                    self._store.write(PROGRESS, rows[-1])
-                    shown = rows[-1]
+                row = self._folder.newest_row()
+                if row is not None and row != shown:
+                    self._store.write(PROGRESS, row)
+                    shown = row
             except StorageError as error:
                 log.warning("progress is not shown: %s", error)
             except UserError:  # another driver took over: what the next upload will say
@@ -296,7 +299,7 @@ def is_asked_to_stop(store: RunStore, driver: str) -> bool:
 
 
 @contextmanager
-def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]:
+def shown_progress(store: RunStore, folder: RunFolder, driver: str) -> Iterator[None]:
     """The driver's side: progress and outcome appear in its run folder; a stop file goes out."""
     ended = threading.Event()
 
@@ -304,20 +307,18 @@ def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]
         step, asked = -1, False
         while not ended.wait(POLL_SECONDS):
             try:
-                if not asked and (folder / STOP).exists():
+                if not asked and folder.stop.exists():
                     request = {"driver": driver, "host": socket.gethostname(), "stop": True}
                     store.write(DRIVER, request)
                     asked = True
                 row = store.read(PROGRESS)
                 if _is_row(row) and row["step"] > step:
                     step = row["step"]
-                    folder.mkdir(parents=True, exist_ok=True)  # this disk may be another by now
-                    with (folder / LOG).open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                    folder.path.mkdir(parents=True, exist_ok=True)  # this disk may be another now
+                    append_row(folder.log, row)
                 outcome = store.read(OUTCOME)
                 if _is_outcome(outcome) and outcome["driver"] == driver:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    files.write_json(folder / OUTCOME, outcome)
+                    files.write_json(folder.outcome, outcome)
             except (OSError, StorageError) as error:
                 log.warning("progress is not shown: %s", error)
 
@@ -330,13 +331,13 @@ def shown_progress(store: RunStore, folder: Path, driver: str) -> Iterator[None]
         thread.join(timeout=POLL_SECONDS)
 
 
-def sound_step(folder: Path) -> int:
+def sound_step(folder: RunFolder) -> int:
     """The step of a run folder's newest sound checkpoint; -1 without one."""
     try:
-        newest = checkpoint.latest(folder / CHECKPOINTS)
+        newest = checkpoint.latest(folder.checkpoints)
     except CheckpointError:
         return -1
-    return -1 if newest is None else int(newest.name[5:])
+    return -1 if newest is None else step_of(newest)
 
 
 def _is_sound(path: Path) -> bool:
@@ -386,19 +387,11 @@ def _is_outcome(value: Any) -> TypeGuard[dict[str, Any]]:
     return ended or isinstance(value.get("error"), str)
 
 
-def _folder_of(step: int) -> str:
-    return f"{CHECKPOINTS}/{checkpoint.path_of(Path(), step)}"
-
-
 def _state_of(step: int) -> str:
-    return f"{_folder_of(step)}/{checkpoint.STATE}"
+    return f"{NAMES.checkpoint(step)}/{checkpoint.STATE}"
 
 
 def _tensors_of(path: Path) -> str:
     """The stored name of a local checkpoint's tensors."""
     state = checkpoint.read_state(path)
-    return f"{_folder_of(int(state['step']))}/{state['sha256']}.safetensors"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.exists() else []
+    return f"{NAMES.checkpoint(int(state['step']))}/{state['sha256']}.safetensors"

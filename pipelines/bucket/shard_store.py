@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from aegan.config import SPLITS
 from aegan.data.dataset import read_manifest
-from aegan.files import sha256_of
+from aegan.files import sha256_of, sha256_of_json
 from pipelines.base.errors import UserError
 from pipelines.base.files import new_folder
 from pipelines.base.outputs import FOLDERS, SHARDS
@@ -83,7 +83,7 @@ def fetch_shards(storage: str, manifest: dict[str, Any]) -> Path:
     """
     url = _address(storage, manifest)
     shards = checked_shards(manifest, origin="the driver's manifest of the shards")
-    name = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    name = sha256_of_json(manifest)
     folder = node_folder() / SHARDS_OF_NODE / name
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):

@@ -19,6 +19,8 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from aegan.training.run_folder import RENDEZVOUS
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # the others wait while rank 0 judges a checkpoint
 
 _told_to_end = threading.Event()
@@ -68,7 +70,7 @@ class _LoopbackBackend(Backend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: LoopbackTorchConfig) -> None:
         worker_group.execute(_listen_for_end)
         uses_gpu = worker_group.get_resources_per_worker().get("GPU", 0) > 0
-        rendezvous = f"file://{backend_config.folder}/rendezvous-{uuid.uuid4().hex}"
+        rendezvous = f"file://{backend_config.folder}/{RENDEZVOUS.format(uuid.uuid4().hex)}"
         worker_group.execute(
             _join_process_group, backend="nccl" if uses_gpu else "gloo", rendezvous=rendezvous
         )

@@ -20,9 +20,10 @@ from aegan.config import ComputeConfig, ConfigError, TrainConfig
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.loop import DivergedError
 from aegan.training.loop import train as training_loop
+from aegan.training.run_folder import RunFolder
 from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors
-from pipelines.bucket.run_store import OUTCOME, STOP, RunStore, Uploader
+from pipelines.bucket.run_store import OUTCOME, RunStore, Uploader
 from pipelines.bucket.shard_store import fetch_shards, node_folder
 from pipelines.cluster import prometheus
 from pipelines.cluster.process_group import told_to_end
@@ -34,7 +35,7 @@ class Assignment:
     """What the driver tells every worker."""
 
     config: TrainConfig
-    run_folder: Path  # on a disk that all nodes share, unless there is a run store
+    run_folder: RunFolder  # on a disk that all nodes share, unless there is a run store
     shards: Path  # likewise
     manifest: dict[str, Any]  # of the shards: the driver's word for what they are
     storage: str  # s3://bucket/prefix; empty: the shared disk
@@ -53,7 +54,7 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
     )
     place: _Place | None = None
     try:
-        with clear_disk_errors(assignment.run_folder):
+        with clear_disk_errors(assignment.run_folder.path):
             place = _Place(assignment, rank)
         problem = ""
     except UserError as error:
@@ -66,7 +67,7 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
     outcome = train_here(
         assignment.config,
         shards=place.shards,
-        run_folder=place.run_folder,
+        run_folder=place.run_folder.path,
         device=ray.train.torch.get_device(),
         rank=rank,
         world_size=context.get_world_size(),
@@ -91,7 +92,7 @@ class _Place:
 
     def __init__(self, assignment: Assignment, rank: int) -> None:
         self._rank, self._driver = rank, assignment.driver
-        self._name = assignment.run_folder.name
+        self._name = assignment.run_folder.path.name
         self.shards, self.run_folder = assignment.shards, assignment.run_folder
         self._store = RunStore(assignment.run_store) if assignment.run_store else None
         self._uploader: Uploader | None = None
@@ -99,8 +100,8 @@ class _Place:
             self.shards = fetch_shards(assignment.storage, assignment.manifest)
             node = ray.get_runtime_context().get_node_id()
             place = hashlib.sha256(f"{node} {assignment.run_store}".encode()).hexdigest()[:12]
-            self.run_folder = node_folder() / "runs" / f"{assignment.run_folder.name}-{place}"
-        for folder in (self.run_folder, self.shards):
+            self.run_folder = RunFolder(node_folder() / "runs" / f"{self._name}-{place}")
+        for folder in (self.run_folder.path, self.shards):
             if self._store is None and not folder.exists():
                 raise UserError(
                     f"{folder} is not on the node {ray.util.get_node_ip_address()}: link it to a "
@@ -108,9 +109,9 @@ class _Place:
                 )
         if rank != 0:
             return
-        self.run_folder.mkdir(parents=True, exist_ok=True)
+        self.run_folder.path.mkdir(parents=True, exist_ok=True)
         # Wait for the worker of a killed run, which would write there too.
-        self._lock = FileLock(self.run_folder / "worker.lock", timeout=ORPHAN_WAIT_SECONDS)
+        self._lock = FileLock(self.run_folder.worker_lock, timeout=ORPHAN_WAIT_SECONDS)
         self._lock.acquire()
         if self._store is not None:
             self._store.exchange(self.run_folder)
@@ -130,7 +131,7 @@ class _Place:
             return True
         if self._uploader is not None:
             return self._uploader.should_stop()
-        return (self.run_folder / STOP).exists()
+        return self.run_folder.stop.exists()
 
     def leave(self, outcome: dict[str, Any]) -> dict[str, Any]:
         """Upload what is left and leave word of the outcome; returns it."""
@@ -140,11 +141,11 @@ class _Place:
             try:
                 self._uploader.close()
                 self._store.write(OUTCOME, {**outcome, "driver": self._driver})
-                shutil.rmtree(self.run_folder)  # all of it is in the bucket
+                shutil.rmtree(self.run_folder.path)  # all of it is in the bucket
             except UserError as error:
                 outcome = {"error": str(error)}
         else:
             with suppress(OSError):  # a full disk: the returned value says the same
-                files.write_json(self.run_folder / OUTCOME, outcome)
+                files.write_json(self.run_folder.outcome, outcome)
         self._lock.release()
         return outcome

@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 from aegan.config import PreprocessConfig
 from aegan.data.image_files import UnusableImageError
+from aegan.files import write_json
 from pipelines.base.errors import UserError
-from pipelines.base.files import clear_disk_errors, write_json
+from pipelines.base.files import clear_disk_errors
 from pipelines.base.names import shown
 from pipelines.base.progress import progress
 from pipelines.ingest.pieces import Piece, decode_rows, is_complete, plan
@@ -124,7 +125,8 @@ def _decode_alone(decode: Callable[[Piece], None], piece: Piece) -> None:
                     "(rm -r .venv, then the same command again)"
                 ) from None
             reason = f"cannot be decoded: the decoder crashes ({death.signal})"
-            write_json(_crashes_of(piece) | {str(row): reason}, piece.crashes)
+            with clear_disk_errors(piece.crashes):
+                write_json(piece.crashes, _crashes_of(piece) | {str(row): reason})
             log.warning("%s is left out: the decoder crashes at it (%s)", name, death.signal)
 
 

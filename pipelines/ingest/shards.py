@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aegan.files import sha256_of
-from pipelines.base.files import new_file
+from aegan.files import new_file, sha256_of
 
 
 def write_parquet(tables: Iterator[pa.Table], file: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from aegan.training import run_folder
 from pipelines.base import locks, outputs
 from pipelines.base.errors import run_stage
 
@@ -19,9 +20,7 @@ WRITTEN = outputs.FOLDERS | {  # folder => what runs write there; `*` crosses fo
     Path(): ("dvc.lock",),
     Path("runs"): (
         *("*.lock", "compiled/*", "preprocess-*/part-*.parquet", "preprocess-*/thumbnails"),
-        *("*/step-[0-9]*/state.json", "*/state.safetensors", "*/scores.json", "*/step-[0-9]*.png"),
-        *("*/run.json", "*/outcome.json", "*/metrics.jsonl", "*/system.jsonl", "*/stop"),
-        *("*/rendezvous-*", "*/ray/*", "*/outbox/*", "tune-*/search/*"),
+        *("tune-*/search/*", *(f"*/{pattern}" for pattern in run_folder.WRITTEN)),
     ),
 }
 

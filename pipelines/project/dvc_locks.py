@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 from dvc.lock import LockError, make_lock
 
+from aegan.files import write_text
 from pipelines.base.errors import UserError
-from pipelines.base.files import new_file
+from pipelines.base.files import clear_disk_errors
 
 FOLDERS = (Path(".dvc/tmp"), Path(".dvc/tmp/exps"))  # of outputs, and of experiments
 CLOCK_SECONDS = 60.0  # by which the clock of a file server may be late
@@ -58,8 +59,8 @@ def _release(file: Path) -> None:
         file.unlink()
         return
     if kept != {"write": writers, "read": readers}:
-        with new_file(file) as aside:
-            aside.write_text(json.dumps(kept), encoding="utf-8")
+        with clear_disk_errors(file):
+            write_text(file, json.dumps(kept))
         print(f"note: released locks of a DVC that was killed, in {file}", file=sys.stderr)
 
 

@@ -20,6 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from aegan.files import remove
+from aegan.training.run_folder import DRIVER_LOCK, RunFolder
 from pipelines.base import locks, outputs
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.names import shown
@@ -38,7 +39,8 @@ DVC_CACHE, DVC_COPIES, RUNS = Path(".dvc/cache"), Path(".dvc/tmp/exps"), Path("r
 RUN = re.compile(r"(\w+-[0-9a-f]{12}|preprocess-[0-9a-f]{16})")  # folders in runs/ that are ours
 COPY = re.compile(r"tmp\w{8}")
 USED_BY_GIT = ("--workspace", "--all-commits", "--all-experiments")  # `dvc gc` keeps
-RUN_FACTS = re.compile(r"path: artifacts/train/run\.json\n\s+hash: md5\n\s+md5: (\w{2})(\w+)")
+FACTS = RunFolder(outputs.TRAIN).facts
+RUN_FACTS = re.compile(rf"path: {re.escape(str(FACTS))}\n\s+hash: md5\n\s+md5: (\w{{2}})(\w+)")
 RUN_NAME = re.compile(rb'"run_name": "([\w-]+)"')
 OBJECT = re.compile(r"md5: (\w{2})(\w+(?:\.dir)?)$", re.MULTILINE)
 SHOWN = 10  # things of a place
@@ -174,7 +176,7 @@ def named_runs() -> set[str]:
         for text in locks_of_dvc
         for match in RUN_FACTS.finditer(text)
     }
-    for file in (Path("artifacts/train/run.json"), *facts):
+    for file in (FACTS, *facts):
         if file.exists():
             names |= {match[1].decode() for match in RUN_NAME.finditer(file.read_bytes())}
     return names
@@ -192,10 +194,10 @@ def remove_runs(folders: list[Path]) -> None:
 
 def _is_at_work(folder: Path) -> bool:
     """Whether a driver holds the folder; the operating system ends its lock with it."""
-    if not (folder / "driver.lock").exists():
+    if not (folder / DRIVER_LOCK).exists():
         return False
     try:
-        with FileLock(folder / "driver.lock", timeout=0):
+        with FileLock(folder / DRIVER_LOCK, timeout=0):
             return False
     except Timeout:
         return True

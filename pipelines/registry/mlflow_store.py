@@ -17,8 +17,9 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 import aegan
+from aegan.files import new_file
 from pipelines.base.errors import UserError
-from pipelines.base.files import new_file, project_folder
+from pipelines.base.files import clear_disk_errors, project_folder
 from pipelines.base.names import shown
 from pipelines.registry import mlflow_files
 
@@ -243,7 +244,7 @@ def _create(mlflow: Any, file: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left_over in file.parent.glob(f".{file.name}.*.tmp*"):  # by a process that was killed
         left_over.unlink()
-    with new_file(file) as aside, chdir(file.parent):
+    with clear_disk_errors(file), new_file(file) as aside, chdir(file.parent):
         os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
 

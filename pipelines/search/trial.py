@@ -18,8 +18,9 @@ from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneCon
 from aegan.data.dataset import load_images, read_manifest
 from aegan.metrics.features import extract, random_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
-from aegan.training import checkpoint, loop, training_log
+from aegan.training import checkpoint, loop
 from aegan.training.checkpoint import CheckpointError
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import validate
 from pipelines.base.errors import UserError
@@ -67,9 +68,10 @@ class Task:
         sections["training"] = replace(sections["training"], seed=seed)  # type: ignore[type-var]
         return replace(self.start, **sections)  # type: ignore[arg-type]
 
-    def run_folder(self, config: TrainConfig) -> Path:
+    def run_folder(self, config: TrainConfig) -> RunFolder:
         """Named by its content: the same settings and seed on the same data are trained once."""
-        return self.runs / run_name(config, read_manifest(self.shards)["dataset_sha256"])
+        name = run_name(config, read_manifest(self.shards)["dataset_sha256"])
+        return RunFolder(self.runs / name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,7 @@ def run_trial(task: Task, config: TrainConfig, report: Callable[[dict[str, Any]]
             reported = True
             report({"step": int(row["step"]), **scores})
 
-    for row in curves(task, config):
+    for row in task.run_folder(config).rows():
         on_checkpoint(row)
     try:
         train(task, config, on_checkpoint)
@@ -174,13 +176,13 @@ def train(
     """Train to the end in this process, going on from the newest checkpoint."""
     torch.set_num_threads(task.threads)
     folder = task.run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     # Wait for the process of a search that was killed, which would write there too.
-    with FileLock(folder / "worker.lock", timeout=ORPHAN_WAIT_SECONDS):
+    with FileLock(folder.worker_lock, timeout=ORPHAN_WAIT_SECONDS):
         loop.train(
             config,
             shards=task.shards,
-            run_folder=folder,
+            run_folder=folder.path,
             device=torch.device(task.device),
             report=report,
             micro_batch_size=task.micro_batch_size,
@@ -201,7 +203,7 @@ def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
 
     `uncovered` is the share of the images that no sample comes near: 1 - coverage.
     """
-    newest = checkpoint.latest(task.run_folder(config) / "checkpoints")
+    newest = checkpoint.latest(task.run_folder(config).checkpoints)
     assert newest is not None
     with TemporaryDirectory() as folder:
         export_model(newest, Path(folder))
@@ -224,8 +226,3 @@ def scores_in(row: Mapping[str, float]) -> Scores:
     return {
         name.removeprefix(PREFIX): value for name, value in row.items() if name.startswith(PREFIX)
     }
-
-
-def curves(task: Task, config: TrainConfig) -> list[dict[str, float]]:
-    """The rows that a trial has logged so far."""
-    return training_log.read(task.run_folder(config) / "metrics.jsonl")

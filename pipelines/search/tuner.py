@@ -36,7 +36,6 @@ from pipelines.search.trial import (
     Share,
     Task,
     Trial,
-    curves,
     rounded,
     run_trial,
     scores_in,
@@ -188,11 +187,12 @@ def read_trial(
         ended = "diverged"
     config = task.config(settings, seed=task.start.training.seed)
     scores = {name: float(result[name]) for name in SCORES if name in result}
-    logged = {int(row["step"]): scores_in(row) for row in curves(task, config)}
+    folder = task.run_folder(config)
+    logged = {int(row["step"]): scores_in(row) for row in folder.rows()}
     return Trial(
         number=number,
         settings=settings,
-        run_name=task.run_folder(config).name,
+        run_name=folder.path.name,
         ended=ended,
         step=step,
         scores=scores,
@@ -252,7 +252,7 @@ def record_trial(trial: Trial, task: Task, record: Record) -> None:
         tags={"run_name": trial.run_name, "ended": trial.ended},
         points=[
             tracking.Point(f"train/{name}", value, int(row["step"]), row["time"])
-            for row in curves(task, config)
+            for row in task.run_folder(config).rows()
             for name, value in row.items()
             if name not in ("step", "time") and math.isfinite(value)
         ],

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from aegan.training import checkpoint
+from aegan.training.run_folder import step_name
 
 
 def save(folder, step, value=1.0):
@@ -29,7 +30,7 @@ def test_the_latest_is_the_highest_step_and_half_written_ones_do_not_count(tmp_p
     for step in (20, 100, 3):
         save(tmp_path, step)
     (tmp_path / ".step-00000200.tmp").mkdir()  # what a killed writer leaves behind
-    assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 100)
+    assert checkpoint.latest(tmp_path) == tmp_path / step_name(100)
     assert checkpoint.steps(tmp_path) == [3, 20, 100]
 
 
@@ -40,7 +41,7 @@ def test_a_leftover_of_a_killed_writer_does_not_disturb_the_next_one(tmp_path):
     (leftover / "state.safetensors").write_bytes(b"half")
     save(tmp_path, 5)
     assert not leftover.exists()
-    checkpoint.load(checkpoint.path_of(tmp_path, 5))
+    checkpoint.load(tmp_path / step_name(5))
 
 
 @pytest.mark.fault("killed processes")
@@ -67,7 +68,7 @@ def test_wherever_a_replacement_is_cut_off_one_of_both_checkpoints_is_there(tmp_
                     save(folder, 5)
             else:
                 save(folder, 5)
-        assert checkpoint.latest(folder) == checkpoint.path_of(folder, 5)
+        assert checkpoint.latest(folder) == folder / step_name(5)
         save(folder, 5)
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
@@ -122,12 +123,12 @@ def test_pruning_keeps_the_best_the_newest_and_the_newest_regular_ones(tmp_path)
 def test_to_resume_the_newest_sound_checkpoint_is_taken_and_damaged_ones_passed_over(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    (checkpoint.path_of(tmp_path, 3) / checkpoint.TENSORS).write_bytes(b"")
-    assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 2)
-    state = checkpoint.path_of(tmp_path, 2) / checkpoint.STATE
+    (tmp_path / step_name(3) / checkpoint.TENSORS).write_bytes(b"")
+    assert checkpoint.latest(tmp_path) == tmp_path / step_name(2)
+    state = tmp_path / step_name(2) / checkpoint.STATE
     state.write_text(state.read_text().replace('"b": 1', '"b": 2'))  # sound JSON, but not ours
-    assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 1)
-    (checkpoint.path_of(tmp_path, 1) / checkpoint.STATE).unlink()
+    assert checkpoint.latest(tmp_path) == tmp_path / step_name(1)
+    (tmp_path / step_name(1) / checkpoint.STATE).unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint in .* delete .* anew"):
         checkpoint.latest(tmp_path)
     assert checkpoint.steps(tmp_path) == [1, 2, 3]  # nothing is deleted

@@ -14,6 +14,7 @@ from aegan.config import ConfigError, TrainConfig
 from aegan.data.dataset import read_manifest
 from aegan.training import checkpoint, loop, start
 from aegan.training.checkpoint import CheckpointError
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState, export_model
 from tests.tiny import tiny_config, tiny_shards
 
@@ -32,7 +33,7 @@ def trained(tmp_path_factory, shards) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     torch.set_num_threads(1)
     loop.train(tiny_config(num_steps=4), shards=shards, run_folder=folder, device=CPU)
-    return checkpoint.path_of(folder / "checkpoints", 4)
+    return RunFolder(folder).checkpoint(4)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def begun(folder: Path, config: TrainConfig, shards: Path, run_folder: Path) -> 
     manifest = read_manifest(shards)
     found = start.read(folder, config, manifest)
     start.begin(found, config, manifest, run_folder, address="models:/x/1")
-    return checkpoint.path_of(run_folder / "checkpoints", 0)
+    return RunFolder(run_folder).checkpoint(0)
 
 
 def of(tensors: dict[str, torch.Tensor], *prefixes: str) -> dict[str, torch.Tensor]:
@@ -105,7 +106,7 @@ def test_the_loop_trains_on_from_a_source_and_every_checkpoint_names_it(shards, 
     config = tiny_config(num_steps=1, start_from="models:/x/1")
     begun(model, config, shards, tmp_path)
     loop.train(config, shards=shards, run_folder=tmp_path, device=CPU)
-    tensors, state = checkpoint.load(checkpoint.path_of(tmp_path / "checkpoints", 1))
+    tensors, state = checkpoint.load(RunFolder(tmp_path).checkpoint(1))
     assert state["start"]["sha256"] == start.read(model, config, read_manifest(shards)).sha256
     assert state["step"] == 1
     assert of(tensors, "optimizer.")
@@ -150,7 +151,7 @@ def test_what_differs_from_a_source_is_named_all_at_once(request, shards, kind):
 def test_a_source_without_encoder_is_one_for_a_plain_gan_only(shards, tmp_path):
     gan, manifest = tiny_config(arm="gan", num_steps=2), read_manifest(shards)
     loop.train(gan, shards=shards, run_folder=tmp_path, device=CPU)
-    path = checkpoint.path_of(tmp_path / "checkpoints", 2)
+    path = RunFolder(tmp_path).checkpoint(2)
     with pytest.raises(ConfigError, match=r"no encoder, which training\.arm: aegan needs"):
         start.read(path, tiny_config(), manifest)
     assert start.read(path, gan, manifest).networks == ("generator", "image_discriminator")

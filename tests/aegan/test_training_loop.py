@@ -15,6 +15,7 @@ from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
 from aegan.training import checkpoint, loop, training_log, updates
 from aegan.training.loop import DivergedError, train
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState, export_model
 from pipelines.train import publish
 from tests.pictures import blocks
@@ -38,7 +39,7 @@ def shards(tmp_path_factory):
 
 
 def tensors_at(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.path_of(run_folder / "checkpoints", step))[0]
+    return checkpoint.load(RunFolder(run_folder).checkpoint(step))[0]
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -56,7 +57,7 @@ def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def log_at(run_folder: Path, step: int) -> list[dict[str, float]]:
     """The whole log that a checkpoint holds, without what depends on the time of day."""
-    state = checkpoint.read_state(checkpoint.path_of(run_folder / "checkpoints", step))
+    state = checkpoint.read_state(RunFolder(run_folder).checkpoint(step))
     return without_times(training_log.all_rows(state["log"]))
 
 
@@ -68,7 +69,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     for step in steps:
         assert_same(tensors_at(first, step), tensors_at(second, step))
         assert log_at(first, step) == log_at(second, step)
-    logs = [without_times(training_log.read(run / "metrics.jsonl")) for run in (first, second)]
+    logs = [without_times(RunFolder(run).rows()) for run in (first, second)]
     assert logs[0] == logs[1] == log_at(first, steps[-1])
 
 
@@ -101,14 +102,14 @@ def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_
     assert run(tiny_config(), shards, tmp_path / "cut").finished
     run(tiny_config(), shards, tmp_path / "whole")
     assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
-    rows = training_log.read(tmp_path / "cut/metrics.jsonl")
+    rows = RunFolder(tmp_path / "cut").rows()
     assert training_log.best_step(rows, "validation_frechet_distance") is None
     assert not any(name.startswith("validation_") for row in rows for name in row)
     names = {file.name for file in (tmp_path / "cut/samples").iterdir()}
     assert names == {"step-00000004-samples.png", "step-00000008-samples.png"}
     facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
     (tmp_path / "cut/run.json").write_text(json.dumps(facts))
-    publish(tmp_path / "cut", tmp_path / "published")
+    publish(RunFolder(tmp_path / "cut"), tmp_path / "published")
     assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
 
 
@@ -219,7 +220,7 @@ def test_a_run_that_diverges_after_a_resume_with_another_interval_goes_back(
     spoil = poisoned(updates.encoder_generator_loss, when=lambda: next(calls) == 1)
     monkeypatch.setattr(updates, "encoder_generator_loss", spoil)
     assert run(tiny_config(num_steps=12, checkpoint_interval_steps=5), shards, tmp_path).finished
-    _, state = checkpoint.load(checkpoint.path_of(tmp_path / "checkpoints", 12))
+    _, state = checkpoint.load(RunFolder(tmp_path).checkpoint(12))
     assert state["attempt"] == 1
 
 
@@ -250,7 +251,7 @@ def test_every_arm_trains_its_networks_and_exports_a_usable_model(shards, tmp_pa
         "gan": {"generator", "image_discriminator"},
     }
     assert trained == expected[arm]
-    path = checkpoint.path_of(tmp_path / "checkpoints", 4)
+    path = RunFolder(tmp_path).checkpoint(4)
     description = export_model(path, tmp_path / "model")
     assert description["has_encoder"] == (arm != "gan")
     for weights in ("ema", "raw"):
@@ -300,7 +301,7 @@ def test_a_non_finite_loss_goes_back_to_the_last_checkpoint_and_draws_other_numb
     assert_same(tensors_at(tmp_path / "spoilt", 4), tensors_at(tmp_path / "clean", 4))
     assert all(tensor.isfinite().all() for tensor in spoilt.values())
     assert any(not torch.equal(spoilt[name], clean[name]) for name in spoilt)
-    _, state = checkpoint.load(checkpoint.path_of(tmp_path / "spoilt" / "checkpoints", 8))
+    _, state = checkpoint.load(RunFolder(tmp_path / "spoilt").checkpoint(8))
     assert state["attempt"] == 1
 
 
@@ -313,7 +314,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize(
     "name",
-    ["checkpoint.save", "checkpoint.prune", "training_log.append", "_keep", "_save_pictures"],
+    ["checkpoint.save", "checkpoint.prune", "append_row", "_keep", "_save_pictures"],
 )
 def test_a_run_killed_at_any_moment_ends_with_the_weights_and_the_best_of_one_that_was_not(
     shards, tmp_path, monkeypatch, name, call, moment
@@ -510,7 +511,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_sends_all_of_them_back(shards, tm
     train_on(2, tiny_config(num_steps=4), shards, folder, spoilt_rank=1)
     ranks = [tensors_at(folder / f"rank-{rank}", 4) for rank in range(2)]
     assert_same(*ranks)
-    _, state = checkpoint.load(checkpoint.path_of(folder / "checkpoints", 4))
+    _, state = checkpoint.load(RunFolder(folder).checkpoint(4))
     assert state["attempt"] == 1
     assert not (folder / "elsewhere").exists()
 

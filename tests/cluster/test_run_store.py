@@ -17,6 +17,7 @@ from aegan.config import ComputeConfig, TrainConfig
 from aegan.data.dataset import read_manifest
 from aegan.training import checkpoint, loop, training_log
 from aegan.training.loop import Outcome, train
+from aegan.training.run_folder import RunFolder, step_name
 from pipelines import train as driver
 from pipelines.base import params
 from pipelines.base.errors import UserError
@@ -55,8 +56,8 @@ def work(url: str, folder: Path, shards: Path, **keywords: Any) -> Outcome:
     store = RunStore(url)
     driver = keywords.pop("driver", None) or claim(store)
     folder.mkdir(exist_ok=True)
-    store.exchange(folder)
-    uploader = Uploader(store, folder, driver)
+    store.exchange(RunFolder(folder))
+    uploader = Uploader(store, RunFolder(folder), driver)
     also, numbers = keywords.pop("also", lambda number: None), itertools.count(1)
     config = keywords.pop("config", CONFIG)
 
@@ -97,7 +98,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 def assert_same_run(first: Path, second: Path) -> None:
     folders = first / "checkpoints", second / "checkpoints"
     for step in checkpoint.steps(folders[1]):
-        tensors = [checkpoint.load(checkpoint.path_of(folder, step))[0] for folder in folders]
+        tensors = [checkpoint.load(folder / step_name(step))[0] for folder in folders]
         assert [
             key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])
         ] == []
@@ -113,7 +114,7 @@ def fetched(url: str, folder: Path) -> Path:
     store = RunStore(url)
     store.look()
     folder.mkdir()
-    store.fetch(folder)
+    store.fetch(RunFolder(folder))
     return folder
 
 
@@ -199,7 +200,7 @@ def test_giving_up_is_one_clear_error_and_the_same_machine_loses_nothing(
     store = RunStore(url)
     store.look()
     assert max(store.steps()) < saved < 8
-    store.exchange(tmp_path / "a")
+    store.exchange(RunFolder(tmp_path / "a"))
     assert max(store.steps()) == saved
     assert work(url, tmp_path / "b", shards).finished
     assert_same_run(tmp_path / "b", undisturbed)
@@ -209,7 +210,7 @@ def test_giving_up_is_one_clear_error_and_the_same_machine_loses_nothing(
 def test_a_refusal_is_not_asked_for_twice(proxy, bucket, tmp_path):
     proxy.fault = lambda method, path: 403
     with pytest.raises(UserError, match=r"AccessDenied.*check the credentials"):
-        RunStore(f"{bucket}/runs/x").exchange(tmp_path)
+        RunStore(f"{bucket}/runs/x").exchange(RunFolder(tmp_path))
     assert proxy.refused == 1
 
 
@@ -256,7 +257,7 @@ def test_a_request_to_stop_reaches_the_training_and_progress_the_driver(bucket, 
     store = RunStore(f"{bucket}/runs/x")
     driver = claim(store)
     (tmp_path / "driver").mkdir()
-    with run_store.shown_progress(store, tmp_path / "driver", driver):
+    with run_store.shown_progress(store, RunFolder(tmp_path / "driver"), driver):
         slow = threading.Event()
 
         def stop_after_progress(checkpoint_number: int) -> None:
@@ -266,7 +267,7 @@ def test_a_request_to_stop_reaches_the_training_and_progress_the_driver(bucket, 
 
         outcome = work(store.url, tmp_path / "a", shards, driver=driver, also=stop_after_progress)
     assert not outcome.finished
-    assert training_log.read(tmp_path / "driver/metrics.jsonl")[-1]["step"] >= 2
+    assert RunFolder(tmp_path / "driver").rows()[-1]["step"] >= 2
 
 
 def command(bucket: str, clone: Path, shards: Path, config: TrainConfig = CONFIG) -> Path:
@@ -277,11 +278,11 @@ def command(bucket: str, clone: Path, shards: Path, config: TrainConfig = CONFIG
         return {"finished": outcome.finished, "step": outcome.step}
 
     compute = replace(params.load(ComputeConfig, PARAMS), storage=bucket)
-    run_folder = driver.train(
+    folder = driver.train(
         config, compute, shards=shards, runs=clone / "runs", run_workers=run_workers
     )
-    publish(run_folder, clone / "artifacts/train")
-    return run_folder
+    publish(folder, clone / "artifacts/train")
+    return folder.path
 
 
 def model_of(clone: Path) -> dict[str, bytes]:
@@ -370,8 +371,7 @@ def test_a_longer_run_is_a_resume_in_another_clone_too(bucket, shards, tmp_path,
     train(longer, shards=shards, run_folder=tmp_path / "once", device=torch.device("cpu"))
     assert rows(folder) == rows(tmp_path / "once")
     tensors = [
-        checkpoint.load(checkpoint.path_of(run / "checkpoints", 11))[0]
-        for run in (folder, tmp_path / "once")
+        checkpoint.load(RunFolder(run).checkpoint(11))[0] for run in (folder, tmp_path / "once")
     ]
     assert [
         name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])

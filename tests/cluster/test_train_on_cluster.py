@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aegan.training import checkpoint
+from aegan.training.run_folder import step_name
 from tests.cluster.nodes import RayCluster, two_nodes
 from tests.project import finish, make_project, run_folder, start, train_workers
 
@@ -87,7 +88,7 @@ def undisturbed(cluster, shards, s3, tmp_path_factory) -> dict[str, torch.Tensor
 
 def weights(project: Path) -> dict[str, torch.Tensor]:
     folder = run_folder(project) / "checkpoints"
-    return checkpoint.load(checkpoint.path_of(folder, NUM_STEPS))[0]
+    return checkpoint.load(folder / step_name(NUM_STEPS))[0]
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from aegan.config import SPLITS
 from aegan.data import designed_faces
 from aegan.training import checkpoint
+from aegan.training.run_folder import RunFolder
 from pipelines.base import params
 from tests.project import finish, start
 from tests.shards import write_shards
@@ -102,7 +103,7 @@ def trained_at(project: Path) -> dict[str, int]:
     found = {}
     for folder in project.glob("runs/tune-*/trials/*"):
         if checkpoint.steps(folder / "checkpoints")[-1:] == [NUM_STEPS]:
-            last = checkpoint.path_of(folder / "checkpoints", NUM_STEPS)
+            last = RunFolder(folder).checkpoint(NUM_STEPS)
             found[folder.name] = last.stat().st_mtime_ns
     return found
 

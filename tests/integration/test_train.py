@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from aegan.training import checkpoint
+from aegan.training.run_folder import RunFolder, step_name
 from tests.disks import small_disk
 from tests.project import finish, make_project, run_folder, start, train_workers
 from tests.tiny import tiny_shards
@@ -60,7 +61,7 @@ def left_behind(tree: list[psutil.Process], *, within_seconds: float) -> list[ps
 
 def weights(project: Path) -> dict[str, torch.Tensor]:
     folder = run_folder(project) / "checkpoints"
-    return checkpoint.load(checkpoint.path_of(folder, NUM_STEPS))[0]
+    return checkpoint.load(folder / step_name(NUM_STEPS))[0]
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +202,7 @@ def test_two_workers_end_with_the_weights_of_one(tmp_path, shards):
             tmp_path / str(workers), shards, training__num_steps=4, compute__num_workers=workers
         )
         finish(start(project))
-        found[workers] = checkpoint.load(
-            checkpoint.path_of(run_folder(project) / "checkpoints", 4)
-        )[0]
+        found[workers] = checkpoint.load(RunFolder(run_folder(project)).checkpoint(4))[0]
     for name, tensor in found[1].items():
         torch.testing.assert_close(found[2][name], tensor, rtol=1e-3, atol=5e-5, msg=name)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from aegan.files import new_file, write_json
 from pipelines.base.errors import UserError
-from pipelines.base.files import new_file, new_folder, write_json
+from pipelines.base.files import clear_disk_errors, new_folder, read_json
 
 
 def write_half(file: Path) -> None:
@@ -22,7 +23,7 @@ def fill_disk(file: Path) -> None:
 @pytest.mark.fault("killed processes")
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
     file = tmp_path / "deep/er/figures.json"
-    write_json({"name": "é", "values": [1, 2.5]}, file)
+    write_json(file, {"name": "é", "values": [1, 2.5]})
     with pytest.raises(InterruptedError), new_file(file) as aside:
         write_half(aside)
     assert json.loads(file.read_text(encoding="utf-8")) == {"name": "é", "values": [1, 2.5]}
@@ -30,9 +31,9 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
 
 
 def test_a_number_that_json_cannot_hold_changes_no_file(tmp_path):
-    write_json(1, tmp_path / "figure.json")
+    write_json(tmp_path / "figure.json", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(math.nan, tmp_path / "figure.json")
+        write_json(tmp_path / "figure.json", math.nan)
     assert (tmp_path / "figure.json").read_text() == "1\n"
 
 
@@ -58,6 +59,30 @@ def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
 @pytest.mark.fault("disk full")
 def test_a_full_disk_is_one_line_that_names_the_place_and_leaves_nothing(tmp_path):
     file = tmp_path / "out.json"
-    with pytest.raises(UserError, match=f"no space left for {file}"), new_file(file) as aside:
+    with (
+        pytest.raises(UserError, match=f"no space left for {file}"),
+        clear_disk_errors(file),
+        new_file(file) as aside,
+    ):
         fill_disk(aside)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault("damaged files")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "not found: run the stage train first"),
+        (b'{"step": 1', "is damaged: run the stage train again"),
+        (b"[1]", "is damaged: run the stage train again"),
+        (b"\xff", "is damaged: run the stage train again"),
+    ],
+)
+def test_what_a_stage_has_not_written_or_not_whole_is_one_line_that_names_it(
+    tmp_path, content, said
+):
+    file = tmp_path / "run.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} {said}"):
+        read_json(file, stage="train")

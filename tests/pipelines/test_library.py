@@ -14,7 +14,7 @@ from aegan.data import dataset
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.sliced_wasserstein import laplacian_pyramid
 from aegan.training import loop
-from aegan.training.checkpoint import path_of
+from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from pipelines.base import params
 from pipelines.base.errors import UserError
@@ -57,7 +57,7 @@ def test_sides_of_3_x_2_to_the_n_go_through_every_stage(
     loop.train(
         tiny_config(num_steps=2), shards=shards, run_folder=run_folder, device=torch.device("cpu")
     )
-    export_model(path_of(run_folder / "checkpoints", 2), tmp_path / "model")
+    export_model(RunFolder(run_folder).checkpoint(2), tmp_path / "model")
     evaluate(tmp_path / "model", shards, tmp_path / "evaluate", params.load(EvaluateConfig, PARAMS))
     figures = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert figures["not_measured"] == {}

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aegan.data.dataset import read_manifest
+from aegan.training.run_folder import RunFolder
 from pipelines.base.errors import UserError
 from pipelines.base.outside import UntrustedError, check_names, path_inside
 from pipelines.bucket import run_store, shard_store, storage
@@ -268,7 +269,7 @@ def test_no_object_of_a_run_in_a_bucket_leads_out_of_the_runs_folder(
     store.look()
     run_folder = tmp_path / "a" / "b" / "run"
     run_folder.mkdir(parents=True)
-    store.fetch(run_folder)
+    store.fetch(RunFolder(run_folder))
     assert files_below(tmp_path) == {"a/b/run/samples/step-00000001-samples.png"}
     assert "holds what no run writes, left alone: " in caplog.text
     assert store.steps() == []
@@ -283,7 +284,7 @@ def test_pictures_of_a_run_in_a_bucket_follow_no_link_out_of_its_folder(bucket, 
     store = RunStore(f"{bucket.url}/runs/x")
     store.look()
     with pytest.raises(UntrustedError, match="which leads out of"):
-        store.fetch(tmp_path / "run")
+        store.fetch(RunFolder(tmp_path / "run"))
     assert files_below(tmp_path / "outside") == set()
 
 
@@ -310,7 +311,7 @@ def test_a_checkpoint_in_a_bucket_whose_hash_is_right_and_words_are_wrong_is_lef
     bucket.write(f"runs/x/checkpoints/step-00000001/{'0' * 64}.safetensors", b"tensors")
     store = RunStore(f"{bucket.url}/runs/x")
     store.look()
-    store.fetch(tmp_path)
+    store.fetch(RunFolder(tmp_path))
     assert files_below(tmp_path) == set()
     assert "checkpoint 1 in" in caplog.text
     assert store.steps() == []
@@ -337,7 +338,7 @@ def test_whatever_a_bucket_says_of_progress_and_outcome_the_driver_goes_on(
     record_property("faults", len(WORDS))
     store = RunStore(f"{bucket.url}/runs/x")
     row = {"step": 3, "images_per_second": 1.0, "seconds": 1.0}
-    with shown_progress(store, tmp_path / "run", "driver"):
+    with shown_progress(store, RunFolder(tmp_path / "run"), "driver"):
         for words in WORDS:
             for name in ("progress.json", "outcome.json", "driver.json"):
                 bucket.write(f"runs/x/{name}", words)

@@ -247,7 +247,9 @@ def test_an_unknown_alias_is_one_clear_error(registered: Path) -> None:
 
 def test_missing_stages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"artifacts/train/run.json not found: run `dvc repro`"):
+    with pytest.raises(
+        UserError, match=r"artifacts/train/run.json not found: run the stage train first"
+    ):
         register.register(CONFIG)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from aegan.config import ComputeConfig, RegisterConfig, TrainConfig
 from aegan.training import checkpoint, loop, training_log
+from aegan.training.run_folder import RunFolder, step_name
 from pipelines import register
 from pipelines.base import params
 from pipelines.base.errors import UserError
@@ -42,25 +43,25 @@ class Project:
         """What the command does, until `stop_at` if there is one; returns the run's folder."""
 
         def run_workers(config: TrainConfig, *others: Any, **keywords: Any) -> dict[str, Any]:
-            checkpoints = keywords["run_folder"] / "checkpoints"
+            folder = keywords["folder"]
             # Asked once at every step.
-            step = iter(range(max(checkpoint.steps(checkpoints), default=0) + 1, 1_000_000))
+            step = iter(range(max(checkpoint.steps(folder.checkpoints), default=0) + 1, 1_000_000))
             outcome = train_here(
                 config,
                 shards=keywords["shards"],
-                run_folder=keywords["run_folder"],
+                run_folder=folder.path,
                 device=torch.device("cpu"),
                 should_stop=lambda: next(step) == stop_at,
             )
             if not outcome.get("finished", True):
-                (keywords["run_folder"] / "stop").touch()
+                folder.stop.touch()
             return outcome
 
-        run_folder = train(
+        folder = train(
             config, COMPUTE, shards=self.shards, runs=self.folder / "runs", run_workers=run_workers
         )
-        publish(run_folder, self.folder / "artifacts/train")
-        return run_folder
+        publish(folder, self.folder / "artifacts/train")
+        return folder.path
 
     @property
     def run_folder(self) -> Path:
@@ -117,7 +118,7 @@ def interrupted(tmp_path_factory, shards) -> Project:
 
 def newest(run_folder: Path) -> Path:
     folder = run_folder / "checkpoints"
-    return checkpoint.path_of(folder, checkpoint.steps(folder)[-1])
+    return folder / step_name(checkpoint.steps(folder)[-1])
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
@@ -220,7 +221,7 @@ def test_a_damaged_run_is_healed_by_a_resume(request, finished, tmp_path, kind, 
     {**HEALED, **ALSO_HEALED_WHEN_FINISHED}[damage](project.run_folder)
     project.train()
     assert project.published() == finished.published()
-    rows = training_log.read(project.run_folder / "metrics.jsonl")
+    rows = RunFolder(project.run_folder).rows()
     assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9, 10]
     assert all(len(row) > 5 for row in rows)
 
@@ -231,12 +232,12 @@ def spoil_all(run_folder: Path) -> None:
 
 
 def spoil_best(run_folder: Path) -> None:
-    rows = training_log.read(run_folder / "metrics.jsonl")
+    rows = RunFolder(run_folder).rows()
     best = training_log.best_step(rows, "validation_frechet_distance")
     assert best is not None
     newer = [step for step in checkpoint.steps(run_folder / "checkpoints") if step > best]
     assert newer, "the best one must not be the newest here: choose another seed"
-    (checkpoint.path_of(run_folder / "checkpoints", best) / checkpoint.TENSORS).unlink()
+    (RunFolder(run_folder).checkpoint(best) / checkpoint.TENSORS).unlink()
 
 
 @pytest.mark.fault("damaged files")
@@ -307,7 +308,7 @@ def test_fewer_steps_than_first_asked_for_but_not_yet_trained_are_a_resume(inter
     shutil.copytree(interrupted.folder, project.folder)
     for num_steps in (9, 9):
         project.train(longer(num_steps))
-        rows = training_log.read(project.run_folder / "metrics.jsonl")
+        rows = RunFolder(project.run_folder).rows()
         assert rows[-1]["step"] == 9
 
 
@@ -315,7 +316,7 @@ def test_a_run_stopped_where_it_is_now_to_end_is_completed_by_a_resume(interrupt
     project = Project(tmp_path / "project", interrupted.shards)
     shutil.copytree(interrupted.folder, project.folder)
     project.train(longer(8))
-    rows = training_log.read(project.run_folder / "metrics.jsonl")
+    rows = RunFolder(project.run_folder).rows()
     assert rows[-1]["step"] == 8
     assert "validation_frechet_distance" in rows[-1]
     whole = Project(tmp_path / "whole", interrupted.shards)
@@ -370,7 +371,7 @@ def test_a_run_records_the_source_of_its_weights(finished, tmp_path, caplog):
         caplog.text
     )
     assert "a model has no discriminators" in caplog.text
-    state = checkpoint.read_state(checkpoint.path_of(project.run_folder / "checkpoints", 3))
+    state = checkpoint.read_state(RunFolder(project.run_folder).checkpoint(3))
     assert state["start"] == start
 
 
@@ -391,13 +392,13 @@ def test_the_content_of_a_source_and_not_its_address_names_the_run(finished, tmp
 
 
 def test_a_longer_run_from_a_source_is_one_that_was_as_long_at_once(finished, tmp_path):
-    source = checkpoint.path_of(next((finished.folder / "runs").iterdir()) / "checkpoints", 10)
+    source = RunFolder(next((finished.folder / "runs").iterdir())).checkpoint(10)
     weights = []
     for name, lengths in (("a", [3, 6]), ("b", [6])):
         project = Project(tmp_path / name, finished.shards)
         for num_steps in lengths:
             project.train(beginning_with(source, num_steps=num_steps))
-        path = checkpoint.path_of(project.run_folder / "checkpoints", 6)
+        path = RunFolder(project.run_folder).checkpoint(6)
         weights.append((path / checkpoint.TENSORS).read_bytes())
     assert weights[0] == weights[1]
 
