@@ -76,7 +76,7 @@ class DataConfig:
         str  # manifold | a folder | .zip/.tar archive | kaggle:owner/name | s3://... | https://...
     )
     in_place: bool  # s3://bucket/prefix only: store no files, preprocess fetches them through Ray
-    manifold_images: Count  # size of the designed set, when source is `manifold`
+    manifold_images: Count  # number of designed faces, when source is `manifold`
     manifold_size: Annotated[int, Interval(ge=8, le=8192)]  # its side in pixels
     manifold_seed: Seed
 

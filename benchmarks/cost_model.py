@@ -204,7 +204,7 @@ def assumed_gpu(options: argparse.Namespace) -> Device:
 
 
 class Lab:
-    """Runs the real loop on the designed set, to count its work and to take its time."""
+    """Runs the real loop on the designed faces, to count its work and to take its time."""
 
     def __init__(self, folder: Path, *, device: str, threads: int) -> None:
         self._folder = folder

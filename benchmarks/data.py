@@ -52,7 +52,7 @@ class ImageFiles(Dataset[torch.Tensor]):
 
 
 def write_image_files(folder: Path, count: int) -> None:
-    """PNG files of the designed set."""
+    """PNG files of the designed faces."""
     folder.mkdir()
     images, _ = designed_faces.generate(0, count, seed=0, image_size=IMAGE_SIZE)
     for index, image in enumerate(images):

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.precision --json FILE --picture FILE
 
-The designed set and the settings of params.yaml; every seed trains once in each precision, so that
+Designed faces and the settings of params.yaml; every seed trains once in each precision, so that
 the spread over seeds says how much a difference between precisions means.
 """
 

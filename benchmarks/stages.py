@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.stages --json FILE
 
-On the designed set and the settings of params.yaml, with a model after a few steps of training:
+On the designed faces and the settings of params.yaml, with a model after a few steps of training:
 what it draws does not change the time. The first repeat also loads the libraries of the metrics.
 A function's seconds leave out those of the other functions listed, so that all add up.
 """
@@ -104,7 +104,7 @@ def watch_library(stopwatch: Stopwatch) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=4, help="the first of them warms up")
-    parser.add_argument("--images", type=int, default=12_000, help="of the designed set")
+    parser.add_argument("--images", type=int, default=12_000, help="of the designed faces")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     machine = describe("torch", "numpy", "scipy", "scikit-learn", "torchmetrics", "pillow")

@@ -63,11 +63,11 @@ class Source:
 def download(config: DataConfig, folder: Path) -> dict[str, Any]:
     """Write the snapshot of the source to `folder`; returns its manifest. Raises UserError."""
     with (
-        new_folder(folder, written=FOLDERS[RAW]) as aside,
-        _open_source(config, aside) as source,
+        new_folder(folder, written=FOLDERS[RAW]) as temporary,
+        _open_source(config, temporary) as source,
     ):
-        manifest = _write_snapshot(source, aside)
-        write_json(aside / "manifest.json", manifest)
+        manifest = _write_snapshot(source, temporary)
+        write_json(temporary / "manifest.json", manifest)
     return manifest
 
 

@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RealImages:
-    """Real images, uint8 [N, H, W, C], and the designed set's factors of each, [N, F]."""
+    """Real images, uint8 [N, H, W, C], and the designed faces' factors of each, [N, F]."""
 
     split: Split  # of the images that are measured on
     train: Tensor  # others
@@ -351,7 +351,7 @@ def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
     if needs_encoder and model.encoder is None:
         return "a plain GAN has no encoder"
     if name.startswith("factor_") and not real.factors:
-        return "only the designed set's true factors are known"
+        return "only the designed faces' true factors are known"
     if len(real.test) < MIN_IMAGES:
         return f"needs {MIN_IMAGES} {real.split} images, there are {len(real.test)}"
     return "the figure is not finite"
@@ -381,8 +381,8 @@ def draw_latents(z_hat: Tensor | None, file: Path, *, split: Split) -> None:
         axes.tick_params(labelsize=6, length=2)
         for side in ("top", "left", "right"):
             axes.spines[side].set_visible(False)
-    with new_file(file) as aside:
-        figure.savefig(aside, format="png")
+    with new_file(file) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def main() -> None:

@@ -77,14 +77,14 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
     note = NO_ENCODER if split is None else STAND_INS[split]
     if note:
         logger.warning("warning: %s", note)
-    with new_folder(output, written=FOLDERS[INTERPOLATE]) as aside:
-        draw_samples(model, aside, config)
-        draw_random(model, aside, config)
+    with new_folder(output, written=FOLDERS[INTERPOLATE]) as temporary:
+        draw_samples(model, temporary, config)
+        draw_random(model, temporary, config)
         if split is not None:
             images = real_images(shards, split, model, config)
-            draw_reconstructions(model, images, aside)
-            draw_real_to_real(model, images, aside, config)
-            draw_mirror(model, images, aside, config)
+            draw_reconstructions(model, images, temporary)
+            draw_real_to_real(model, images, temporary, config)
+            draw_mirror(model, images, temporary, config)
         index = {
             "weights": "ema",
             "path": config.path,
@@ -97,13 +97,13 @@ def interpolate(model_folder: Path, shards: Path, output: Path, config: Interpol
                     "title": title,
                     "caption": caption.format(**(OF_TRAINING if split == "train" else HELD_OUT)),
                     "grid": f"{name}.png",
-                    "animation": f"{name}.webp" if (aside / f"{name}.webp").exists() else None,
+                    "animation": f"{name}.webp" if (temporary / f"{name}.webp").exists() else None,
                 }
                 for name, (title, caption) in CAPTIONS.items()
-                if (aside / f"{name}.png").exists()
+                if (temporary / f"{name}.png").exists()
             ],
         }
-        write_json(aside / "index.json", index)
+        write_json(temporary / "index.json", index)
 
 
 def real_images(

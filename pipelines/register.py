@@ -26,7 +26,7 @@ TRAINED, MODEL = RunFolder(TRAIN), TRAIN / "model"
 CURVES, SCORES = TRAIN / "curves.csv", Path("artifacts/evaluate/metrics.json")
 MANIFEST, DVC_LOCK = SHARDS / "manifest.json", Path("dvc.lock")
 OUTPUT = Path("artifacts/register/registration.json")
-FILES = {  # folder among the run's artifacts -> what goes there, as far as it exists
+FILES = {  # folder among the run's artifacts -> what goes there, if present
     "samples": [TRAINED.samples],
     "interpolations": [INTERPOLATE],
     "report": [Path("report/index.html")],

@@ -44,7 +44,7 @@ METRIC_GROUPS = {  # prefix of the metric's name: heading
     "reconstruction_": "There and back",
     "latent_reconstruction_": "There and back",
     "latent_": "The latent space",
-    "factor_": "The known factors of the designed set",
+    "factor_": "The known factors of the designed faces",
     "": "Samples",
 }
 SPELLING = {word: word.upper() for word in ("mae", "mse", "psnr", "ssim", "ms", "mmd")}

@@ -35,7 +35,7 @@ from pipelines.base.identity import weights_code_sha256
 from pipelines.base.outputs import SHARDS, TRAIN
 from pipelines.base.run_name import run_name
 from pipelines.bucket.finished_run import is_complete, keep_facts, publish, write_facts, write_log
-from pipelines.bucket.run_store import RunStore, claim, shown_progress, sound_step
+from pipelines.bucket.run_store import RunStore, shown_progress, sound_step, take_over
 from pipelines.bucket.shard_store import send_shards
 from pipelines.bucket.storage import is_s3
 from pipelines.cluster import checks
@@ -155,11 +155,11 @@ def _train(
             log.info("stopped at step %d; the same command goes on from there", outcome["step"])
             raise KeyboardInterrupt
         if outcome["step"] <= reached:
-            raise UserError(f"workers are told to end again and again at step {reached}")
+            raise UserError(f"workers are asked to stop again and again at step {reached}")
         reached = outcome["step"]
-        log.info("a worker was told to end: going on from step %d without it", reached)
+        log.info("a worker was asked to stop: going on from step %d without it", reached)
     if store:
-        store.look()
+        store.refresh()
         store.fetch(folder)
         write_log(folder)
         keep_facts(facts, folder, store)
@@ -223,7 +223,7 @@ def _open_store(storage: str, *, shards: Path, folder: RunFolder) -> RunStore | 
         return None
     send_shards(shards, storage)
     store = RunStore(f"{storage.rstrip('/')}/runs/{folder.path.name}")
-    store.look()
+    store.refresh()
     if sound_step(folder) > max(store.steps(), default=-1):  # trained here before
         store.exchange(folder)
     return store
@@ -247,7 +247,7 @@ def _run(
 ) -> dict[str, Any]:
     """Run the workers and show their progress; returns what rank 0 said of the end."""
     folder.outcome.unlink(missing_ok=True)
-    driver = claim(store) if store else ""
+    driver = take_over(store) if store else ""
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(WORKER_HANGS_SECONDS))
     results: list[Any] = []
     ended = threading.Event()

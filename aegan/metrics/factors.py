@@ -1,4 +1,4 @@
-"""The designed set's factors: read off latents (recovery) and off generated images (coverage).
+"""The designed faces' factors: read off latents (recovery) and off generated images (coverage).
 
 A circular factor is regressed as its sine and cosine, so its two ends are the same place.
 """

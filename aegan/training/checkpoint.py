@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of named tensors and plain JSON, safe to load from anyone, whole or absent.
+"""Checkpoints: a folder of named tensors and plain JSON, safe to load from anyone, atomic.
 
 checkpoints/step-00000500/state.safetensors   networks, averages, optimiser moments
                           state.json          step, configuration, log, hashes of both files
@@ -33,27 +33,27 @@ class ConfigChangedError(CheckpointError):
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write one checkpoint aside, flush it to the disk, then rename it into place."""
+    """Write one checkpoint beside its place, flush it to the disk, then rename it."""
     final = folder / step_name(step)
-    aside = folder / f".{final.name}.tmp"
-    remove(aside)
-    aside.mkdir(parents=True)
+    temporary = folder / f".{final.name}.tmp"
+    remove(temporary)
+    temporary.mkdir(parents=True)
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_tensors(contiguous, aside / TENSORS)
-        whole = {**state, "step": step, "sha256": sha256_of(aside / TENSORS)}
+        save_tensors(contiguous, temporary / TENSORS)
+        whole = {**state, "step": step, "sha256": sha256_of(temporary / TENSORS)}
         text = json.dumps({**whole, "state_sha256": _sha256_of_state(whole)}, indent=1)
-        (aside / STATE).write_text(text, encoding="utf-8")
-        for file in (aside / TENSORS, aside / STATE, aside):
+        (temporary / STATE).write_text(text, encoding="utf-8")
+        for file in (temporary / TENSORS, temporary / STATE, temporary):
             flush(file)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, room for saying so
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, room for saying so
         raise
     replaced = folder / f".{final.name}.old"  # not removed before the new one is in its place
     remove(replaced)
     if final.exists():
         final.rename(replaced)
-    aside.rename(final)
+    temporary.rename(final)
     flush(folder)
     remove(replaced)
     return final

@@ -74,6 +74,6 @@ def all_rows(log: dict[str, Any]) -> list[Row]:
 
 
 def best_step(rows: Iterable[Row], score: str) -> int | None:
-    """The step with the lowest score, the first of equals; None without scores."""
+    """The step with the lowest score, the first on ties; None without scores."""
     judged = [(row[score], int(row["step"])) for row in rows if score in row]
     return min(judged)[1] if judged else None

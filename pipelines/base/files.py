@@ -63,19 +63,19 @@ def new_folder(folder: Path, *, written: Sequence[str]) -> Iterator[Path]:
     """
     outputs.check_folder(folder, written)
     target = folder.resolve()  # `folder` may be a link to a larger disk
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with clear_disk_errors(folder):
         for left_over in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed process
             shutil.rmtree(left_over)
-        aside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         try:
-            yield aside
+            yield temporary
             outputs.check_folder(folder, written)
             if target.exists():
                 shutil.rmtree(target)
-            aside.rename(target)
+            temporary.rename(target)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pipelines.base.errors import UserError
 from pipelines.base.files import new_folder
 from pipelines.base.outputs import FOLDERS, TRAIN
 from pipelines.bucket.run_store import FACTS, RunStore
-from pipelines.bucket.storage import patiently
+from pipelines.bucket.storage import retry
 
 DETERMINED = ("run_name", "dataset_sha256", "code_sha256")  # the same in every run of one name
 
@@ -94,8 +94,8 @@ def keep_facts(facts: dict[str, Any], folder: RunFolder, store: RunStore | None)
 
 def write_facts(facts: dict[str, Any], folder: RunFolder, store: RunStore | None) -> None:
     """run.json, in the bucket first: the run is published from there, whatever becomes of here."""
-    if store and patiently(partial(store.read, FACTS)) != facts:
-        patiently(partial(store.write, FACTS, facts))
+    if store and retry(partial(store.read, FACTS)) != facts:
+        retry(partial(store.write, FACTS, facts))
     files.write_json(folder.facts, facts)
 
 
@@ -128,10 +128,10 @@ def publish(folder: RunFolder, output: Path) -> None:
         for key, value in row.items()
         if key.startswith("validation_")
     }
-    with new_folder(output, written=FOLDERS[TRAIN]) as aside:
-        published = RunFolder(aside)
+    with new_folder(output, written=FOLDERS[TRAIN]) as temporary:
+        published = RunFolder(temporary)
         try:
-            export_model(folder.checkpoint(chosen), aside / "model")
+            export_model(folder.checkpoint(chosen), temporary / "model")
         except CheckpointError as error:
             raise UserError(
                 f"{error}, and it is the best one: put it back from a copy, or delete "
@@ -140,9 +140,9 @@ def publish(folder: RunFolder, output: Path) -> None:
         published.samples.mkdir()
         for picture in filter(is_sound_png, folder.pictures()):
             shutil.copy(picture, published.samples)
-        _write_curves(rows, aside / "curves.csv")
+        _write_curves(rows, temporary / "curves.csv")
         files.write_json(published.facts, {**facts, **summary})
-        files.write_json(aside / "metrics.json", {**losses, **scores, **summary})
+        files.write_json(temporary / "metrics.json", {**losses, **scores, **summary})
     kind = "no validation images, so last" if best is None else "best"
     log.info("trained %d steps; %s checkpoint: step %d, in %s", last_step, kind, chosen, output)
 

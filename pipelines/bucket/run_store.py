@@ -43,8 +43,8 @@ from pipelines.bucket.storage import (
     delete_object,
     download_object,
     list_objects,
-    patiently,
     read_object_if_any,
+    retry,
     upload_object,
     write_object,
 )
@@ -62,16 +62,16 @@ log = logging.getLogger(__name__)
 
 
 class RunStore:
-    """One run's objects below an address. Moving checkpoints waits for a bucket that is silent."""
+    """One run's objects below an address. Moving checkpoints waits for a bucket."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._names: set[str] = set()  # of its objects, as far as known
         self._states: dict[int, str] = {}  # hashes of the checkpoints' states, as far as known
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Ask the bucket what is there."""
-        found = patiently(lambda: list(list_objects(f"{self.url}/")))
+        found = retry(lambda: list(list_objects(f"{self.url}/")))
         names = {url.removeprefix(f"{self.url}/") for url, _ in found}
         self._names = {name for name in names if OBJECT.fullmatch(name)}
         if foreign := sorted(names - self._names):
@@ -96,7 +96,7 @@ class RunStore:
     def exchange(self, folder: RunFolder) -> None:
         """Bring store and run folder to the same state: that of the newer checkpoint."""
         shutil.rmtree(folder.outbox, ignore_errors=True)
-        self.look()
+        self.refresh()
         local, stored = sound_step(folder), self.steps()
         if local > max(stored, default=-1):
             checkpoint.forget_after(folder.checkpoints, local)  # damaged ones
@@ -109,14 +109,14 @@ class RunStore:
 
         A stored checkpoint that turns out to be damaged is deleted.
         """
-        aside = folder.checkpoints / ".fetched"
-        shutil.rmtree(aside, ignore_errors=True)
+        temporary = folder.checkpoints / ".fetched"
+        shutil.rmtree(temporary, ignore_errors=True)
         for step in {*checkpoint.steps(folder.checkpoints), *self.steps()}:
             final = folder.checkpoint(step)
             if not (_is_sound(final) and self._is_stored(final)):
                 shutil.rmtree(final, ignore_errors=True)
                 if step in self.steps():
-                    self._fetch_checkpoint(step, aside, final)
+                    self._fetch_checkpoint(step, temporary, final)
         for name in sorted(self._names):
             if name == FACTS or name.startswith(f"{NAMES.samples}/"):
                 file = path_inside(folder.path, name, origin=self.url)
@@ -167,39 +167,39 @@ class RunStore:
         if self._names_in(NAMES.checkpoint(step)) != {_tensors_of(path), _state_of(step)}:
             return False
         if step not in self._states:
-            stored = patiently(partial(self.read, _state_of(step))) or {}
+            stored = retry(partial(self.read, _state_of(step))) or {}
             self._states[step] = str(stored.get("state_sha256"))
         return bool(self._states[step] == state["state_sha256"])
 
-    def _fetch_checkpoint(self, step: int, aside: Path, final: Path) -> None:
-        aside.mkdir(parents=True)
+    def _fetch_checkpoint(self, step: int, temporary: Path, final: Path) -> None:
+        temporary.mkdir(parents=True)
         try:
-            self._download(_state_of(step), aside / checkpoint.STATE, most_bytes=MAX_READ_BYTES)
-            _check_state(checkpoint.read_state(aside), step)
-            self._download(_tensors_of(aside), aside / checkpoint.TENSORS)
-            checkpoint.verify(aside)
+            self._download(_state_of(step), temporary / checkpoint.STATE, most_bytes=MAX_READ_BYTES)
+            _check_state(checkpoint.read_state(temporary), step)
+            self._download(_tensors_of(temporary), temporary / checkpoint.TENSORS)
+            checkpoint.verify(temporary)
         except (StorageError, UntrustedError, CheckpointError) as error:
             if isinstance(error, StorageError) and error.code not in ("NoSuchKey", "404", LARGER):
                 raise
             log.warning("checkpoint %d in %s is left out: %s", step, self.url, error)
-            shutil.rmtree(aside)
+            shutil.rmtree(temporary)
             self._delete({_state_of(step)})
         else:
-            self._states[step] = checkpoint.read_state(aside)["state_sha256"]
-            aside.rename(final)
+            self._states[step] = checkpoint.read_state(temporary)["state_sha256"]
+            temporary.rename(final)
 
     def _download(self, name: str, file: Path, *, most_bytes: int | None = None) -> None:
         url = f"{self.url}/{check_name(name, origin=self.url, pattern=OBJECT)}"
         with files.new_file(file) as temporary:
-            patiently(partial(download_object, url, temporary, most_bytes=most_bytes))
+            retry(partial(download_object, url, temporary, most_bytes=most_bytes))
 
     def _upload(self, file: Path, name: str) -> None:
-        patiently(partial(upload_object, file, f"{self.url}/{name}"))
+        retry(partial(upload_object, file, f"{self.url}/{name}"))
         self._names.add(name)
 
     def _delete(self, names: set[str]) -> None:
         for name in sorted(names & self._names):
-            patiently(partial(delete_object, f"{self.url}/{name}"))
+            retry(partial(delete_object, f"{self.url}/{name}"))
             self._names.discard(name)
 
     def _all_steps(self) -> list[int]:
@@ -254,7 +254,7 @@ class Uploader:
 
     def _send(self, outbox: RunFolder, kept: list[int]) -> None:
         try:
-            patiently(partial(is_asked_to_stop, self._store, self._driver))
+            retry(partial(is_asked_to_stop, self._store, self._driver))
             self._store.send(outbox, kept)
         except BaseException:
             self._stop.set()
@@ -277,13 +277,13 @@ class Uploader:
                 self._stop.set()
 
 
-def claim(store: RunStore) -> str:
+def take_over(store: RunStore) -> str:
     """Make this process the run's driver and forget how the run ended before; returns its token."""
     driver = uuid.uuid4().hex
     words = {"driver": driver, "host": socket.gethostname(), "stop": False}
-    patiently(partial(store.write, DRIVER, words))
+    retry(partial(store.write, DRIVER, words))
     for name in (OUTCOME, PROGRESS):
-        patiently(partial(delete_object, f"{store.url}/{name}"))
+        retry(partial(delete_object, f"{store.url}/{name}"))
     return driver
 
 

@@ -31,8 +31,8 @@ from pipelines.bucket.storage import (
     StorageError,
     download_object,
     list_objects,
-    patiently,
     read_object_if_any,
+    retry,
     upload_object,
 )
 
@@ -64,16 +64,16 @@ def send_shards(folder: Path, storage: str) -> None:
     manifest = read_manifest(folder)
     shards = checked_shards(manifest, origin=str(folder / MANIFEST))
     url = _address(storage, manifest)
-    if patiently(partial(read_object_if_any, f"{url}/{MANIFEST}")) is not None:
+    if retry(partial(read_object_if_any, f"{url}/{MANIFEST}")) is not None:
         return
-    stored = dict(patiently(lambda: list(list_objects(url))))
+    stored = dict(retry(lambda: list(list_objects(url))))
     log.info("uploading %d shards to %s", len(shards), url)
     for shard in shards:
         target = f"{url}/{shard['file']}"
         file = path_inside(folder, shard["file"], origin=str(folder / MANIFEST))
         if stored.get(target) != shard["bytes"]:  # else of an upload that was cut off
-            patiently(partial(upload_object, file, target))
-    patiently(partial(upload_object, folder / MANIFEST, f"{url}/{MANIFEST}"))
+            retry(partial(upload_object, file, target))
+    retry(partial(upload_object, folder / MANIFEST, f"{url}/{MANIFEST}"))
 
 
 def fetch_shards(storage: str, manifest: dict[str, Any]) -> Path:
@@ -88,10 +88,10 @@ def fetch_shards(storage: str, manifest: dict[str, Any]) -> Path:
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not _is_whole(folder, manifest, shards):
-            with new_folder(folder, written=FOLDERS[SHARDS]) as aside:
+            with new_folder(folder, written=FOLDERS[SHARDS]) as temporary:
                 for shard in shards:
-                    _fetch_shard(f"{url}/{shard['file']}", aside / shard["file"], shard)
-                (aside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+                    _fetch_shard(f"{url}/{shard['file']}", temporary / shard["file"], shard)
+                (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
 
@@ -119,7 +119,7 @@ def checked_shards(manifest: Any, *, origin: str) -> list[dict[str, Any]]:
 
 def _fetch_shard(url: str, file: Path, shard: dict[str, Any]) -> None:
     try:
-        patiently(partial(download_object, url, file, most_bytes=shard["bytes"]))
+        retry(partial(download_object, url, file, most_bytes=shard["bytes"]))
         sound = sha256_of(file) == shard["sha256"]
     except StorageError as error:
         if error.code != LARGER:

@@ -46,18 +46,18 @@ BUCKET = re.compile(  # of `s3://...`: the ARN of an access point, or a name or 
 EXPECTED = (
     "s3://bucket, s3://bucket/prefix or s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/prefix"
 )
-PASSING = (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError)
+TRANSIENT = (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError)
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 class StorageError(UserError):
-    """A bucket that refuses or does not answer; `passing`: the same may succeed later."""
+    """A bucket that refuses or does not answer; `transient`: the same may succeed later."""
 
-    def __init__(self, message: str, *, code: str = "", passing: bool = False) -> None:
+    def __init__(self, message: str, *, code: str = "", transient: bool = False) -> None:
         super().__init__(message)
-        self.code, self.passing = code, passing
+        self.code, self.transient = code, transient
 
 
 def is_s3(address: str) -> bool:
@@ -91,7 +91,7 @@ def is_object(url: str) -> bool:
         with _clear_errors(url, "read"):
             _client().head_object(Bucket=bucket, Key=key)
     except StorageError as error:
-        if error.passing:
+        if error.transient:
             raise
         return False  # or it may not be asked for: what is read next says so
     return next(list_objects(f"{url.rstrip('/')}/"), None) is None
@@ -164,11 +164,11 @@ def delete_object(url: str) -> None:
         _client().delete_object(Bucket=bucket, Key=key)
 
 
-def patiently(action: Callable[[], Result], *, seconds: float | None = None) -> Result:
+def retry(action: Callable[[], Result], *, seconds: float | None = None) -> Result:
     """What an action returns; tried again while the bucket does not answer, with longer pauses.
 
     Raises the last StorageError once `seconds` (default: PATIENCE_SECONDS) are over, and one that
-    is not passing at once.
+    is not transient at once.
     """
     give_up = time.monotonic() + (PATIENCE_SECONDS if seconds is None else seconds)
     pause = 1.0
@@ -177,7 +177,7 @@ def patiently(action: Callable[[], Result], *, seconds: float | None = None) -> 
             return action()
         except StorageError as error:
             left = give_up - time.monotonic()
-            if not error.passing or left <= 0:
+            if not error.transient or left <= 0:
                 raise
             log.warning("%s; trying again for %.0f s", error, left)
         time.sleep(random.uniform(0.5, 1.0) * pause)  # workers must not ask all at once
@@ -239,7 +239,7 @@ def _clear_errors(url: str, action: Literal["read", "written", "deleted"]) -> It
     except ClientError as error:
         code = error.response["Error"]["Code"]
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        passing = status >= 500 or code in BUSY
+        transient = status >= 500 or code in BUSY
         cure = {
             "NoSuchBucket": "check the bucket's name, and AWS_ENDPOINT_URL if it is not on AWS",
             "NoSuchKey": "check the path behind the bucket's name",
@@ -250,10 +250,10 @@ def _clear_errors(url: str, action: Literal["read", "written", "deleted"]) -> It
             "check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights; "
             "a bucket whose requester pays wants AWS_REQUEST_PAYER=requester",
         )
-        if passing:
+        if transient:
             cure = "the server is at fault; run the same command again when it has recovered"
         raise StorageError(
-            f"{url} cannot be {action} ({code}): {cure}", code=code, passing=passing
+            f"{url} cannot be {action} ({code}): {cure}", code=code, transient=transient
         ) from None
     except ParamValidationError:
         raise StorageError(f"{url} is no S3 address: expected {EXPECTED}") from None
@@ -261,5 +261,5 @@ def _clear_errors(url: str, action: Literal["read", "written", "deleted"]) -> It
         raise StorageError(
             f"{url} cannot be {action}: {' '.join(str(error).split())}; "
             "check the network, AWS_ENDPOINT_URL and AWS_PROFILE",
-            passing=isinstance(error, PASSING),
+            transient=isinstance(error, TRANSIENT),
         ) from None

@@ -23,17 +23,17 @@ from aegan.training.run_folder import RENDEZVOUS
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # the others wait while rank 0 judges a checkpoint
 
-_told_to_end = threading.Event()
+_stop_requested = threading.Event()
 
 
-def told_to_end() -> bool:
+def stop_requested() -> bool:
     """Whether this worker was sent SIGTERM: it saves a checkpoint, then its run goes on without."""
-    return _told_to_end.is_set()
+    return _stop_requested.is_set()
 
 
 def _listen_for_end() -> None:
     """In a worker's main thread, where alone Python handles signals; training is in another."""
-    signal.signal(signal.SIGTERM, lambda *_: _told_to_end.set())
+    signal.signal(signal.SIGTERM, lambda *_: _stop_requested.set())
 
 
 @dataclass

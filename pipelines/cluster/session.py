@@ -151,7 +151,8 @@ def _join(address: str) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"RAY_ADDRESS={address} lets nobody in ({reason}): RAY_AUTH_MODE and RAY_AUTH_TOKEN "
+            f"RAY_ADDRESS={address} refused the connection ({reason}): "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN "
             "must be those of the cluster, and this machine one of its nodes (else: make submit)"
         ) from None
 

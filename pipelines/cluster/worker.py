@@ -26,7 +26,7 @@ from pipelines.base.files import clear_disk_errors
 from pipelines.bucket.run_store import OUTCOME, RunStore, Uploader
 from pipelines.bucket.shard_store import fetch_shards, node_folder
 from pipelines.cluster import prometheus
-from pipelines.cluster.process_group import told_to_end
+from pipelines.cluster.process_group import stop_requested
 from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, cpus_of_this_node
 
 
@@ -52,30 +52,30 @@ def train_worker(settings: dict[str, Assignment]) -> dict[str, Any]:
     torch.set_num_threads(
         compute.threads_per_worker or max(cpus_of_this_node() // context.get_local_world_size(), 1)
     )
-    place: _Place | None = None
+    workspace: _Workspace | None = None
     try:
         with clear_disk_errors(assignment.run_folder.path):
-            place = _Place(assignment, rank)
+            workspace = _Workspace(assignment, rank)
         problem = ""
     except UserError as error:
         problem = str(error)
     ray.train.collective.barrier()  # which, unlike PyTorch's, waits for any download
     problems: list[str] = [""] * context.get_world_size()
     dist.all_gather_object(problems, problem)
-    if place is None or any(problems):
+    if workspace is None or any(problems):
         return {"error": next(filter(None, problems))}
     outcome = train_here(
         assignment.config,
-        shards=place.shards,
-        run_folder=place.run_folder.path,
+        shards=workspace.shards,
+        run_folder=workspace.run_folder.path,
         device=ray.train.torch.get_device(),
         rank=rank,
         world_size=context.get_world_size(),
         micro_batch_size=compute.micro_batch_size,
-        report=place.report,
-        should_stop=place.should_stop,
+        report=workspace.report,
+        should_stop=workspace.should_stop,
     )
-    return place.leave(outcome)
+    return workspace.finish(outcome)
 
 
 def train_here(config: TrainConfig, *, run_folder: Path, **keywords: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def train_here(config: TrainConfig, *, run_folder: Path, **keywords: Any) -> dic
         return {"error": str(error)}
 
 
-class _Place:
+class _Workspace:
     """Where a rank finds the shards and works; rank 0's folder is carried into the run store."""
 
     def __init__(self, assignment: Assignment, rank: int) -> None:
@@ -127,14 +127,14 @@ class _Place:
 
     def should_stop(self) -> bool:
         """Whether someone asked: the driver, the run store, this process's or its node's end."""
-        if told_to_end() or get_train_context().preemption_context.preemption_info is not None:
+        if stop_requested() or get_train_context().preemption_context.preemption_info is not None:
             return True
         if self._uploader is not None:
             return self._uploader.should_stop()
         return self.run_folder.stop.exists()
 
-    def leave(self, outcome: dict[str, Any]) -> dict[str, Any]:
-        """Upload what is left and leave word of the outcome; returns it."""
+    def finish(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Upload what is left and record the outcome; returns it."""
         if self._rank != 0:
             return outcome
         if self._uploader is not None and self._store is not None:

@@ -104,7 +104,7 @@ def _fetch(listing: pa.Table) -> pa.Table:
 def _read(url: str, etag: str, size: int) -> bytes:
     """One object as it was when it was listed."""
     try:
-        content = storage.patiently(lambda: storage.read_object(url, etag=etag))
+        content = storage.retry(lambda: storage.read_object(url, etag=etag))
     except storage.StorageError as error:
         if error.code not in (storage.CHANGED, "NoSuchKey"):
             raise

@@ -12,9 +12,9 @@ from aegan.files import new_file, sha256_of
 
 
 def write_parquet(tables: Iterator[pa.Table], file: Path) -> None:
-    """One table or more, each as one row group, written aside and renamed."""
+    """One table or more, each as one row group, written beside its place, then renamed."""
     first = next(tables)
-    with new_file(file) as aside, _writer(aside, first.schema) as writer:
+    with new_file(file) as temporary, _writer(temporary, first.schema) as writer:
         for table in chain([first], tables):
             writer.write_table(table, row_group_size=max(1, len(table)))
 
@@ -54,13 +54,13 @@ class ShardWriter:
         self.schema = self.schema.append(field)
         earlier, self.shards = self.shards, []
         for shard in earlier:
-            aside = (self._folder / shard["file"]).rename(self._folder / "narrow.tmp")
-            narrow = pq.ParquetFile(aside)
+            temporary = (self._folder / shard["file"]).rename(self._folder / "narrow.tmp")
+            narrow = pq.ParquetFile(temporary)
             for group in range(narrow.num_row_groups):
                 rows = narrow.read_row_group(group)
                 self.write(rows.append_column(field, pa.nulls(len(rows), field.type)))
             self.finish_shard()
-            aside.unlink()
+            temporary.unlink()
 
     def finish_shard(self) -> None:
         """Close the open shard, if any, and hash it."""

@@ -30,7 +30,7 @@ SECRETS = re.compile(  # in the names of what stands behind the `?` of an addres
 
 
 def resolve(address: str) -> str:
-    """The address with `~` and `$NAME` filled in: a remote one, the designed set, or a local path.
+    """The address with `~` and `$NAME` filled in: remote, `manifold`, or a local path.
 
     Raises UserError for one that is empty, holds a secret, or lies where runs write. A secret may
     stand in an environment variable: only its name is ever recorded.

@@ -27,7 +27,7 @@ FIRST_ANSWER_SECONDS = 20  # of an address that may be anything
 STARTING_SECONDS = 120.0  # how long a cluster that says that it is still starting is asked again
 RECONNECT_SECONDS = 5
 SILENCE_SECONDS = 60  # of the log, after which the connection may be a dead one
-LOST_SECONDS = 600  # without an answer from the cluster, after which nobody waits any longer
+LOST_SECONDS = 600  # without an answer from the cluster, after which we give up
 LOST = (OSError, RuntimeError, aiohttp.ClientError, TimeoutError)  # how a connection ends
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def clear_errors() -> Iterator[None]:
     except AuthenticationError as error:
         if "Authentication required" in error.message:
             raise UserError(
-                f"the cluster at {address} wants a token: set RAY_AUTH_MODE=token and "
+                f"the cluster at {address} requires a token: set RAY_AUTH_MODE=token and "
                 "RAY_AUTH_TOKEN"
             ) from None
         raise UserError(
@@ -108,7 +108,7 @@ def clear_errors() -> Iterator[None]:
         ) from None
     except RuntimeError as error:  # what the client makes of any other answer
         raise UserError(
-            f"what answers at {address} takes no jobs; is it a Ray dashboard? It says: "
+            f"what answers at {address} does not accept jobs; is it a Ray dashboard? It says: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
 

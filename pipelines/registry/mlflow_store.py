@@ -244,9 +244,9 @@ def _create(mlflow: Any, file: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left_over in file.parent.glob(f".{file.name}.*.tmp*"):  # by a process that was killed
         left_over.unlink()
-    with clear_disk_errors(file), new_file(file) as aside, chdir(file.parent):
-        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+    with clear_disk_errors(file), new_file(file) as temporary, chdir(file.parent):
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 def _check_version(mlflow: Any, uri: str) -> None:

@@ -302,7 +302,7 @@ def test_gaussianity_of_a_constant_dimension_is_finite() -> None:
     assert all(math.isfinite(value) for value in latent.gaussianity(z[:, :1]).values())
 
 
-# -- factors of the designed set ------------------------------------------------------------------
+# -- factors of the designed faces -----------------------------------------------------------------
 
 ANGLE_AND_LENGTH = [
     Factor("angle", -3.0, 5.0, circular=True),

@@ -23,7 +23,7 @@ from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import run_store, shard_store, storage
 from pipelines.bucket.finished_run import publish
-from pipelines.bucket.run_store import RunStore, Uploader, claim
+from pipelines.bucket.run_store import RunStore, Uploader, take_over
 from tests.tiny import PARAMS, tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -54,7 +54,7 @@ def work(url: str, folder: Path, shards: Path, **keywords: Any) -> Outcome:
     `also` is called after each checkpoint with its number, from 1.
     """
     store = RunStore(url)
-    driver = keywords.pop("driver", None) or claim(store)
+    driver = keywords.pop("driver", None) or take_over(store)
     folder.mkdir(exist_ok=True)
     store.exchange(RunFolder(folder))
     uploader = Uploader(store, RunFolder(folder), driver)
@@ -112,7 +112,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 def fetched(url: str, folder: Path) -> Path:
     store = RunStore(url)
-    store.look()
+    store.refresh()
     folder.mkdir()
     store.fetch(RunFolder(folder))
     return folder
@@ -150,7 +150,7 @@ def test_whenever_a_worker_dies_no_half_checkpoint_is_taken_and_the_run_ends_the
             work(url, tmp_path / f"{last}-a", shards, config=config)
         proxy.fault = lambda method, path: None
         store = RunStore(url)
-        store.look()
+        store.refresh()
         found = fetched(url, tmp_path / f"{last}-seen")
         assert checkpoint.steps(found / "checkpoints") == store.steps()  # each verified
         resumed_at.add(max(store.steps(), default=None))
@@ -198,7 +198,7 @@ def test_giving_up_is_one_clear_error_and_the_same_machine_loses_nothing(
     proxy.fault = lambda method, path: None
     saved = checkpoint.steps(tmp_path / "a" / "checkpoints")[-1]
     store = RunStore(url)
-    store.look()
+    store.refresh()
     assert max(store.steps()) < saved < 8
     store.exchange(RunFolder(tmp_path / "a"))
     assert max(store.steps()) == saved
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_is_used(
     url = f"{bucket}/runs/x"
     work(url, tmp_path / "a", shards, stop_at=6)
     store = RunStore(url)
-    store.look()
+    store.refresh()
     *_, before, newest = store.steps()
     (tensors,) = [
         name
@@ -244,7 +244,7 @@ def test_another_driver_takes_the_run_over_and_the_first_one_ends(
 
     def take_over(checkpoint_number: int) -> None:
         if checkpoint_number == 1:
-            taken.append(claim(RunStore(url)))
+            taken.append(take_over(RunStore(url)))
 
     taken: list[str] = []
     with pytest.raises(UserError, match=r"another training of s3://.*/runs/x was started on"):
@@ -255,7 +255,7 @@ def test_another_driver_takes_the_run_over_and_the_first_one_ends(
 
 def test_a_request_to_stop_reaches_the_training_and_progress_the_driver(bucket, shards, tmp_path):
     store = RunStore(f"{bucket}/runs/x")
-    driver = claim(store)
+    driver = take_over(store)
     (tmp_path / "driver").mkdir()
     with run_store.shown_progress(store, RunFolder(tmp_path / "driver"), driver):
         slow = threading.Event()

@@ -430,10 +430,10 @@ def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(detached, cluster):
     ("change", "message"),
     [
         ({"RAY_AUTH_TOKEN": "wrong"}, "does not accept this token: check RAY_AUTH_TOKEN"),
-        ({"RAY_AUTH_MODE": "disabled"}, "wants a token: set RAY_AUTH_MODE=token and"),
+        ({"RAY_AUTH_MODE": "disabled"}, "requires a token: set RAY_AUTH_MODE=token and"),
         ({"RAY_ADDRESS": "http://127.0.0.1:9"}, "cannot be reached: check RAY_ADDRESS"),
         ({"RAY_ADDRESS": ""}, "RAY_ADDRESS is '': expected the address"),
-        ({"RAY_ADDRESS": "AWS_ENDPOINT_URL"}, "takes no jobs; is it a Ray dashboard?"),
+        ({"RAY_ADDRESS": "AWS_ENDPOINT_URL"}, "does not accept jobs; is it a Ray dashboard?"),
     ],
 )
 def test_a_wrong_token_or_address_is_one_clear_line(cluster, tmp_path, change, message):

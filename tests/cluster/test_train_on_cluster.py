@@ -132,7 +132,7 @@ def test_a_run_that_loses_worker_node_driver_and_bucket_ends_with_the_same_weigh
     cluster.nodes.pop(0).lose()
     cluster.add_node()
     step = wait_for_checkpoint(step + 40)
-    workers_on(cluster)[0].terminate()  # told to end: saves, and the run goes on
+    workers_on(cluster)[0].terminate()  # asked to stop: saves, and the run goes on
     step = wait_for_checkpoint(step + 21)
     assert step < NUM_STEPS
     driver.kill()
@@ -177,7 +177,10 @@ def test_a_bucket_without_permission_is_one_line_before_anything_starts(make, dr
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RAY_AUTH_TOKEN": "f" * 64}, "error: RAY_ADDRESS=.* lets nobody in .*RAY_AUTH_TOKEN"),
+        (
+            {"RAY_AUTH_TOKEN": "f" * 64},
+            "error: RAY_ADDRESS=.* refused the connection .*RAY_AUTH_TOKEN",
+        ),
         (
             {"RAY_ADDRESS": "127.0.0.1:9"},
             "error: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9",

@@ -46,7 +46,7 @@ SMALL_PARAMETERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with small parameters and 16x16 images of the designed set."""
+    """A folder with small parameters and 16x16 images of the designed faces."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = dict(zip(SPLITS, (64, 24, 24), strict=True))

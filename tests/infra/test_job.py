@@ -62,7 +62,7 @@ def test_a_job_leaves_its_results_in_the_bucket_and_a_second_one_takes_them(imag
     subprocess.run(["cp", "-r", image, second], check=True)
 
     assert stages_run(run_job(image, bucket)) == STAGES
-    # A version in the registry of the day is no file that could be fetched (`cache: false`).
+    # A version in the registry at run time is no file that could be fetched (`cache: false`).
     assert stages_run(run_job(second, bucket)) == ["register"]
     report = (image / "report/index.html").read_bytes()
     assert (second / "report/index.html").read_bytes() == report

@@ -44,7 +44,7 @@ def write_model(
 
 
 def write_faces(folder: Path, *, train: int = 60, test: int = 30) -> Path:
-    """Shards of the designed set, 16x16, with its factors."""
+    """Shards of designed faces, 16x16, with their factors."""
     images, values = designed_faces.generate(0, train + test, seed=0, image_size=16)
     columns = {factor.name: values[:, i] for i, factor in enumerate(designed_faces.FACTORS)}
     return write_shards(

@@ -24,8 +24,8 @@ def fill_disk(file: Path) -> None:
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
     file = tmp_path / "deep/er/figures.json"
     write_json(file, {"name": "é", "values": [1, 2.5]})
-    with pytest.raises(InterruptedError), new_file(file) as aside:
-        write_half(aside)
+    with pytest.raises(InterruptedError), new_file(file) as temporary:
+        write_half(temporary)
     assert json.loads(file.read_text(encoding="utf-8")) == {"name": "é", "values": [1, 2.5]}
     assert list(file.parent.iterdir()) == [file]
 
@@ -40,18 +40,18 @@ def test_a_number_that_json_cannot_hold_changes_no_file(tmp_path):
 @pytest.mark.fault("killed processes")
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     for content in ("first", "second"):
-        with new_folder(tmp_path / "out", written=("*",)) as aside:
-            (aside / content).touch()
-    with pytest.raises(InterruptedError), new_folder(tmp_path / "out", written=("*",)) as aside:
-        write_half(aside / "third")
+        with new_folder(tmp_path / "out", written=("*",)) as temporary:
+            (temporary / content).touch()
+    with pytest.raises(InterruptedError), new_folder(tmp_path / "out", written=("*",)) as temporary:
+        write_half(temporary / "third")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "second"]
 
 
 def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    with new_folder(tmp_path / "out", written=("*",)) as aside:
-        (aside / "file").touch()
+    with new_folder(tmp_path / "out", written=("*",)) as temporary:
+        (temporary / "file").touch()
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk/file").exists()
 
@@ -62,9 +62,9 @@ def test_a_full_disk_is_one_line_that_names_the_place_and_leaves_nothing(tmp_pat
     with (
         pytest.raises(UserError, match=f"no space left for {file}"),
         clear_disk_errors(file),
-        new_file(file) as aside,
+        new_file(file) as temporary,
     ):
-        fill_disk(aside)
+        fill_disk(temporary)
     assert list(tmp_path.iterdir()) == []
 
 

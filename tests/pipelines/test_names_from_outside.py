@@ -266,7 +266,7 @@ def test_no_object_of_a_run_in_a_bucket_leads_out_of_the_runs_folder(
         bucket.write(f"runs/x/{name}", b"evil")
     bucket.write("runs/x/samples/step-00000001-samples.png", b"picture")
     store = RunStore(f"{bucket.url}/runs/x")
-    store.look()
+    store.refresh()
     run_folder = tmp_path / "a" / "b" / "run"
     run_folder.mkdir(parents=True)
     store.fetch(RunFolder(run_folder))
@@ -282,7 +282,7 @@ def test_pictures_of_a_run_in_a_bucket_follow_no_link_out_of_its_folder(bucket, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run/samples").symlink_to(tmp_path / "outside")
     store = RunStore(f"{bucket.url}/runs/x")
-    store.look()
+    store.refresh()
     with pytest.raises(UntrustedError, match="which leads out of"):
         store.fetch(RunFolder(tmp_path / "run"))
     assert files_below(tmp_path / "outside") == set()
@@ -310,7 +310,7 @@ def test_a_checkpoint_in_a_bucket_whose_hash_is_right_and_words_are_wrong_is_lef
     bucket.write("runs/x/checkpoints/step-00000001/state.json", state)
     bucket.write(f"runs/x/checkpoints/step-00000001/{'0' * 64}.safetensors", b"tensors")
     store = RunStore(f"{bucket.url}/runs/x")
-    store.look()
+    store.refresh()
     store.fetch(RunFolder(tmp_path))
     assert files_below(tmp_path) == set()
     assert "checkpoint 1 in" in caplog.text

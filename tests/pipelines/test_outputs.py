@@ -42,9 +42,9 @@ def test_a_picture_in_an_output_folder_stops_every_run_and_stays_as_a_source(pro
         outputs.check_folders()
     with (
         pytest.raises(UserError, match="holds files of yours"),
-        new_folder(folder, written=FOLDERS[folder]) as aside,
+        new_folder(folder, written=FOLDERS[folder]) as temporary,
     ):
-        _write(aside / "manifest.json")
+        _write(temporary / "manifest.json")
     assert picture.read_text() == "content"
 
 
@@ -56,8 +56,8 @@ def test_a_link_in_an_output_folder_counts_as_the_users_source(project):
 
 def test_a_picture_that_came_while_a_stage_ran_is_not_replaced(project):
     def work() -> None:
-        with new_folder(RAW, written=FOLDERS[RAW]) as aside:
-            _write(aside / "manifest.json")
+        with new_folder(RAW, written=FOLDERS[RAW]) as temporary:
+            _write(temporary / "manifest.json")
             _write(RAW / "late.png")
 
     with pytest.raises(UserError, match=r"holds files of yours: late\.png;"):
@@ -72,8 +72,8 @@ def test_many_names_of_a_source_are_listed_in_short():
 @pytest.mark.fault("killed processes")
 def test_what_a_killed_process_left_aside_goes_with_the_next_folder(project):
     left_over = _write(Path("artifacts/.raw.999999999.tmp/files-00000.parquet"))
-    with new_folder(RAW, written=FOLDERS[RAW]) as aside:
-        _write(aside / "manifest.json")
+    with new_folder(RAW, written=FOLDERS[RAW]) as temporary:
+        _write(temporary / "manifest.json")
     assert not left_over.exists()
 
 

@@ -106,7 +106,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 images of the designed set, in 7 row groups, and what became of them."""
+    """200 images of the designed faces, in 7 row groups, and what became of them."""
     folder = tmp_path_factory.mktemp("faces")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(download_stage, "ROW_GROUP_ROWS", 32)
