@@ -118,7 +118,7 @@ def test_a_mistake_in_the_parameters_is_named(tmp_path, old, new, message):
 def test_without_images_the_stage_says_what_to_run_first(tmp_path, monkeypatch):
     shutil.copy(PARAMS, tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="run `dvc repro preprocess` first"):
+    with pytest.raises(UserError, match="run the stage preprocess first"):
         tune.main()
     assert not Path("runs").exists()
 
