@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import aegan
 from aegan.config import RegisterConfig
-from aegan.files import write_json
+from aegan.files import sha256_of_json, write_json
 from aegan.training.run_folder import RunFolder
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors, hash_files, project_folder, read_json
+from pipelines.base.identity import code_of, code_sha256
 from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
 from pipelines.registry import mlflow_store, tracking
@@ -74,13 +74,13 @@ def collect() -> tracking.Record:
     }
     if start := run.get("start"):
         identity |= {"start_from": start["address"], "start_sha256": start["sha256"]}
-    code = [Path(aegan.__file__).parent, tracking.SERVING_SCRIPT]
+    code = code_sha256(code_of(["pipelines.registry.model_from_code"]))
     settings = {**params.read(), **run["params"]}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     return tracking.Record(
         run_name=run["run_name"],
         model_folder=MODEL,
-        content_sha256=hash_files([MODEL, SCORES, *code]),
+        content_sha256=sha256_of_json([hash_files([MODEL, SCORES]), code]),
         params={
             f"{section}.{key}": without_secrets(value) if "://" in str(value) else value
             for section, values in settings.items()

@@ -26,9 +26,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Under xdist a module stays in one process, and all that starts servers or Ray in another.
+
+    Two Rays at once on two cores start so slowly that what waits for one of them gives up.
+    """
+    servers = item.get_closest_marker("integration") is not None
+    module = item.nodeid.partition("::")[0]
+    item.add_marker(pytest.mark.xdist_group("servers" if servers else module))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Long modules first: at the end no process waits for another one's.
-    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)  # longest first
     for item in items:
         for marker in item.iter_markers("fault"):
             item.user_properties.append(("fault", marker.args[0]))

@@ -47,7 +47,7 @@ def start(project: Path, stage: str = "train", **environment: str) -> subprocess
 
 
 def finish(process: subprocess.Popen[str], *, expected: int = 0) -> str:
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == expected, output
     return output
 

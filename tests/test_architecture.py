@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md that ruff cannot hold: who may import what."""
 
 import ast
+import re
 from collections.abc import Iterable
 from functools import cache
 from graphlib import TopologicalSorter
@@ -86,6 +87,12 @@ def is_within(name: str, places: Iterable[str]) -> bool:
 def test_a_library_is_imported_by_its_own_modules_only(module):
     used = {name.split(".")[0] for name in imports_of(module)} & OWNERS.keys()
     assert [library for library in used if not is_within(name_of(module), OWNERS[library])] == []
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_what_ray_keeps_for_itself_is_used_in_one_module_only(module):
+    private = {name for name in imports_of(module) if re.search(r"^ray\..*\._|^ray\._", name)}
+    assert not private or name_of(module) == "cluster.ray_private"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)

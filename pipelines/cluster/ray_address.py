@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
+from pipelines.cluster import ray_private
 
 ANSWER_SECONDS = 15.0  # of the cluster, for one small question
 NODE_SECONDS = 10  # until this machine is known to the cluster as one of its nodes
@@ -36,10 +37,8 @@ def check(address: str) -> None:
 
 def _find_here() -> str:
     """The address of the cluster that was started on this machine last."""
-    from ray._private import services
-
     try:
-        return str(services.get_ray_address_from_environment("auto", None))
+        return str(ray_private.services().get_ray_address_from_environment("auto", None))
     except ConnectionError:
         raise UserError(
             f"RAY_ADDRESS is auto, but no Ray runs on this machine: start it (`ray start`), or set "
@@ -50,13 +49,9 @@ def _find_here() -> str:
 def _ask(address: str, name: str, *, stale: bool) -> None:
     """Ask Ray's control service whether it lives."""
     import grpc
-    from ray._private.gcs_utils import create_gcs_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    channel = create_gcs_channel(address)
     try:
-        service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        service.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_SECONDS)
+        ray_private.ask_gcs(address, timeout=ANSWER_SECONDS)
     except grpc.RpcError as error:
         if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             raise UserError(
@@ -68,8 +63,6 @@ def _ask(address: str, name: str, *, stale: bool) -> None:
             f"no Ray cluster answers at {name} ({_reason(error)}): "
             f"{cure if stale else f'expected {FORM}'}"
         ) from None
-    finally:
-        channel.close()
 
 
 def _reason(error: Any) -> str:
@@ -85,8 +78,7 @@ def _reason(error: Any) -> str:
 
 def _find_node(address: str, name: str) -> None:
     """A driver joins a cluster through the node that it runs on."""
-    from ray._private import services
-
+    services = ray_private.services()
     try:
         services.get_node_to_connect_for_driver(
             services.GcsClient(address=address), timeout_seconds=NODE_SECONDS

@@ -13,7 +13,6 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from filelock import FileLock
-from ray.train.v2._internal.execution.context import get_train_context
 
 from aegan import files
 from aegan.config import ComputeConfig, ConfigError, TrainConfig
@@ -27,6 +26,7 @@ from pipelines.bucket.run_store import OUTCOME, RunStore, Uploader
 from pipelines.bucket.shard_store import fetch_shards, node_folder
 from pipelines.cluster import prometheus
 from pipelines.cluster.process_group import stop_requested
+from pipelines.cluster.ray_private import preemption
 from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, cpus_of_this_node
 
 
@@ -127,7 +127,7 @@ class _Workspace:
 
     def should_stop(self) -> bool:
         """Whether someone asked: the driver, the run store, this process's or its node's end."""
-        if stop_requested() or get_train_context().preemption_context.preemption_info is not None:
+        if stop_requested() or preemption() is not None:
             return True
         if self._uploader is not None:
             return self._uploader.should_stop()

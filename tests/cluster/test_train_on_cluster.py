@@ -17,7 +17,7 @@ from aegan.training.run_folder import step_name
 from tests.cluster.nodes import RayCluster, two_nodes
 from tests.project import finish, make_project, run_folder, start, train_workers
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_STEPS = 300
 TRAINING = {
     "training__num_steps": NUM_STEPS,
@@ -102,7 +102,7 @@ def wait_for_checkpoint(s3, bucket) -> Callable[[int], int]:
     client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
 
     def wait(step: int) -> int:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while time.monotonic() < deadline:
             found = client.list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents", [])
             names = [re.search(r"step-(\d+)/state.json$", item["Key"]) for item in found]

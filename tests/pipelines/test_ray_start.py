@@ -10,14 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from ray.train.v2._internal.execution.context import TrainContext
 
 from pipelines.base.errors import UserError
-from pipelines.cluster import ray_address
+from pipelines.cluster import ray_address, ray_private
 from pipelines.cluster.session import PRIVATE_FOLDER, ray_session
 
 SESSION = """
@@ -113,6 +116,17 @@ def test_a_port_that_never_answers_is_given_up_in_time(monkeypatch):
     monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 1.0)
     with listening(lambda connection: None) as address:
         assert "(no answer in 1 s): expected" in refusal(monkeypatch, address)
+
+
+def test_what_is_used_of_ray_beside_its_public_names_is_there():
+    services = ray_private.services()
+    for name in ("get_ray_address_from_environment", "get_node_to_connect_for_driver", "GcsClient"):
+        assert callable(getattr(services, name))
+    with closed_port() as address, pytest.raises(grpc.RpcError):
+        ray_private.ask_gcs(address, timeout=1.0)
+    with pytest.raises(RuntimeError, match="TrainContext has not been initialized"):
+        ray_private.preemption()
+    assert "preemption_context" in {field.name for field in fields(TrainContext)}
 
 
 @pytest.mark.fault("ray addresses")
