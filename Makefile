@@ -30,7 +30,7 @@ test-faults: .venv/installed ## every fault and attack of docs/reliability.md an
 	$(PYTEST) -m fault
 
 coverage: .venv/installed ## the whole test suite, and which lines it runs, also in the processes it starts
-	$(PYTEST) --cov --cov-report=
+	$(PYTEST) --cov --cov-report=term
 
 check: .venv/installed ## format, lint, types, declared dependencies
 	$(BIN)/ruff format --check .

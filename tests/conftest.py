@@ -2,12 +2,14 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 # Side by side, threads of several processes would wait for one another on the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # A shell's background job ignores Ctrl-C, and so would every stage that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,14 +28,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Under xdist a module stays in one process, and all that starts servers or Ray in another.
+class OneProcessForServers(LoadScopeScheduling):
+    """Under xdist a module stays in one process, and all that start servers or Ray in the same.
 
     Two Rays at once on two cores start so slowly that what waits for one of them gives up.
     """
-    servers = item.get_closest_marker("integration") is not None
-    module = item.nodeid.partition("::")[0]
-    item.add_marker(pytest.mark.xdist_group("servers" if servers else module))
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        code = (self.config.rootpath / module).read_text(encoding="utf-8")
+        return "servers" if "pytest.mark.integration" in code else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneProcessForServers(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
