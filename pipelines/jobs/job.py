@@ -10,6 +10,7 @@ in the image, whose code and parameters it runs; the remote is DVC_REMOTE_URL, s
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement  # which Ray needs, too
 
 from pipelines.base.errors import UserError, run_stage
 
@@ -113,8 +116,13 @@ def check_versions(lock: Path) -> None:
 
 def locked_versions(lock: Path) -> dict[str, str]:
     """The versions that the lock names of the packages that decide what comes out."""
-    lines = lock.read_text(encoding="utf-8").splitlines()
-    locked = dict(line.split("==") for line in lines if "==" in line)
+    locked = {}
+    for line in lock.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        wanted = re.split(r"(?:^|\s)(?:#|-)", line, maxsplit=1)[
+            0
+        ].strip()  # no comment, option, hash
+        if wanted and ((found := Requirement(wanted)).marker is None or found.marker.evaluate()):
+            locked[found.name] = str(found.specifier).removeprefix("==")
     return {package: locked[package] for package in CHECKED}
 
 

@@ -401,6 +401,23 @@ def test_the_installed_packages_are_those_of_the_lock_whatever_their_build():
     job.check_versions(LOCK)
 
 
+def test_a_lock_with_hashes_extras_markers_and_comments_says_the_same(tmp_path):
+    lock = tmp_path / "other.lock"
+    lock.write_text(
+        "# made by a tool\n--index-url https://example.com/simple\n"
+        "torch==2.13.0 \\\n    --hash=sha256:00 \\\n    --hash=sha256:01  # via aegan\n"
+        "torch==1.0 ; python_version < '3'\nray[default,train]==2.60.0 ; sys_platform != 'x'\n"
+        "dvc==3.67.1 # a comment with == in it\nmlflow==3.17.2\npyarrow==25.0.1\n"
+    )
+    assert job.locked_versions(lock) == {
+        "torch": "2.13.0",
+        "ray": "2.60.0",
+        "dvc": "3.67.1",
+        "mlflow": "3.17.2",
+        "pyarrow": "25.0.1",
+    }
+
+
 def test_other_versions_than_the_locks_are_named_with_the_cure(tmp_path):
     other = re.sub(r"^(torch|ray)==.*$", r"\1==9.9.9", LOCK.read_text(), flags=re.MULTILINE)
     (tmp_path / "other.lock").write_text(other)
