@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-from aegan.config import ConfigError
 from pipelines.base.names import shown
 
 
@@ -31,7 +30,13 @@ def run_stage(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
         main()
-    except (UserError, ConfigError) as error:
+    except UserError as error:
+        sys.exit(_shown(f"error: {error}"))
+    except ValueError as error:
+        from aegan.config import ConfigError  # needs packages, which `make clean` does without
+
+        if not isinstance(error, ConfigError):
+            raise
         sys.exit(_shown(f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)

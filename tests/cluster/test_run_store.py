@@ -242,13 +242,13 @@ def test_another_driver_takes_the_run_over_and_the_first_one_ends(
 ):
     url = f"{bucket}/runs/x"
 
-    def take_over(checkpoint_number: int) -> None:
+    def another_begins(checkpoint_number: int) -> None:
         if checkpoint_number == 1:
             taken.append(take_over(RunStore(url)))
 
     taken: list[str] = []
     with pytest.raises(UserError, match=r"another training of s3://.*/runs/x was started on"):
-        work(url, tmp_path / "a", shards, also=take_over)
+        work(url, tmp_path / "a", shards, also=another_begins)
     assert work(url, tmp_path / "b", shards, driver=taken[0]).finished
     assert_same_run(tmp_path / "b", undisturbed)
 

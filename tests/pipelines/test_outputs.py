@@ -113,7 +113,7 @@ def test_make_clean_needs_no_environment_and_keeps_the_source(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     picture = _write(tmp_path / "data/my_faces/a.png")
     _write(tmp_path / "artifacts/raw/manifest.json")
-    base = f"PYTHON={Path(sys.base_prefix) / 'bin/python3'}"
+    base = f"PYTHON={Path(sys.base_prefix) / 'bin/python3'} -S"  # without any package
     done = subprocess.run(
         ["make", "clean", base], cwd=tmp_path, capture_output=True, text=True, check=False
     )
