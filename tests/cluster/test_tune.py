@@ -177,9 +177,11 @@ def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: 
 
 
 def test_settings_that_cannot_train_end_in_one_clear_line(project: Path) -> None:
-    change(project, {"training": {"batch_size": 0}, "tune": {"num_trials": 2}})
+    training = {"learning_rate": 1e12, "max_rollbacks": 0}
+    search = {"loss.gamma": {"low": 0.05, "high": 10.0, "scale": "log"}}
+    change(project, {"training": training, "tune": {"num_trials": 2, "search": search}})
     output = finish(start(project, "tune"), expected=1)
-    assert "error: no trial was trained to the end: training.batch_size is 0" in output
+    assert "error: no trial was trained to the end: each of them diverged" in output
     assert "Traceback" not in output
 
 
