@@ -229,9 +229,8 @@ class ComputeConfig:
     """How the training runs; nothing here changes what is computed but for rounding."""
 
     num_workers: Count
-    min_workers: (
-        CountOrNone  # with fewer nodes than usual, train on with so many; 0: with all or none
-    )
+    # With fewer nodes than usual, train on with so many; 0: with all or none.
+    min_workers: CountOrNone
     device: Literal["auto", "cpu", "cuda"]
     # If there are GPUs; less than 1 only for a single worker.
     gpus_per_worker: Annotated[

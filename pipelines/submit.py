@@ -245,12 +245,8 @@ def set_remote(address: str) -> None:
 
 
 def _dvc(*arguments: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.project.dvc_command",
-        *arguments,
-    ]  # checked and locked
+    # Not DVC itself: what it does is checked and locked.
+    command = [sys.executable, "-m", "pipelines.project.dvc_command", *arguments]
     if subprocess.run(command, check=False).returncode != 0:
         raise UserError(f"dvc {arguments[0]} failed; what it says stands above")
 

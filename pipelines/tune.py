@@ -32,7 +32,7 @@ from aegan.training.run_folder import DRIVER_LOCK
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import new_folder, read_json
-from pipelines.base.identity import code_sha256, file_of
+from pipelines.base.identity import ROOT, code_sha256
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.base.run_name import run_name
 from pipelines.cluster.session import machine, ray_session
@@ -50,9 +50,9 @@ from pipelines.train import WORKER_ENVIRONMENT
 
 RUNS = Path("runs")
 CODE = (  # what determines a search, besides the trainings
-    "pipelines.search.tuner",
-    "pipelines.search.trial",
-    "pipelines.tune",
+    "pipelines/search/tuner.py",
+    "pipelines/search/trial.py",
+    "pipelines/tune.py",
 )
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def settings_of(config: TrainConfig, names: list[str]) -> Settings:
 
 def search_name(start: TrainConfig, config: TuneConfig, dataset_sha256: str) -> str:
     """A name that changes with data, parameters, search space and code, and with nothing else."""
-    code = code_sha256(filter(None, map(file_of, CODE)))
+    code = code_sha256(ROOT / file for file in CODE)
     versions = [version(package) for package in ("ray", "optuna")]
     content = [run_name(start, dataset_sha256), asdict(config), code, versions]
     return f"tune-{sha256_of_json(content)[:12]}"

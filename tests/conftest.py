@@ -2,6 +2,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 # Side by side, threads of several processes would wait for one another on the same cores.
@@ -36,8 +38,12 @@ class OneProcessForServers(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
-        code = (self.config.rootpath / module).read_text(encoding="utf-8")
-        return "servers" if "pytest.mark.integration" in code else module
+        return "servers" if starts_servers(self.config.rootpath / module) else module
+
+
+@cache
+def starts_servers(module: Path) -> bool:
+    return "pytest.mark.integration" in module.read_text(encoding="utf-8")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

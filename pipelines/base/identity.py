@@ -7,6 +7,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
 }
 
 
+@cache
 def weights_code_sha256() -> str:
-    """Of the code that decides the weights of a training."""
+    """Of the code that decides the weights of a training, as it was when first asked for."""
     modules = ["aegan.training.loop", "aegan.training.start"]
     return code_sha256(code_of(modules, without=NOT_IN_WEIGHTS))
 

@@ -55,8 +55,8 @@ def _ask(address: str, name: str, *, stale: bool) -> None:
     except grpc.RpcError as error:
         if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             raise UserError(
-                f"{name} refused this token: RAY_AUTH_MODE and RAY_AUTH_TOKEN must be "
-                "those of the cluster"
+                f"{name} refused this token: RAY_AUTH_MODE and RAY_AUTH_TOKEN must be those of "
+                "the cluster"
             ) from None
         cure = "it has ended: start it again (`ray start`), or unset RAY_ADDRESS"
         raise UserError(

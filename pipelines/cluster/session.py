@@ -58,12 +58,19 @@ def wanted(compute: ComputeConfig, present: Mapping[str, float]) -> tuple[str, f
     )
 
 
-def machine() -> dict[str, int]:
-    """The cores that this process may use, and the GPUs that PyTorch sees: a private Ray's."""
-    import joblib
-    import torch
+def machine(*, gpus: bool = True) -> dict[str, int]:
+    """The cores that this process may use, and the GPUs that PyTorch sees: a private Ray's.
 
-    return {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
+    Without `gpus` none are counted, and PyTorch is not loaded for it.
+    """
+    import joblib
+
+    found = {"CPU": joblib.cpu_count(), "GPU": 0}
+    if gpus:
+        import torch
+
+        found["GPU"] = torch.cuda.device_count()
+    return found
 
 
 @contextmanager
@@ -82,17 +89,18 @@ def _plain_executable() -> Iterator[None]:
 
 
 @contextmanager
-def ray_session(*, dashboard: bool = False) -> Iterator[bool]:
+def ray_session(*, dashboard: bool = False, gpus: bool = True) -> Iterator[bool]:
     """Connected to Ray inside; yields whether it is a private one on this machine.
 
     A private one has a dashboard on request: Ray Tune waits for it forever when it stops a trial.
+    Without `gpus` it has none of them: for work that PyTorch has no part in.
     """
-    with _plain_executable(), _connection(dashboard) as local:
+    with _plain_executable(), _connection(dashboard, gpus) as local:
         yield local
 
 
 @contextmanager
-def _connection(dashboard: bool) -> Iterator[bool]:
+def _connection(dashboard: bool, gpus: bool) -> Iterator[bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a FutureWarning
     address = os.environ.get("RAY_ADDRESS", "")
@@ -113,16 +121,16 @@ def _connection(dashboard: bool) -> Iterator[bool]:
             ray_address.check(address)
             _join(address)
         else:
-            _start(folder, dashboard=dashboard)
+            _start(folder, dashboard=dashboard, gpus=gpus)
         try:
             yield local
         finally:
             ray.shutdown()
 
 
-def _start(folder: str, *, dashboard: bool) -> None:
+def _start(folder: str, *, dashboard: bool, gpus: bool) -> None:
     """Start a private Ray whose files are in this folder; one that is cut off leaves nothing."""
-    here, earlier = machine(), set(psutil.Process().children())
+    here, earlier = machine(gpus=gpus), set(psutil.Process().children())
     try:
         _init(
             address="local",
@@ -153,9 +161,9 @@ def _join(address: str) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"RAY_ADDRESS={address} refused the connection ({reason}): "
-            "RAY_AUTH_MODE and RAY_AUTH_TOKEN "
-            "must be those of the cluster, and this machine one of its nodes (else: make submit)"
+            f"RAY_ADDRESS={address} refused the connection ({reason}): RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN must be those of the cluster, and this machine one of its nodes (else: "
+            "make submit)"
         ) from None
 
 

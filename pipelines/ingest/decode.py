@@ -63,9 +63,8 @@ def decode_snapshot(
     pieces = list(plan(raw, shards, work))
     missing = [piece for piece in pieces if not is_complete(piece)]
     if missing and "url" in pq.read_schema(missing[0].shard).names:  # a listing, not the files
-        from pipelines.ingest.decode_on_ray import (
-            decode_pieces,  # slow to import, for listings alone
-        )
+        # Slow to import, for listings alone.
+        from pipelines.ingest.decode_on_ray import decode_pieces
 
         _run(decode_pieces(config, missing), total=len(missing))
     elif processes == 1 and not any(piece.mark.exists() for piece in missing):

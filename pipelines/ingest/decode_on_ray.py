@@ -26,7 +26,7 @@ LOST_TASKS = 5  # tries of a piece whose node or process is lost; by default Ray
 
 def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[None]:
     """Write the part of each piece; yields after each. Raises UserError."""
-    with ray_session():
+    with ray_session(gpus=False):
         import ray.data
         import ray.exceptions
 

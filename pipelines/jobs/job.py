@@ -118,9 +118,8 @@ def locked_versions(lock: Path) -> dict[str, str]:
     """The versions that the lock names of the packages that decide what comes out."""
     locked = {}
     for line in lock.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-        wanted = re.split(r"(?:^|\s)(?:#|-)", line, maxsplit=1)[
-            0
-        ].strip()  # no comment, option, hash
+        # Without a comment, an option, hashes.
+        wanted = re.split(r"(?:^|\s)(?:#|-)", line, maxsplit=1)[0].strip()
         if wanted and ((found := Requirement(wanted)).marker is None or found.marker.evaluate()):
             locked[found.name] = str(found.specifier).removeprefix("==")
     return {package: locked[package] for package in CHECKED}
@@ -145,13 +144,9 @@ def installed_version(package: str) -> str:
 
 def run_dvc(*arguments: str) -> None:
     """Run DVC and show what it says; a failure is a UserError with the failed stage's reason."""
+    # Not DVC itself: what it takes from the bucket is checked.
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pipelines.project.dvc_command",
-            *arguments,
-        ],  # what it takes is checked
+        [sys.executable, "-m", "pipelines.project.dvc_command", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -20,7 +20,6 @@ import aegan
 from aegan import model_folder
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
-from pipelines.base.mlflow_names import quoted
 from pipelines.registry import mlflow_store
 from pipelines.registry.mlflow_store import (
     alone,
@@ -127,7 +126,7 @@ def log_trial(
         client = mlflow.MlflowClient()
         parent = _search_run(mlflow, client, search, experiment)
         experiment_id = client.get_run(parent).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {quoted(name)}"
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {_quoted(name)}"
         for run in client.search_runs([experiment_id], query):
             if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
                 return
@@ -141,7 +140,7 @@ def log_trial(
 def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     """The id of the run of that name, which is made where there is none."""
     experiment_id = _experiment(mlflow, experiment)
-    found = client.search_runs([experiment_id], f"tags.search = {quoted(search)}")
+    found = client.search_runs([experiment_id], f"tags.search = {_quoted(search)}")
     if found:
         run_id: str = found[0].info.run_id
         return run_id
@@ -253,12 +252,17 @@ def pinned(uri: str) -> str:
         return f"models:/{name}/{found.version}"
 
 
+def _quoted(text: str) -> str:
+    """A text as a value in a filter of MLflow, which has two quotes and no way to escape them."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
     """The first version of that content whose files are still there.
 
     The first: numbers only grow, so that all who register one content at once agree on it.
     """
-    query = f"name = {quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
+    query = f"name = {_quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
     for found in client.search_model_versions(query, order_by=["version_number ASC"]):
         uri = f"models:/{model_name}/{found.version}"
         files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
@@ -318,7 +322,7 @@ def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -
     found = client.get_experiment_by_name(experiment)
     if not found or found.lifecycle_stage != "active":
         return
-    conditions = [f"tags.{name} = {quoted(value)}" for name, value in identity.items()]
+    conditions = [f"tags.{name} = {_quoted(value)}" for name, value in identity.items()]
     query = " AND ".join(["attributes.status != 'FINISHED'", *conditions])
     for run in client.search_runs([found.experiment_id], query):
         if "registered_model" not in run.data.tags:  # a search's, or somebody else's
@@ -343,7 +347,7 @@ def _remove_run(client: Any, run: Any) -> None:
 
 def _logged_models(client: Any, run: Any) -> list[Any]:
     found: list[Any] = client.search_logged_models(
-        [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
+        [run.info.experiment_id], f"source_run_id = {_quoted(run.info.run_id)}"
     )
     return found
 
