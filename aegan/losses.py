@@ -300,20 +300,6 @@ def class_loss(logits: Tensor, weights: LossConfig, *, real: bool) -> Tensor:
     return _bce(logits, target)
 
 
-def _taken_for_real(logits: Tensor, weights: LossConfig) -> Tensor:
-    """Loss of G and E on one kind of fakes."""
-    if weights.adversarial == "hinge":
-        return -logits.mean()
-    if weights.adversarial == "least_squares":
-        return 0.5 * (logits - 1).square().mean()
-    return _bce(logits, 1.0)
-
-
-def _pairing(logits: Tensor, others: Tensor) -> Tensor:
-    """How much each of the logits falls short of its partner: Huang et al. 2024 (R3GAN)."""
-    return F.softplus(others - logits).mean()
-
-
 def shares_of(fakes: Iterable[str], weights: LossConfig) -> dict[str, float]:
     """Weights of the kinds of fakes in a discriminator's mean over them: 1 on average, and to each
     other as the lambdas are; all 1 if the lambdas are all 0.
@@ -321,16 +307,6 @@ def shares_of(fakes: Iterable[str], weights: LossConfig) -> dict[str, float]:
     lambdas = _lambdas(fakes, weights)
     total = sum(lambdas.values())
     return {name: len(lambdas) * at / total if total else 1.0 for name, at in lambdas.items()}
-
-
-def _lambdas(fakes: Iterable[str], weights: LossConfig) -> dict[str, float]:
-    every = {
-        "x_hat": weights.lambda_x_hat_adversarial,
-        "x_tilde": weights.lambda_x_tilde_adversarial,
-        "z_hat": weights.lambda_z_hat_adversarial,
-        "z_tilde": weights.lambda_z_tilde_adversarial,
-    }
-    return {name: every[name] for name in fakes}
 
 
 def packed(images: Tensor, weights: LossConfig) -> Tensor:
@@ -341,7 +317,7 @@ def packed(images: Tensor, weights: LossConfig) -> Tensor:
     """
     if weights.packing == 1:
         return images
-    return images.unflatten(0, (-1, weights.packing)).flatten(1, 2)
+    return images.reshape(-1, weights.packing * images.shape[1], *images.shape[2:])
 
 
 def gradient_penalty(
@@ -359,6 +335,30 @@ def gradient_penalty(
 
 
 Weighted = tuple[str, float, Tensor]  # a term: its name, its weight, its value
+
+
+def _taken_for_real(logits: Tensor, weights: LossConfig) -> Tensor:
+    """Loss of G and E on one kind of fakes."""
+    if weights.adversarial == "hinge":
+        return -logits.mean()
+    if weights.adversarial == "least_squares":
+        return 0.5 * (logits - 1).square().mean()
+    return _bce(logits, 1.0)
+
+
+def _pairing(logits: Tensor, others: Tensor) -> Tensor:
+    """How much each of the logits falls short of its partner: Huang et al. 2024 (R3GAN)."""
+    return F.softplus(others - logits).mean()
+
+
+def _lambdas(fakes: Iterable[str], weights: LossConfig) -> dict[str, float]:
+    every = {
+        "x_hat": weights.lambda_x_hat_adversarial,
+        "x_tilde": weights.lambda_x_tilde_adversarial,
+        "z_hat": weights.lambda_z_hat_adversarial,
+        "z_tilde": weights.lambda_z_tilde_adversarial,
+    }
+    return {name: every[name] for name in fakes}
 
 
 def _weighted_sum(terms: list[Weighted]) -> tuple[Tensor, Terms]:

@@ -22,7 +22,7 @@ def value_at(schedule: Schedule, images_shown: int, *, images_in_all: int) -> fl
     start, end = schedule.start, schedule.end
     passed = images_shown / (schedule.images or images_in_all)
     if schedule.schedule == "exponential":
-        return max(start * 0.5**passed, end)
+        return max(start * math.pow(0.5, passed), end)
     if passed >= 1:
         return end
     if schedule.schedule == "cosine":

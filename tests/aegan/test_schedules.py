@@ -127,10 +127,10 @@ def test_optimisers_step_with_the_rates_of_the_moment():
     ("changes", "sentence"),
     [
         ({"schedule": "sine"}, ".schedule is 'sine'; allowed: linear, cosine, exponential"),
-        ({"start": -1.0}, ".start is -1.0; it must be 0 or more and below 1"),
-        ({"end": 1.0}, ".end is 1.0; it must be 0 or more and below 1"),
-        ({"end": math.nan}, ".end is NaN; it must be 0 or more and below 1"),
-        ({"images": -1}, ".images is -1; it must be 0 or more and at most 1000000000000"),
+        ({"start": -1.0}, ".start is -1.0; it must be 0 or more"),
+        ({"end": 1.0}, ".end is 1.0; it must be below 1"),
+        ({"end": math.nan}, ".end is NaN; it must be 0 or more"),
+        ({"images": -1}, ".images is -1; it must be 0 or more"),
         ({"images": 1.5}, ".images is 1.5; expected int"),
         (
             {"schedule": "exponential", "images": 0},
