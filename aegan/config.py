@@ -157,9 +157,8 @@ class LossConfig:
 
     lambda_image_reconstruction: ScheduledWeight  # weight of |x - x_tilde|
     lambda_latent_reconstruction: ScheduledWeight  # weight of (z - z_tilde)^2
-    lambda_x_hat_adversarial: (
-        ScheduledWeight  # a fake's weight: in the loss of G and E, and its share in D's
-    )
+    # Of each fake: its weight in the loss of G and E, and its share in its discriminator's mean.
+    lambda_x_hat_adversarial: ScheduledWeight
     lambda_x_tilde_adversarial: ScheduledWeight
     lambda_z_hat_adversarial: ScheduledWeight
     lambda_z_tilde_adversarial: ScheduledWeight
@@ -167,10 +166,9 @@ class LossConfig:
     # Of discriminators, in the forms `bce` and `least_squares`.
     real_target: Annotated[float, Interval(ge=0, le=1)]
     fake_target: Annotated[float, Interval(ge=0, le=1)]
-    gamma_image: (
-        ScheduledWeight  # weight of D_x's R1 and R2 gradient penalties; 0 switches them off
-    )
-    gamma_latent: ScheduledWeight  # the same for D_z
+    # Of the R1 and R2 gradient penalties of D_x and of D_z; 0 switches them off.
+    gamma_image: ScheduledWeight
+    gamma_latent: ScheduledWeight
     # Images that D_x judges at once (PacGAN); 1: each on its own. The arm `gan` only.
     packing: Annotated[int, Interval(ge=1, le=64)]
 
@@ -262,8 +260,6 @@ RENAMED: dict[str, tuple[str, ...]] = {
     ),
     "loss.gamma": ("loss.gamma_image", "loss.gamma_latent"),
 }
-
-
 # Settings that earlier versions did not have, with the value that does what those did.
 ADDED: dict[str, Any] = {"loss.packing": 1}
 
@@ -353,9 +349,7 @@ class SearchRange:
 class TuneConfig:
     """The search for better settings of loss and optimisers (stage `tune`, docs/tuning.md)."""
 
-    search: dict[
-        str, SearchRange
-    ]  # by the setting's name: loss.gamma_image, training.learning_rate, ...
+    search: dict[str, SearchRange]  # by the setting's name: loss.gamma_image, training.beta2, ...
     objective: Literal["frechet_distance", "image_reconstruction", "pareto"]
     num_trials: Count  # the settings of params.yaml are the first of them
     num_steps: Count  # of a trial that is not stopped early
