@@ -115,7 +115,7 @@ def _round_of(
 ) -> Callable[..., None]:
     training = replace(config.training, update_rule=form.rule, precision=form.precision)
     # The author's rule knows neither gradient penalties nor relativistic losses.
-    author = replace(config.loss, adversarial="bce", gamma=0.0)
+    author = replace(config.loss, adversarial="bce", gamma_image=0.0, gamma_latent=0.0)
     config = replace(
         config, training=training, loss=config.loss if form.rule == "shared" else author
     )

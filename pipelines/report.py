@@ -281,13 +281,18 @@ def draw_curves(file: Path) -> list[dict[str, Any]]:
                 points[name].append((float(row["step"]), float(value)))
     return [
         {
-            "title": CURVES.get(name, (name.replace("_", " ").capitalize(), ""))[0],
-            "explanation": CURVES.get(name, ("", ""))[1],
+            "title": CURVES[name][0] if name in CURVES else _title(name),
+            "explanation": CURVES[name][1] if name in CURVES else "",
             "last": values[-1][1],
             "drawing": draw_curve(np.array(values)),
         }
         for name, values in points.items()
     ]
+
+
+def _title(name: str) -> str:
+    """`training.learning_rate`, which was scheduled, => Learning rate"""
+    return name.rpartition(".")[2].replace("_", " ").capitalize()
 
 
 def draw_curve(points: np.ndarray) -> Markup:

@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from aegan import schedules
 from aegan.config import ComputeConfig, TrainConfig, check_batch_size
 from aegan.data.dataset import read_manifest
 from aegan.training import checkpoint
@@ -114,6 +115,9 @@ def _train(
         store.fetch(folder)
     done = _step_to_go_on_from(folder, store)
     facts = _facts(config, compute, manifest, start, name)
+    fixed = schedules.fixed_num_steps(config)
+    if fixed and (newest := checkpoint.latest(folder.checkpoints)):
+        checkpoint.check_num_steps(checkpoint.read_state(newest), fixed)
     if done is not None and done > num_steps:
         raise UserError(
             f"training.num_steps is {num_steps}, but {folder.path} was trained for {done} steps "
@@ -131,6 +135,7 @@ def _train(
         config.training.batch_size,
         images=manifest["splits"]["train"]["rows"],
         workers=compute.num_workers,
+        packing=config.loss.packing,
     )
     if done == num_steps:
         log.info("run %s is trained, but lacks a last piece: making it anew", name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig, with_new_names
 from pipelines.base import params
 from tests.shards import write_shards
 
@@ -27,10 +27,11 @@ def tiny_config(
     model = replace(
         params.load(ModelConfig, PARAMS), architecture=architecture, latent_dim=4, base_channels=4
     )  # fmt: skip
-    plain = {"adversarial": "bce", "gamma": 0.0}
+    plain = {"adversarial": "bce", "gamma_image": 0.0, "gamma_latent": 0.0}
+    changed = with_new_names("loss", loss or {})  # `gamma` stands for both
     return TrainConfig(
         model=model,
-        loss=replace(params.load(LossConfig, PARAMS), **(plain | (loss or {}))),
+        loss=replace(params.load(LossConfig, PARAMS), **(plain | changed)),
         training=replace(params.load(TrainingConfig, PARAMS), **(SMALL | training)),
     )
 

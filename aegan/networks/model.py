@@ -38,6 +38,7 @@ class AEGAN(nn.Module):
         image_channels: int,
         encoder: bool = True,
         discriminators: bool = True,
+        packing: int = 1,  # images that the image discriminator judges at once, as more channels
     ) -> None:
         # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
@@ -60,6 +61,7 @@ class AEGAN(nn.Module):
         self.generator = make.generator(**sizes)
         self.image_discriminator = self.latent_discriminator = None
         if discriminators:
-            self.image_discriminator = make.image_discriminator(**sizes)
+            packed = sizes | {"image_channels": packing * image_channels}
+            self.image_discriminator = make.image_discriminator(**packed)
             self.latent_discriminator = make.latent_discriminator(**sizes)
         self.encoder = make.encoder(**sizes) if encoder else None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aegan import schedules
 from aegan.config import TrainConfig, check, check_batch_size
 from aegan.data.dataset import load_images, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
@@ -73,14 +74,20 @@ def train(
     manifest = read_manifest(shards)
     check(config)
     check_batch_size(
-        options.batch_size, images=manifest["splits"]["train"]["rows"], workers=world_size
+        options.batch_size,
+        images=manifest["splits"]["train"]["rows"],
+        workers=world_size,
+        packing=config.loss.packing,
     )
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
 
-    # Load the data. A global batch is the same for any number of workers; each keeps its share.
-    share = slice(*(options.batch_size * r // world_size for r in (rank, rank + 1)))
+    # Load the data. A global batch is the same for any number of workers; each keeps its share,
+    # which is of whole packs.
+    packing = config.loss.packing
+    packs = options.batch_size // packing
+    share = slice(*(packs * r // world_size * packing for r in (rank, rank + 1)))
     reader = resident_reader if options.reader == "resident" else streamed_reader
     read_images = reader(
         shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
@@ -119,6 +126,12 @@ def train(
         step = state.step
         torch.manual_seed(_seed(options.seed, state.attempt, step, rank + 1))  # networks' noise
 
+        # Set what is scheduled.
+        images_shown = step * options.batch_size
+        now = schedules.at(config, images_shown)
+        state.set_rates(now.training)
+        updates.weights = now.loss
+
         # Update the networks.
         if options.update_rule == "shared":
             state.log.add(updates.on_one_batch(*read_batch(step)))
@@ -132,7 +145,6 @@ def train(
             state.log.add(updates.of_encoder_generator(*fresh))
 
         # Update the averages.
-        images_shown = step * options.batch_size
         decay = ema_decay(options.batch_size, options.ema_half_life_images, images_shown)
         update_ema(state.ema, state.model, decay)
         state.step += 1
@@ -168,7 +180,7 @@ def train(
         elapsed = time.perf_counter() - clock
         speed = (state.step - clock_step) * options.batch_size / elapsed
         state.seconds += elapsed
-        row = _row(state, speed, means)
+        row = _row(state, config, speed, means)
         if row_due:
             state.log.append(row)
         keep = partial(
@@ -261,7 +273,7 @@ def _end(
     _save_pictures(state, validation, folder)
     if log.ending is None:
         logged = bool(log.rows) and log.rows[-1]["step"] == state.step
-        row = dict(log.rows[-1]) if logged else _row(state, speed, log.means())
+        row = dict(log.rows[-1]) if logged else _row(state, config, speed, log.means())
         if selected_by(config.training.arm) not in row and len(validation):
             row |= validate(state.ema, validation, seed=config.training.seed)
         log.ending = row
@@ -281,9 +293,10 @@ def _save(state: TrainingState, config: TrainConfig, folder: RunFolder) -> None:
     )
 
 
-def _row(state: TrainingState, speed: float, means: Row) -> Row:
+def _row(state: TrainingState, config: TrainConfig, speed: float, means: Row) -> Row:
     timing = {"time": time.time(), "seconds": state.seconds, "images_per_second": speed}
-    return {"step": state.step, **timing, **means}
+    scheduled = schedules.values_at(config, (state.step - 1) * config.training.batch_size)
+    return {"step": state.step, **timing, **means, **scheduled}
 
 
 def _reported(row: Row) -> Row:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aegan import model_folder
-from aegan.config import TrainConfig, identity, with_new_names
+from aegan import model_folder, schedules
+from aegan.config import TrainConfig, TrainingConfig, identity, with_new_names
 from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
 from aegan.training import checkpoint
@@ -25,6 +25,7 @@ class TrainingState:
         options, objective = config.training, OBJECTIVES[config.training.arm]
         self._device = device
         self._config = {**identity(config), "dataset_sha256": manifest["dataset_sha256"]}
+        self._fixed_num_steps = schedules.fixed_num_steps(config)
         self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
         self._reading = {"fit": manifest["fit"], "value_range": manifest.get("value_range", "full")}
         torch.manual_seed(options.seed)
@@ -33,6 +34,7 @@ class TrainingState:
             **self._sizes,
             encoder=objective.has_encoder,
             discriminators=objective.judges_images or objective.judges_latents,
+            packing=config.loss.packing,
         )
         self.ema = AEGAN(
             config.model, **self._sizes, encoder=objective.has_encoder, discriminators=False
@@ -49,30 +51,39 @@ class TrainingState:
             if network is not None:
                 network.requires_grad_(is_used)
                 discriminators += list(network.parameters()) if is_used else []
-        adam = partial(torch.optim.Adam, betas=(options.beta1, options.beta2), fused=True)
+        adam = partial(torch.optim.Adam, fused=True)
         self.optimizers = {
             "encoder_generator": adam(
                 [
                     *self.model.generator.parameters(),
                     *(self.model.encoder.parameters() if self.model.encoder else ()),
                 ],
-                lr=options.learning_rate,
             )
         }
         if discriminators:
-            self.optimizers["discriminators"] = adam(
-                discriminators, lr=options.discriminator_learning_rate
-            )
+            self.optimizers["discriminators"] = adam(discriminators)
+        self.set_rates(schedules.at(config, 0).training)
         self.step = 0  # encoder/generator updates done
         self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
         self.seconds = 0.0  # of training
         self.log = TrainingLog()
         self.start: dict[str, Any] | None = None  # whose weights it began with, if not random ones
 
+    def set_rates(self, options: TrainingConfig) -> None:
+        """How the optimisers' next steps are taken: learning rates and betas, all numbers."""
+        rates = {
+            "encoder_generator": options.learning_rate,
+            "discriminators": options.discriminator_learning_rate,
+        }
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"], group["betas"] = rates[name], (options.beta1, options.beta2)
+
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this moment; see `aegan.training.checkpoint`."""
         state = {
             "config": self._config,
+            "fixed_num_steps": self._fixed_num_steps,
             **self._sizes,
             **self._reading,
             "attempt": self.attempt,
@@ -85,8 +96,12 @@ class TrainingState:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a checkpoint, as `checkpoint.load` returns it; raises ConfigChangedError."""
-        saved = state["config"] | {"model": with_new_names("model", state["config"]["model"])}
+        saved = {
+            key: with_new_names(key, value) if isinstance(value, dict) else value
+            for key, value in state["config"].items()
+        }
         checkpoint.check_config(saved, self._config)
+        checkpoint.check_num_steps(state, self._fixed_num_steps)
         for name, module in (("model", self.model), ("ema", self.ema)):
             module.load_state_dict(_under(tensors, name))
         for name, optimizer in self.optimizers.items():

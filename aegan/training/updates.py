@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from aegan import schedules
 from aegan.config import Precision, TrainConfig
 from aegan.losses import (
     OBJECTIVES,
@@ -48,10 +49,13 @@ class Updates:
     ) -> None:
         self.model = state.model
         self.optimizers = state.optimizers
-        self.options, self.weights = config.training, config.loss
+        self.options = config.training
+        self.weights = schedules.at(config, 0).loss  # the loop sets those of its moment
         self.objective = OBJECTIVES[config.training.arm]
         self.world_size = world_size
-        self.micro_batch_size = micro_batch_size or config.training.batch_size
+        packing = config.loss.packing  # a pack is not parted
+        part = micro_batch_size or config.training.batch_size
+        self.micro_batch_size = max(part // packing, 1) * packing
         self.autocast = partial(autocast, config.training.precision, device)
         self.encoder_generator = distributed.wrap(
             EncoderGenerator(self.model, self.objective), device
@@ -89,7 +93,6 @@ class Updates:
         """The author's rule: one update sees real samples or one kind of fake."""
         if "discriminators" not in self.optimizers or not self._has(turn):
             return {}
-        target = self.weights.real_target if turn == "real" else self.weights.fake_target
 
         def loss_in_turn(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
             images, latents = shown_in_turn(
@@ -97,7 +100,12 @@ class Updates:
                 turn=turn,
                 objective=self.objective,
             )
-            loss = single_kind_loss(self.discriminators, images, latents, target=target)
+            loss = single_kind_loss(
+                *(self.discriminators, images, latents),
+                turn=turn,
+                objective=self.objective,
+                weights=self.weights,
+            )
             return loss, {f"discriminators_{turn}": loss.detach()}
 
         return self._descend("discriminators", self.discriminators, loss_in_turn, x, z)

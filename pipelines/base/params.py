@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aegan import config, files
-from aegan.config import SECTIONS, ConfigError, written
+from aegan.config import SCHEDULABLE, SECTIONS, ConfigError, Schedule, written
 from pipelines.base.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
@@ -60,12 +60,16 @@ def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
 
 
 def _parse(name: str, values: Any, kind: type) -> Any:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     if not isinstance(values, dict):
         raise UserError(f"params.yaml: {name} must hold the keys {', '.join(hints)}")
-    for key in values:
-        if (new := config.RENAMED.get(f"{name}.{key}")) is not None:
-            raise UserError(f"params.yaml: {name}.{key} is called {new} now: rename it there")
+    renamed = [
+        f"{name}.{key} is called {' and '.join(config.RENAMED[f'{name}.{key}'])} now"
+        for key in values
+        if f"{name}.{key}" in config.RENAMED
+    ]
+    if renamed:
+        raise UserError(f"params.yaml: {'; '.join(renamed)}: rename it there")
     values = {key: value for key, value in values.items() if not _is_gone(f"{name}.{key}", value)}
     _check_keys(f"params.yaml: keys of {name}", values, list(hints))
     return kind(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
@@ -96,8 +100,11 @@ def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:
         raise UserError(f"{where}: {'; '.join(told)}")
 
 
-def _convert(key: str, value: Any, kind: Any) -> Any:
+def _convert(key: str, value: Any, hint: Any) -> Any:
     """Sections within a section, and whole numbers where any will do; the rest as it is."""
+    kind, bounds = config.parts(hint)
+    if SCHEDULABLE in bounds and isinstance(value, dict):
+        kind = Schedule
     if dataclasses.is_dataclass(kind):
         return _parse(key, value, cast(type, kind))
     if get_origin(kind) is dict and isinstance(value, dict):
@@ -139,7 +146,7 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
 
 
 def write_overlay(values: dict[str, Any], file: Path, *, comment: str) -> None:
-    """Write settings by their dotted names, `loss.gamma`, as an overlay of params.yaml."""
+    """Write settings by their dotted names, `loss.gamma_image`, as an overlay of params.yaml."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         section, _, key = name.partition(".")

@@ -38,7 +38,7 @@ NEIGHBOURS = 5
 SIGNIFICANT_DIGITS = 3  # of a setting that was searched: nobody should read more into it
 PREFIX = "validation_"
 
-Settings = dict[str, float]  # by dotted name, loss.gamma
+Settings = dict[str, float]  # by dotted name, loss.gamma_image
 Scores = dict[str, float]  # lower is better for each
 Ended = Literal["finished", "stopped", "diverged", "failed"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aegan.config import ConfigError, TrainConfig
+from aegan.config import ConfigError, Schedule, TrainConfig
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
@@ -265,6 +265,19 @@ def test_every_arm_trains_its_networks_and_exports_a_usable_model(shards, tmp_pa
             assert reconstruct(model, images).shape == images.shape
 
 
+@pytest.mark.parametrize("rule", ["shared", "reference"])
+def test_a_gan_whose_discriminator_sees_packs_trains_resumes_and_exports(shards, tmp_path, rule):
+    config = tiny_config(arm="gan", update_rule=rule, loss={"packing": 4})
+    run(config, shards, tmp_path / "whole")
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
+    run(config, shards, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    first = tensors_at(tmp_path / "cut", 8)["model.image_discriminator.0.weight"]
+    assert first.shape[1] == 4 * 3
+    export_model(RunFolder(tmp_path / "cut").checkpoint(8), tmp_path / "model")
+    assert sample(load(tmp_path / "model"), 3, seed=0).shape == (3, 16, 16, 3)
+
+
 def test_gan_and_aegan_start_from_the_same_generator_and_image_discriminator(shards, tmp_path):
     for arm in ("gan", "aegan"):
         run(tiny_config(arm=arm, num_steps=2), shards, tmp_path / arm)
@@ -385,20 +398,32 @@ def test_only_rank_0_which_judges_checkpoints_holds_validation_images(shards):
 def test_a_batch_smaller_than_the_number_of_workers_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size is 8: it must be at least .* 9"):
         run(tiny_config(), shards, tmp_path, world_size=9)
+    packs = tiny_config(arm="gan", loss={"packing": 4})
+    with pytest.raises(ValueError, match=r"the number of workers, 3 times loss.packing, 4$"):
+        run(packs, shards, tmp_path, world_size=3)
 
 
 def test_settings_made_by_hand_are_checked_before_anything_is_written(shards, tmp_path):
     for wrong, message in (
         ({"batch_size": 41}, "only 40 training images"),
         ({"beta1": 1.0}, "training.beta1 is 1.0; it must be below 1"),
-        ({"update_rule": "reference", "loss": {"gamma": 1.0}}, "reference needs"),
+        ({"update_rule": "reference", "loss": {"gamma": 1.0}}, "reference shows"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(tiny_config(**wrong), shards, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("loss", [{}, {"gamma": 0.5}, {"adversarial": "relativistic"}])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"gamma": 0.5},
+        {"adversarial": "relativistic"},
+        {"adversarial": "hinge", "lambda_z_tilde_adversarial": 0.1, "gamma_latent": 0.5},
+        {"adversarial": "least_squares", "lambda_x_tilde_adversarial": 0.1},
+    ],
+)
 def test_unequal_shares_give_the_gradients_of_the_whole_batch(monkeypatch, loss):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # losses use 32 bits otherwise
     config = tiny_config(loss=loss, max_gradient_norm=0.0)
@@ -472,6 +497,14 @@ def train_on(
     mp.spawn(_worker, arguments, nprocs=world_size)
 
 
+FALLING = Schedule(schedule="cosine", start=1e-3, end=0.0, images=24)
+HINGE = {  # in turns: where both classes are within the margin, their gradients leave but rounding
+    "adversarial": "hinge",
+    "lambda_x_tilde_adversarial": 0.1,
+    "lambda_z_tilde_adversarial": Schedule(schedule="linear", start=1.0, end=0.0, images=24),
+}
+
+
 @pytest.mark.parametrize(
     ("workers", "loss", "training"),
     [
@@ -480,8 +513,18 @@ def train_on(
         (2, {}, {"update_rule": "reference"}),
         (2, {}, {"arm": "aae"}),
         (3, {"gamma": 0.5}, {}),
+        (2, HINGE, {"update_rule": "reference", "learning_rate": FALLING}),
+        (3, {"adversarial": "least_squares", "packing": 2, "gamma": 0.5}, {"arm": "gan"}),
     ],
-    ids=["plain", "penalties", "reference", "one discriminator frozen", "unequal shares"],
+    ids=[
+        "plain",
+        "penalties",
+        "reference",
+        "one discriminator frozen",
+        "unequal shares",
+        "hinge, weights of their own, schedules",
+        "least squares, unequal shares of packs",
+    ],
 )
 def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(
     shards, tmp_path, workers, loss, training
