@@ -37,6 +37,7 @@ Count = Annotated[int, Ge(1), Le(MOST)]
 CountOrNone = Annotated[int, Ge(0), Le(MOST)]
 Weight = Annotated[float, Ge(0), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Width = Annotated[int, Interval(ge=1, le=2**16)]
 
@@ -153,6 +154,9 @@ class TrainingConfig:
     max_gradient_norm: Weight  # of each variable; 0 switches clipping off
     ema_half_life_images: Weight
     horizontal_flip: bool
+    augmentation_probability: Probability  # of each kind of change to what D_x sees; 0: none
+    augmentation_target: Fraction  # of ADA's r_t, which the probability follows; 0: it stays
+    augmentation_images: Count  # shown while a probability that follows goes from 0 to 1
     seed: Seed
     reader: Literal["resident", "streamed"]  # whole split in memory, or row groups as they come
     log_interval_steps: Count
@@ -194,9 +198,18 @@ def check_batch_size(batch_size: int, *, images: int, workers: int = 1) -> None:
 RENAMED = {"model.preset": "model.architecture"}  # settings that earlier versions wrote otherwise
 
 
+ADDED = {  # settings that earlier versions lacked, with the values that do as they did
+    "training.augmentation_probability": 0.0,
+    "training.augmentation_target": 0.0,
+    "training.augmentation_images": 100_000,
+}
+
+
 def with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A section as an earlier version wrote it, under the names of today."""
-    return {RENAMED.get(f"{section}.{key}", key).split(".")[-1]: v for key, v in values.items()}
+    """A section as an earlier version wrote it, under the names of today, with those added."""
+    old = {key: v for key, v in ADDED.items() if key.startswith(f"{section}.")}
+    old |= {RENAMED.get(f"{section}.{key}", f"{section}.{key}"): v for key, v in values.items()}
+    return {key.split(".")[-1]: value for key, value in old.items()}
 
 
 # What says for how long a run goes on and how often it is looked at: no update depends on it, so it

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aegan import model_folder
+from aegan.augment import Augmentation
 from aegan.config import TrainConfig, identity, with_new_names
 from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
@@ -63,6 +64,11 @@ class TrainingState:
             self.optimizers["discriminators"] = adam(
                 discriminators, lr=options.discriminator_learning_rate
             )
+        self.augmentation = Augmentation(
+            options.augmentation_probability,
+            target=options.augmentation_target,
+            images=options.augmentation_images,
+        ).to(device)
         self.step = 0  # encoder/generator updates done
         self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
         self.seconds = 0.0  # of training
@@ -85,9 +91,11 @@ class TrainingState:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a checkpoint, as `checkpoint.load` returns it; raises ConfigChangedError."""
-        saved = state["config"] | {"model": with_new_names("model", state["config"]["model"])}
+        saved = dict(state["config"])
+        for section in ("model", "loss", "training"):
+            saved[section] = with_new_names(section, saved[section])
         checkpoint.check_config(saved, self._config)
-        for name, module in (("model", self.model), ("ema", self.ema)):
+        for name, module in self._modules().items():
             module.load_state_dict(_under(tensors, name))
         for name, optimizer in self.optimizers.items():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -112,9 +120,15 @@ class TrainingState:
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         return bool(torch.stack(norms).isfinite().all())
 
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "ema": self.ema, "augmentation": self.augmentation}
+
     def _tensors(self) -> dict[str, Tensor]:
-        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        named = {
+            f"{module_name}.{name}": value
+            for module_name, module in self._modules().items()
+            for name, value in module.state_dict().items()
+        }
         for name, optimizer in self.optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 for moment, value in moments.items():
