@@ -40,33 +40,35 @@ def augment(images: Tensor, draws: Tensor, probability: Tensor | float) -> Tenso
 def change_colours(
     images: Tensor, *, brightness: Tensor, saturation: Tensor, contrast: Tensor
 ) -> Tensor:
-    """Add brightness, stretch colours around each pixel's gray, and all around the image's mean.
+    """Stretch colours around each pixel's gray, then all around the image's mean, and brighten.
 
-    The amounts are [N, 1]; saturation and contrast of 1 change nothing.
+    The amounts are [N, 1]; saturation and contrast of 1 and brightness of 0 change nothing.
     """
     brightness, saturation, contrast = (
         amount[:, :, None, None].to(images.dtype) for amount in (brightness, saturation, contrast)
     )
-    images = images + brightness
-    images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
-    return torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+    gray = images.mean(1, keepdim=True)
+    mean = gray.mean((2, 3), keepdim=True)  # which saturation leaves as it is
+    around = contrast * (1 - saturation) * gray + ((1 - contrast) * mean + brightness)
+    return images * (contrast * saturation) + around
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:
     """Each image moved by so many pixels, down and to the right: whole numbers [N, 2]."""
-    side = images.shape[-1]
+    channels, side = images.shape[1:3]
     source = torch.arange(side, device=images.device) - shift[:, :, None]  # [N, 2, S]
     rows, columns = source.clamp(0, side - 1).unbind(1)
-    image = torch.arange(len(images), device=images.device)[:, None, None]
-    # Channels are last in memory, too.
-    moved = images.movedim(1, -1)[image, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-    return moved.masked_fill(~_square((source >= 0) & (source < side)), 0.0)
+    places = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)  # [N, S * S]
+    pixels = images.movedim(1, -1).flatten(1, 2)  # a view where channels are last in memory
+    moved = pixels.gather(1, places[:, :, None].expand(-1, -1, channels))
+    moved = moved.unflatten(1, (side, side)).movedim(-1, 1)
+    return moved * _square((source >= 0) & (source < side))  # `masked_fill` changes the layout
 
 
 def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
     """Each image without a square: its upper left corner [N, 2], anywhere, and its side."""
     place = torch.arange(images.shape[-1], device=images.device) - corner[:, :, None]  # [N, 2, S]
-    return images.masked_fill(_square((place >= 0) & (place < size)), 0.0)
+    return images * ~_square((place >= 0) & (place < size))
 
 
 def whole(draws: Tensor, count: int) -> Tensor:

@@ -142,7 +142,7 @@ def test_gradients_are_those_of_finite_differences_also_of_the_penalties():
 def test_overfitting_is_the_share_of_real_images_told_beyond_that_of_those_not(
     logits, relativistic, by_hand
 ):
-    """Of two kinds of fakes in the last case, two images each: all of one told, none of the other."""
+    """In the last case two images with two fakes each: one is told from both, one from neither."""
     num_real = 2 if len(logits) == 6 else 4
     found = overfitting(torch.tensor(logits)[:, None], num_real, relativistic=relativistic)
     assert found == by_hand
