@@ -60,7 +60,7 @@ def translate(images: Tensor, shift: Tensor) -> Tensor:
     rows, columns = source.clamp(0, side - 1).unbind(1)
     places = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)  # [N, S * S]
     pixels = images.movedim(1, -1).flatten(1, 2)  # a view where channels are last in memory
-    moved = pixels.gather(1, places[:, :, None].expand(-1, -1, channels))
+    moved: Tensor = pixels.gather(1, places[:, :, None].expand(-1, -1, channels))
     moved = moved.unflatten(1, (side, side)).movedim(-1, 1)
     return moved * _square((source >= 0) & (source < side))  # `masked_fill` changes the layout
 
@@ -89,9 +89,8 @@ def overfitting(image_logits: Tensor, num_real: int, *, relativistic: bool) -> T
     its logits themselves mean nothing: there, the sign of each real one's distance to its fakes.
     """
     real, *fakes = image_logits.detach().split(num_real)
-    if relativistic:
-        return torch.stack([(real - fake).sign().mean() for fake in fakes]).mean()
-    return real.sign().mean()
+    margins = [real - fake for fake in fakes] if relativistic else [real]
+    return torch.cat(margins).sign().mean()
 
 
 class Augmentation(nn.Module):
@@ -101,12 +100,20 @@ class Augmentation(nn.Module):
     1. The state of a moving probability is part of every checkpoint.
     """
 
+    probability: Tensor
+    overfitting_sum: Tensor  # of r_t, since the last adjustment
+    overfitting_count: Tensor
+
     def __init__(self, probability: float, *, target: float, images: int) -> None:
         super().__init__()
         self.target, self.images = target, images
         self.is_adaptive = target > 0
         self.is_on = probability > 0 or self.is_adaptive
-        for name, value in (("probability", probability), ("sum", 0.0), ("count", 0.0)):
+        for name, value in (
+            ("probability", probability),
+            ("overfitting_sum", 0.0),
+            ("overfitting_count", 0.0),
+        ):
             self.register_buffer(name, torch.tensor(value), persistent=self.is_adaptive)
 
     def forward(self, images: Tensor, looks: Tensor) -> Tensor:
@@ -116,13 +123,13 @@ class Augmentation(nn.Module):
 
     def observe(self, overfitting: Tensor) -> None:
         """Note r_t of one batch, the same on all ranks."""
-        self.sum += overfitting
-        self.count += 1
+        self.overfitting_sum += overfitting
+        self.overfitting_count += 1
 
     def adjust(self, images_shown: int) -> None:
         """A step up if r_t, since the last call, is above its target, else a step down."""
-        excess = self.sum / self.count - self.target
+        excess = self.overfitting_sum / self.overfitting_count - self.target
         self.probability += excess.sign() * images_shown / self.images
         self.probability.clamp_(0, 1)
-        self.sum.zero_()
-        self.count.zero_()
+        self.overfitting_sum.zero_()
+        self.overfitting_count.zero_()

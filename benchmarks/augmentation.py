@@ -39,6 +39,7 @@ WAYS: dict[str, dict[str, float]] = {
     "adaptive": {"augmentation_target": 0.6, "augmentation_images": 25_000},
 }
 SCORES = ("frechet_distance", "image_reconstruction")
+LOGGED = ("image_discriminator", "augmentation_probability", "image_overfitting")
 JUDGES = 2_000  # images that no training sees
 
 Row = dict[str, Any]
@@ -64,8 +65,8 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
-        plan = itertools.product(sets, options.images, options.ways, range(options.seeds))
-        for name, images, way, seed in plan:
+        plan = itertools.product(range(options.seeds), sets, options.images, options.ways)
+        for seed, name, images, way in plan:  # cut short, it leaves whole comparisons
             rows += train_and_judge(
                 sets[name], images, WAYS[way],
                 seed=seed, steps=options.steps, looks=options.looks,
@@ -140,11 +141,8 @@ def train_and_judge(
         scores = validate(aegan.load(folder / "model"), judges, seed=0)
         row = {**names, "step": step}
         row |= {score: scores[f"validation_{score}"] for score in SCORES}
-        row |= {key: logged[step][key] for key in ("image_discriminator",)}
-        if "augmentation_probability" in logged[step]:
-            row["augmentation_probability"] = logged[step]["augmentation_probability"]
-        rows.append(row)
-        print(row, flush=True)
+        rows.append(row | {key: logged[step][key] for key in LOGGED if key in logged[step]})
+        print(rows[-1], flush=True)
     return rows
 
 

@@ -64,9 +64,9 @@ class TrainingState:
             self.optimizers["discriminators"] = adam(
                 discriminators, lr=options.discriminator_learning_rate
             )
-        self.augmentation = Augmentation(
-            options.augmentation_probability,
-            target=options.augmentation_target,
+        self.augmentation = Augmentation(  # of nothing, where no D_x is trained
+            options.augmentation_probability * objective.judges_images,
+            target=options.augmentation_target * objective.judges_images,
             images=options.augmentation_images,
         ).to(device)
         self.step = 0  # encoder/generator updates done

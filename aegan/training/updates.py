@@ -172,9 +172,9 @@ class Updates:
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         totals: Terms = {}
-        split = partial(torch.split, split_size_or_sections=self.micro_batch_size)
-        looks_of_parts = repeat(None) if looks is None else split(looks)
-        parts = [*zip(split(x), split(z), looks_of_parts, strict=False)]
+        size = self.micro_batch_size
+        parts_of_looks = repeat(None) if looks is None else looks.split(size)
+        parts = [*zip(x.split(size), z.split(size), parts_of_looks, strict=False)]
         # Workers' gradients are averaged: a larger share of the batch must weigh more.
         weight = len(x) * self.world_size / self.options.batch_size
         for number, (x_part, z_part, looks_part) in enumerate(parts, start=1):

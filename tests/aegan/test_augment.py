@@ -279,7 +279,10 @@ def test_bfloat16_networks_see_changed_images():
     assert all(value.isfinite() for value in values.values())
 
 
-def test_an_augmentation_that_is_off_needs_no_draws_and_keeps_no_state():
-    augmentation = TrainingState(tiny_config(), SIZES, CPU).augmentation
+@pytest.mark.parametrize(
+    "options", [{}, {"arm": "aae", "augmentation_probability": 0.5, "augmentation_target": 0.6}]
+)
+def test_an_augmentation_that_is_off_or_has_no_d_x_needs_no_draws_and_keeps_no_state(options):
+    augmentation = TrainingState(tiny_config(**options), SIZES, CPU).augmentation
     assert not augmentation.is_on
     assert not augmentation.state_dict()
