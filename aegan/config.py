@@ -37,6 +37,7 @@ Count = Annotated[int, Ge(1), Le(MOST)]
 CountOrNone = Annotated[int, Ge(0), Le(MOST)]
 Weight = Annotated[float, Ge(0), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Width = Annotated[int, Interval(ge=1, le=2**16)]
 
@@ -68,6 +69,7 @@ class _Schedulable:
 SCHEDULABLE = _Schedulable()
 ScheduledWeight = Annotated[Weight, SCHEDULABLE]
 ScheduledFraction = Annotated[Fraction, SCHEDULABLE]
+ScheduledProbability = Annotated[Probability, SCHEDULABLE]
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,11 @@ class TrainingConfig:
     max_gradient_norm: Weight  # of each variable; 0 switches clipping off
     ema_half_life_images: Weight
     horizontal_flip: bool
+    augmentation_probability: (
+        ScheduledProbability  # of each kind of change to what D_x sees; 0: none
+    )
+    augmentation_target: Fraction  # of ADA's r_t, which the probability follows; 0: it stays
+    augmentation_images: Count  # shown while a probability that follows goes from 0 to 1
     seed: Seed
     reader: Literal["resident", "streamed"]  # whole split in memory, or row groups as they come
     log_interval_steps: Count
@@ -221,6 +228,15 @@ class TrainConfig:
             yield (
                 f"loss.packing is {packing}, but reconstructions are judged one by one: it needs "
                 "training.arm: gan"
+            )
+        options = self.training
+        augmented = options.augmentation_probability != 0 or options.augmentation_target > 0
+        if packing > 1 and augmented:
+            yield f"loss.packing is {packing}, but augmentation changes images one by one; use one"
+        if isinstance(options.augmentation_probability, Schedule) and options.augmentation_target:
+            yield (
+                "training.augmentation_probability is a schedule, but with augmentation_target it "
+                "follows D_x: give it the number to begin with"
             )
         if batch_size % packing:
             yield (
@@ -261,7 +277,12 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "loss.gamma": ("loss.gamma_image", "loss.gamma_latent"),
 }
 # Settings that earlier versions did not have, with the value that does what those did.
-ADDED: dict[str, Any] = {"loss.packing": 1}
+ADDED: dict[str, Any] = {
+    "loss.packing": 1,
+    "training.augmentation_probability": 0.0,
+    "training.augmentation_target": 0.0,
+    "training.augmentation_images": 100_000,
+}
 
 
 def with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,16 @@ CURVES = {  # column of curves.csv: title, what to look for
         "How far random samples are from held-out images as a whole (Fréchet distance on fixed "
         "random features), at every checkpoint. The lower, the more alike and the more varied.",
     ),
+    "augmentation_probability": (
+        "Augmentation",
+        "How often the judge of images sees them changed. It rises while the judge is too sure of "
+        "the training images.",
+    ),
+    "image_overfitting": (
+        "Sureness of the image judge",
+        "How much more often it takes a training image for real than not; near 1, it knows them by "
+        "heart. It should settle at training.augmentation_target.",
+    ),
     "images_per_second": ("Images a second", "The speed of training."),
     "image_gradient_penalty": (
         "Gradient penalty, images",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aegan import schedules
+from aegan.augment import ADJUST_INTERVAL_STEPS, DRAWS
 from aegan.config import TrainConfig, check, check_batch_size
 from aegan.data.dataset import load_images, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
@@ -94,15 +95,18 @@ def train(
     )
     validation = _validation_images(shards, rank)
 
-    def read_batch(number: int) -> tuple[Tensor, Tensor]:
-        """x [N, C, H, W] in [-1, 1] and z [N, latent_dim]."""
+    def read_batch(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [N, C, H, W] in [-1, 1], z [N, latent_dim] and draws for the augmentation, if any."""
         generator = torch.Generator().manual_seed(_seed(options.seed, state.attempt, number))
         z = state.model.prior.sample(options.batch_size, generator)
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=generator) < 0.5
         x = to_float(read_images(number))
         if options.horizontal_flip:
             x = torch.where(mirrored[share].to(device), x.flip(3), x)
-        return x, z[share].to(device)
+        draws = None
+        if state.augmentation.is_on:
+            draws = torch.rand(options.batch_size, *DRAWS, generator=generator)[share].to(device)
+        return x, z[share].to(device), draws
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
@@ -144,10 +148,12 @@ def train(
             fresh = read_batch(first_batch + len(ROUND) + position)
             state.log.add(updates.of_encoder_generator(*fresh))
 
-        # Update the averages.
+        # Update the averages, and what D_x sees.
         decay = ema_decay(options.batch_size, options.ema_half_life_images, images_shown)
         update_ema(state.ema, state.model, decay)
         state.step += 1
+        if state.augmentation.is_adaptive and state.step % ADJUST_INTERVAL_STEPS == 0:
+            state.augmentation.adjust(ADJUST_INTERVAL_STEPS * options.batch_size)
 
         # Every so often: look at the losses, save pictures, keep the state.
         last = state.step == options.num_steps

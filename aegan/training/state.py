@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aegan import model_folder, schedules
-from aegan.config import TrainConfig, TrainingConfig, identity, with_new_names
+from aegan.augment import Augmentation
+from aegan.config import Schedule, TrainConfig, TrainingConfig, identity, with_new_names
 from aegan.losses import OBJECTIVES
 from aegan.networks import AEGAN
 from aegan.training import checkpoint
@@ -62,7 +63,15 @@ class TrainingState:
         }
         if discriminators:
             self.optimizers["discriminators"] = adam(discriminators)
-        self.set_rates(schedules.at(config, 0).training)
+        at_start = schedules.at(config, 0).training
+        self.augmentation = Augmentation(  # of nothing, where no D_x is trained
+            at_start.augmentation_probability * objective.judges_images,
+            target=options.augmentation_target * objective.judges_images,
+            images=options.augmentation_images,
+            is_scheduled=isinstance(options.augmentation_probability, Schedule)
+            and objective.judges_images,
+        ).to(device)
+        self.set_rates(at_start)
         self.step = 0  # encoder/generator updates done
         self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
         self.seconds = 0.0  # of training
@@ -70,7 +79,9 @@ class TrainingState:
         self.start: dict[str, Any] | None = None  # whose weights it began with, if not random ones
 
     def set_rates(self, options: TrainingConfig) -> None:
-        """How the optimisers' next steps are taken: learning rates and betas, all numbers."""
+        """Learning rates, betas and a scheduled augmentation of the next step, all numbers."""
+        if self.augmentation.is_scheduled:
+            self.augmentation.probability.fill_(options.augmentation_probability)
         rates = {
             "encoder_generator": options.learning_rate,
             "discriminators": options.discriminator_learning_rate,
@@ -102,7 +113,7 @@ class TrainingState:
         }
         checkpoint.check_config(saved, self._config)
         checkpoint.check_num_steps(state, self._fixed_num_steps)
-        for name, module in (("model", self.model), ("ema", self.ema)):
+        for name, module in self._modules().items():
             module.load_state_dict(_under(tensors, name))
         for name, optimizer in self.optimizers.items():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -127,9 +138,15 @@ class TrainingState:
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         return bool(torch.stack(norms).isfinite().all())
 
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "ema": self.ema, "augmentation": self.augmentation}
+
     def _tensors(self) -> dict[str, Tensor]:
-        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        named |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        named = {
+            f"{module_name}.{name}": value
+            for module_name, module in self._modules().items()
+            for name, value in module.state_dict().items()
+        }
         for name, optimizer in self.optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
                 for moment, value in moments.items():

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from aegan.augment import Augmentation
 from aegan.config import ConfigError, Schedule, TrainConfig
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import load
@@ -119,6 +120,38 @@ def test_the_authors_update_rule_resumes_exactly_within_a_round(shards, tmp_path
     run(config, shards, tmp_path / "cut", should_stop=stop_at(6))
     run(config, shards, tmp_path / "cut")
     assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
+
+
+@pytest.mark.parametrize("rule", ["shared", "reference"])
+def test_an_augmentation_that_follows_d_x_resumes_exactly_within_its_interval(
+    shards, tmp_path, rule
+):
+    config = tiny_config(
+        update_rule=rule, augmentation_probability=0.5, augmentation_target=0.1,
+        augmentation_images=200, checkpoint_interval_steps=1, checkpoints_kept=9,
+    )  # fmt: skip
+    run(config, shards, tmp_path / "whole")
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(6))  # it is adjusted every 4 steps
+    run(config, shards, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    name = "augmentation.probability"
+    found = [float(tensors_at(tmp_path / "whole", step)[name]) for step in range(9)]
+    changes = [now - before for before, now in itertools.pairwise(found)]
+    assert [abs(change) for change in changes] == pytest.approx([0, 0, 0, 32 / 200] * 2)
+    logged = [row for row in log_at(tmp_path / "whole", 8) if "image_overfitting" in row]
+    assert logged[0]["augmentation_probability"] == found[0]
+    assert logged[-1]["augmentation_probability"] == pytest.approx(found[4])
+    assert all(-1 <= row["image_overfitting"] <= 1 for row in logged)
+
+
+def test_an_augmentation_with_one_probability_adds_nothing_to_checkpoint_and_log(shards, tmp_path):
+    for side, probability in (("off", 0.0), ("on", 0.5)):
+        run(tiny_config(augmentation_probability=probability), shards, tmp_path / side)
+    off, on = tensors_at(tmp_path / "off", 8), tensors_at(tmp_path / "on", 8)
+    assert off.keys() == on.keys()
+    assert any(not torch.equal(off[key], on[key]) for key in off)
+    columns = [row.keys() for row in log_at(tmp_path / "on", 8)]
+    assert columns == [row.keys() for row in log_at(tmp_path / "off", 8)]
 
 
 def test_in_the_authors_rule_a_round_trains_the_discriminators_four_times_then_rests(
@@ -438,7 +471,8 @@ def test_unequal_shares_give_the_gradients_of_the_whole_batch(monkeypatch, loss)
         "discriminators": torch.optim.SGD(discriminators, lr=0.0),
         "encoder_generator": torch.optim.SGD(others, lr=0.0),
     }
-    state = SimpleNamespace(model=model, optimizers=optimizers)
+    augmentation = Augmentation(0.0, target=0.0, images=1)
+    state = SimpleNamespace(model=model, optimizers=optimizers, augmentation=augmentation)
     x = torch.rand(8, 3, 16, 16, dtype=torch.float64) * 2 - 1
     z = torch.randn(8, 4, dtype=torch.float64)
 
@@ -497,6 +531,7 @@ def train_on(
     mp.spawn(_worker, arguments, nprocs=world_size)
 
 
+RISING = Schedule(schedule="linear", start=0.2, end=0.9, images=24)
 FALLING = Schedule(schedule="cosine", start=1e-3, end=0.0, images=24)
 HINGE = {  # in turns: where both classes are within the margin, their gradients leave but rounding
     "adversarial": "hinge",
@@ -515,6 +550,8 @@ HINGE = {  # in turns: where both classes are within the margin, their gradients
         (3, {"gamma": 0.5}, {}),
         (2, HINGE, {"update_rule": "reference", "learning_rate": FALLING}),
         (3, {"adversarial": "least_squares", "packing": 2, "gamma": 0.5}, {"arm": "gan"}),
+        (3, {"gamma": 0.5}, {"augmentation_probability": RISING}),
+        (2, {}, {"augmentation_target": 0.5, "augmentation_images": 40, "num_steps": 6}),
     ],
     ids=[
         "plain",
@@ -524,17 +561,20 @@ HINGE = {  # in turns: where both classes are within the margin, their gradients
         "unequal shares",
         "hinge, weights of their own, schedules",
         "least squares, unequal shares of packs",
+        "scheduled augmentation, unequal shares",
+        "augmentation that follows D_x",
     ],
 )
 def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(
     shards, tmp_path, workers, loss, training
 ):
-    config = tiny_config(loss=loss, num_steps=3, horizontal_flip=True, **training)
+    config = tiny_config(loss=loss, **({"num_steps": 3, "horizontal_flip": True} | training))
+    steps = config.training.num_steps
     for world_size in (1, workers):
         train_on(world_size, config, shards, tmp_path / str(world_size))
-    ranks = [tensors_at(tmp_path / str(workers) / f"rank-{rank}", 3) for rank in range(workers)]
+    ranks = [tensors_at(tmp_path / str(workers) / f"rank-{r}", steps) for r in range(workers)]
     assert_same(ranks[0], ranks[-1])
-    one = tensors_at(tmp_path / "1", 3)
+    one = tensors_at(tmp_path / "1", steps)
     for name in one:
         torch.testing.assert_close(ranks[0][name], one[name], rtol=1e-3, atol=2e-5, msg=name)
     assert any(not torch.equal(tensors_at(tmp_path / "1", 0)[name], one[name]) for name in one)
