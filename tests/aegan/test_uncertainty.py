@@ -59,4 +59,4 @@ def test_errors_are_of_the_size_of_the_real_scatter(shift: float) -> None:
     for name in figures[0]:
         scatter = np.std([of[name].value for of in figures], ddof=1)
         said = np.sqrt(np.mean([of[name].error**2 for of in figures]))
-        assert 0.6 < said / scatter < 1.7, (name, said, scatter)
+        assert 0.75 < said / scatter < 2, (name, said, scatter)
