@@ -1,7 +1,6 @@
 """The learned features: whether they are the network's, and whether they see what they should."""
 
-from collections.abc import Callable, Mapping
-from io import BytesIO
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from aegan.config import ConfigError
@@ -19,6 +16,7 @@ from aegan.metrics import efficientnet
 from aegan.metrics.features import LEARNED_FEATURES, RANDOM_FEATURES, extract, feature_extractor
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
+from tests.damage import Damage, blur, jpeg, lost_variety, noise, swapped_patches
 
 IMAGES = 200  # of each set that is compared
 SPLITS = 8  # of real images into two sets, which say what chance does
@@ -120,45 +118,6 @@ def test_features_that_are_not_installed_or_not_known_name_the_cure(
 
 # -- what they see ---------------------------------------------------------------------------------
 
-Damage = Callable[[np.ndarray, float], np.ndarray]
-
-
-def noise(images: np.ndarray, gray_levels: float) -> np.ndarray:
-    added = gray_levels * np.random.default_rng(1).normal(size=images.shape)
-    return (images + added).round().clip(0, 255).astype(np.uint8)
-
-
-def blur(images: np.ndarray, sigma: float) -> np.ndarray:
-    smooth = ndimage.gaussian_filter(images.astype(float), (0, sigma, sigma, 0))
-    return smooth.round().astype(np.uint8)
-
-
-def swapped_patches(images: np.ndarray, share: float) -> np.ndarray:
-    """In a share of the images two of their 16 squares have changed places."""
-    damaged, side, random = images.copy(), images.shape[1] // 4, np.random.default_rng(1)
-    for image in damaged[: round(share * len(images))]:
-        one, other = (
-            np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
-            for row, column in (divmod(int(cell), 4) for cell in random.choice(16, 2, False))
-        )
-        image[one], image[other] = image[other].copy(), image[one].copy()
-    return damaged
-
-
-def lost_variety(images: np.ndarray, share: float) -> np.ndarray:
-    """A share of the distinct images is replaced by copies of the others."""
-    return images[np.arange(len(images)) % round(len(images) * (1 - share))]
-
-
-def jpeg(images: np.ndarray, quality: float) -> np.ndarray:
-    def stored(image: np.ndarray) -> np.ndarray:
-        file = BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
-        return np.asarray(Image.open(file))
-
-    return np.stack([stored(image) for image in images])
-
-
 DAMAGES: dict[Damage, tuple[float, ...]] = {
     noise: (4, 8, 16, 32, 64),
     blur: (0.4, 0.5, 0.7, 1, 2),
@@ -176,7 +135,9 @@ class Eyes:
         real = self.features(images)
         random = np.random.default_rng(0)
         orders = [torch.from_numpy(random.permutation(len(images))) for _ in range(SPLITS)]
-        nulls = [[d(real[o[:IMAGES]], real[o[IMAGES : 2 * IMAGES]]) for o in orders] for d in DISTANCES]
+        nulls = [
+            [d(real[o[:IMAGES]], real[o[IMAGES : 2 * IMAGES]]) for o in orders] for d in DISTANCES
+        ]
         self._null = [(np.mean(null), np.std(null, ddof=1)) for null in nulls]
         self._reference = real[:IMAGES]
 

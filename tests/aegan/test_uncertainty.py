@@ -53,10 +53,8 @@ def test_errors_are_of_the_size_of_the_real_scatter(shift: float) -> None:
         generator = torch.Generator().manual_seed(seed)
         real, generated = torch.randn(2, IMAGES, 6, generator=generator)
         generated = 1.2 * generated + shift
-        figures.append(
-            with_errors(lambda at, r=real, g=generated: measure(r[at], g[at]), IMAGES)
-        )
+        figures.append(with_errors(lambda at, r=real, g=generated: measure(r[at], g[at]), IMAGES))
     for name in figures[0]:
         scatter = np.std([of[name].value for of in figures], ddof=1)
-        said = np.sqrt(np.mean([of[name].error**2 for of in figures]))
+        said = np.sqrt(np.mean([of[name].error ** 2 for of in figures]))
         assert 0.75 < said / scatter < 2, (name, said, scatter)
