@@ -7,12 +7,14 @@ shards; of the learned features at several sides of their input. The table of do
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aegan.data.dataset import load_images
+from aegan.files import write_json
 from aegan.metrics import efficientnet
 from aegan.metrics.features import LEARNED_FEATURES, RANDOM_FEATURES, extract, feature_extractor
 from aegan.metrics.frechet import frechet_distance
@@ -29,25 +31,30 @@ DAMAGES: dict[Damage, tuple[float, ...]] = {
     jpeg: (95, 85, 75, 50, 25),
     colour: (2, 4, 8, 16, 32),
 }
-DISTANCES = {"Frechet": frechet_distance, "kernel": kernel_distance}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--shards", type=Path, default=Path("artifacts/shards"))
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 96])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    machine = describe("torch", "numpy")
     images = load_images(options.shards, "train", limit=3 * IMAGES)
-    print(describe("torch")["cpu"], f"{len(images)} images of {images.shape[1]} pixels")
-    show(RANDOM_FEATURES, images)
+    rows = {RANDOM_FEATURES: examine(RANDOM_FEATURES, images)}
     for side in options.sides:
         efficientnet.SMALLEST_SIDE = efficientnet.LARGEST_SIDE = side
-        show(LEARNED_FEATURES, images, f"at {side} pixels")
+        rows[f"{LEARNED_FEATURES} at {side} pixels"] = examine(LEARNED_FEATURES, images)
+    write_json(options.json, {"machine": machine, "pixels": images.shape[1], "features": rows})
+    for name, row in rows.items():
+        print(f"{name}: {row['milliseconds_per_image']:.2f} ms an image")
+        for kind, scores in row["scores"].items():
+            print(f"  {kind}: {' '.join(f'{score:.1f}' for score in scores)}")
 
 
-def show(name: str, images: np.ndarray, where: str = "") -> None:
-    """A line for each distance and damage."""
+def examine(name: str, images: np.ndarray) -> dict[str, Any]:
+    """Cost, and the scores of each kind of damage at each level, by distance."""
     extractor = feature_extractor(name, 3)
 
     def features(pixels: np.ndarray) -> Tensor:
@@ -56,21 +63,24 @@ def show(name: str, images: np.ndarray, where: str = "") -> None:
     start = time.process_time()
     real = features(images)
     milliseconds = 1000 * (time.process_time() - start) / len(images)
-    print(f"\n{name} {where}: {milliseconds:.2f} ms an image")
     random = np.random.default_rng(5)
     orders = [torch.from_numpy(random.permutation(len(images))) for _ in range(SPLITS)]
-    reference, others = real[:IMAGES], images[IMAGES : 2 * IMAGES]
+    others = images[IMAGES : 2 * IMAGES]
     damaged = {
         damage: [features(damage(others, level)) for level in levels]
         for damage, levels in DAMAGES.items()
     }
-    for title, distance in DISTANCES.items():
-        null = [distance(real[o[:IMAGES]], real[o[IMAGES : 2 * IMAGES]]) for o in orders]
-        undamaged = distance(reference, real[IMAGES : 2 * IMAGES])
-        print(f"  {title}: two real sets {np.mean(null):.4g} +- {np.std(null, ddof=1):.2g}")
+    scores = {}
+    for distance in (frechet_distance, kernel_distance):
+        spread = np.std(
+            [distance(real[o[:IMAGES]], real[o[IMAGES : 2 * IMAGES]]) for o in orders], ddof=1
+        )
+        undamaged = distance(real[:IMAGES], real[IMAGES : 2 * IMAGES])
         for damage, sets in damaged.items():
-            scores = [(distance(reference, one) - undamaged) / np.std(null, ddof=1) for one in sets]
-            print(f"    {damage.__name__}: {' '.join(f'{score:.1f}' for score in scores)}")
+            scores[f"{distance.__name__}, {damage.__name__}"] = [
+                float((distance(real[:IMAGES], one) - undamaged) / spread) for one in sets
+            ]
+    return {"milliseconds_per_image": milliseconds, "scores": scores}
 
 
 if __name__ == "__main__":
