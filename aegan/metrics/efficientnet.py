@@ -29,6 +29,7 @@ STAGES = (  # kernel size, stride of the first block, channels, blocks
     (5, 1, 112, 3),
 )  # two more, close to the thousand classes, see less of what a generator does wrong
 FIRST_STAGE = 2  # whose features count; before it they see little but colour
+TYPICAL_FEATURE = 6.0  # root mean square; divided by it, features suit the kernel (a.b / D + 1)^3
 DIM = 2 * sum(channels for _, _, channels, _ in STAGES[FIRST_STAGE:])
 EXPANSION = 6  # of a block's inner width, but in the first stage
 INPUT_SCALE, SMALLEST_SIDE, LARGEST_SIDE = 2, 64, 224  # pixels; it was trained at 224
@@ -63,7 +64,7 @@ class EfficientNetFeatures(nn.Module):
             x = stage(x)
             if number >= FIRST_STAGE:
                 features += torch.std_mean(x, dim=(2, 3))
-        return torch.cat(features, dim=1)
+        return torch.cat(features, dim=1) / TYPICAL_FEATURE
 
 
 class Block(nn.Module):
