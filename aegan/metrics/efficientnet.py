@@ -28,7 +28,7 @@ STAGES = (  # kernel size, stride of the first block, channels, blocks
     (3, 2, 80, 3),
     (5, 1, 112, 3),
 )  # two more, close to the thousand classes, see less of what a generator does wrong
-FIRST_STAGE = 2  # whose features count; before it they see little but colour
+FIRST_STAGE = 2  # whose features count; the stage before it adds next to nothing
 TYPICAL_FEATURE = 6.0  # root mean square; divided by it, features suit the kernel (a.b / D + 1)^3
 DIM = 2 * sum(channels for _, _, channels, _ in STAGES[FIRST_STAGE:])
 EXPANSION = 6  # of a block's inner width, but in the first stage
