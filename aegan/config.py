@@ -443,7 +443,7 @@ class EvaluateConfig:
 
     # Generated images, at most; half of the real ones are compared with the other half.
     num_samples: Annotated[int, Ge(2), Le(MOST)]
-    feature_weights: str  # Inception weights file; empty: fixed random features
+    feature_weights: str  # Inception weights file; empty: EfficientNet's, which are installed
     neighbours: Count  # k of precision, recall, density and coverage
     seed: Seed
 

@@ -30,15 +30,24 @@ from aegan.metrics.factors import (
     joint_distance,
     marginal_distances,
     principal_components,
-    recovery,
+    r_squared,
+    read_codes,
 )
-from aegan.metrics.features import RANDOM_FEATURES, extract, inception_features, random_features
+from aegan.metrics.features import (
+    LEARNED_FEATURES,
+    RANDOM_FEATURES,
+    extract,
+    feature_extractor,
+    inception_features,
+    installed_features,
+)
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
 from aegan.metrics.latent import gaussianity
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
+from aegan.metrics.uncertainty import Figure, with_errors
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors
@@ -62,7 +71,10 @@ UNTRAINED_SAMPLER = (
 )
 COLUMNS = 8  # of the picture
 
+SECOND_OPINION = "_random"  # ends the names of distances in random features
+
 Scores = dict[str, float]  # metric, or metric/factor => value
+Figures = dict[str, Figure]  # the same with their errors
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +97,19 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     model = models["ema"]
     real = read_real_images(shards, model, config)
     features, extractor = load_extractor(config, model.image_channels)
+    second = feature_extractor(RANDOM_FEATURES, model.image_channels)
     logger.info("%d %s images, features: %s", len(real.test), real.split, features)
     notes = [STAND_INS[real.split], UNTRAINED_SAMPLER if arm_of(model_folder) == "ae" else ""]
     if STAND_INS[real.split]:
         logger.warning("warning: %s", STAND_INS[real.split])
 
     z = aegan.random_latents(len(real.test), model.latent_dim, seed=config.seed)
-    measure = Measure(real, z, extractor, config)
+    measure = Measure(real, z, {"": extractor, SECOND_OPINION: second}, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
     figures = {
         "features": features,
+        "features_random": RANDOM_FEATURES,
         "split": real.split,
         "num_images": len(real.test),
         "note": " ".join(filter(None, notes)),
@@ -161,16 +175,17 @@ def read_factors(shards: Path, split: Split, factors: list[Factor]) -> NDArray[n
 def load_extractor(config: EvaluateConfig, image_channels: int) -> tuple[str, nn.Module]:
     """The feature extractor and the name that stands beside its figures; raises UserError."""
     if not config.feature_weights:
-        return RANDOM_FEATURES, random_features(image_channels)
+        name = installed_features()
+        return name, feature_extractor(name, image_channels)
     weights = Path(config.feature_weights)
     if not weights.is_file():
-        raise UserError(f"evaluate.feature_weights: {weights} not found; empty: random features")
+        raise UserError(f"evaluate.feature_weights: {weights} not found; empty: {LEARNED_FEATURES}")
     try:
         return f"inception_v3 ({weights.name})", inception_features(weights)
     except ModuleNotFoundError:
         raise UserError(
             "evaluate.feature_weights needs torch-fidelity: "
-            "pip install torch-fidelity torchvision, or leave it empty for random features"
+            f"pip install torch-fidelity torchvision, or leave it empty for {LEARNED_FEATURES}"
         ) from None
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -184,28 +199,36 @@ class Measure:
     """Applies the same functions, images and random draws to models and to the floors."""
 
     def __init__(
-        self, real: RealImages, z: Tensor, extractor: nn.Module, config: EvaluateConfig
+        self,
+        real: RealImages,
+        z: Tensor,
+        extractors: Mapping[str, nn.Module],  # by what ends the names of their distances
+        config: EvaluateConfig,
     ) -> None:
-        self.real, self.z, self.extractor, self.config = real, z, extractor, config
-        self.features = extract(extractor, real.test)
+        self.real, self.z, self.extractors, self.config = real, z, extractors, config
+        self.features = self.extract(real.test)
         self.reader = None
         if real.factors:
             logger.info("reading factors off images")
             self.reader = FactorReader(real.train, real.train_factors, real.factors)
+            self.readings = self.reader.read(real.test)
 
-    def model(self, model: aegan.AEGAN, *, name: str) -> Scores:
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        return {ending: extract(network, images) for ending, network in self.extractors.items()}
+
+    def model(self, model: aegan.AEGAN, *, name: str) -> Figures:
         """Every metric that a model and the images allow."""
         samples = aegan.decode(model, self.z)
-        scores = self.samples(samples, name=name)
+        figures = self.samples(samples, name=name)
         if model.encoder is None:
-            return scores
+            return figures
         z_hat, z_tilde = aegan.encode(model, self.real.test), aegan.encode(model, samples)
         if not (z_hat.isfinite().all() and z_tilde.isfinite().all()):
             raise UserError("the model's latents are not finite: run train again")
-        scores |= self.encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
-        return scores | self.factors(aegan.encode(model, self.real.train), z_hat, name=name)
+        figures |= self.encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
+        return figures | self.factors(aegan.encode(model, self.real.train), z_hat, name=name)
 
-    def floor(self) -> Scores:
+    def floor(self) -> Figures:
         """The same figures for what `METRICS[...].floor` says."""
         train, test = self.real.train, self.real.test
         other_half = test.roll(len(test) // 2, dims=0)
@@ -218,71 +241,79 @@ class Measure:
             | self.factors(*codes, name="floor")
         )
 
-    def samples(self, samples: Tensor, *, name: str) -> Scores:
+    def samples(self, samples: Tensor, *, name: str) -> Figures:
         """Each half of the test images against as many samples; the mean of both."""
         if len(samples) < MIN_IMAGES:
             return {}
         logger.info("%s: samples", name)
-        features = extract(self.extractor, samples)
-        scores = _mean(
-            {
-                "frechet_distance": frechet_distance(real_features, features),
-                "kernel_distance": kernel_distance(real_features, features),
-                "sliced_wasserstein": sliced_wasserstein(real, half, seed=self.config.seed),
-                **precision_recall_density_coverage(
-                    real_features, features, neighbours=self.config.neighbours
-                ),
-            }
-            for real, half, real_features, features in zip(
-                self.real.test.chunk(2),
-                samples.chunk(2),
-                self.features.chunk(2),
-                features.chunk(2),
-                strict=True,
-            )
-        )
-        scores["ms_ssim"] = ms_ssim(samples, seed=self.config.seed)
-        if self.reader is None:
-            return scores
-        logger.info("%s: factors of the samples", name)
-        readings = (
-            np.split(self.reader.read(self.real.test), 2),
-            np.split(self.reader.read(samples), 2),
-        )
-        return scores | _mean(
-            factor_distances(real, half, self.real.factors)
-            for real, half in zip(*readings, strict=True)
-        )
+        half = len(samples) // 2
+        features = self.extract(samples)
+        readings = self.reader.read(samples) if self.reader else None
 
-    def encoder(self, z_hat: Tensor, z_tilde: Tensor, x_tilde: Tensor, *, name: str) -> Scores:
-        """Latents of the test images and of samples, and the test images' reconstructions."""
-        logger.info("%s: reconstructions and latents", name)
-        scores = {
-            f"reconstruction_{key}": value
-            for key, value in reconstruction_errors(self.real.test, x_tilde).items()
-        }
-        scores["latent_reconstruction_mse"] = float((self.z - z_tilde).square().mean())
-        if len(z_hat) >= MIN_IMAGES:
-            scores |= {f"latent_{key}": value for key, value in gaussianity(z_hat).items()}
+        def of_both_halves(kept: Tensor) -> Scores:
+            return _mean(self.distances(features, readings, at) for at in (kept, kept + half))
+
+        patches = _mean(
+            {"sliced_wasserstein": sliced_wasserstein(*both, seed=self.config.seed)}
+            for both in zip(self.real.test.chunk(2), samples.chunk(2), strict=True)
+        )
+        patches["ms_ssim"] = ms_ssim(samples, seed=self.config.seed)
+        return with_errors(of_both_halves, half) | _without_errors(patches)
+
+    def distances(
+        self, features: Mapping[str, Tensor], readings: NDArray[np.float64] | None, at: Tensor
+    ) -> Scores:
+        """Of the test images at some places from the samples at the same places."""
+        pairs = {ending: (real[at], features[ending][at]) for ending, real in self.features.items()}
+        scores = precision_recall_density_coverage(*pairs[""], neighbours=self.config.neighbours)
+        for ending, both in pairs.items():
+            scores[f"frechet_distance{ending}"] = frechet_distance(*both)
+            scores[f"kernel_distance{ending}"] = kernel_distance(*both)
+        if readings is not None:
+            places = at.numpy()
+            scores |= factor_distances(self.readings[places], readings[places], self.real.factors)
         return scores
 
-    def factors(self, train: Tensor, test: Tensor, *, name: str) -> Scores:
+    def encoder(self, z_hat: Tensor, z_tilde: Tensor, x_tilde: Tensor, *, name: str) -> Figures:
+        """Latents of the test images and of samples, and the test images' reconstructions."""
+        logger.info("%s: reconstructions and latents", name)
+        errors = {
+            f"reconstruction_{key}": values
+            for key, values in reconstruction_errors(self.real.test, x_tilde).items()
+        }
+        errors["latent_reconstruction_mse"] = (self.z - z_tilde).square().mean(1)
+
+        def of_images(kept: Tensor) -> Scores:
+            return {key: float(values[kept].double().mean()) for key, values in errors.items()}
+
+        def of_latents(kept: Tensor) -> Scores:
+            return {f"latent_{key}": value for key, value in gaussianity(z_hat[kept]).items()}
+
+        figures = with_errors(of_images, len(z_hat))
+        return figures | (with_errors(of_latents, len(z_hat)) if len(z_hat) >= MIN_IMAGES else {})
+
+    def factors(self, train: Tensor, test: Tensor, *, name: str) -> Figures:
         """How much codes [N, D] of train and test images say about the true factors."""
         if not self.real.factors or len(test) < MIN_IMAGES:
             return {}
         logger.info("%s: factors in the latents", name)
-        by_regression = recovery(
-            train.double().numpy(),
-            self.real.train_factors,
-            test.double().numpy(),
-            self.real.test_factors,
-            self.real.factors,
+        real = self.real
+        readings = read_codes(
+            train.double().numpy(), real.train_factors, test.double().numpy(), real.factors
         )
-        return {
-            key: value
-            for regression, by_factor in by_regression.items()
-            for key, value in _with_mean(f"factor_recovery_{regression}", by_factor).items()
-        }
+
+        def of_images(kept: Tensor) -> Scores:
+            at = kept.numpy()
+            return {
+                key: value
+                for regression, read in readings.items()
+                for key, value in _with_mean(
+                    f"factor_recovery_{regression}",
+                    r_squared(read[at], real.test_factors[at], real.factors),
+                ).items()
+            }
+
+        return with_errors(of_images, len(test))
 
 
 def factor_distances(
@@ -291,6 +322,10 @@ def factor_distances(
     """Marginal distance in the mean and per factor, joint distance over all pairs of factors."""
     scores = _with_mean("factor_marginal_distance", marginal_distances(a, b, factors))
     return scores | {"factor_joint_distance": joint_distance(a, b)}
+
+
+def _without_errors(scores: Scores) -> Figures:
+    return {name: Figure(value) for name, value in scores.items()}
 
 
 def _mean(scores: Iterable[Scores]) -> Scores:
@@ -309,24 +344,33 @@ def _with_mean(name: str, by_factor: Scores) -> Scores:
 
 
 def summarise(
-    scores: dict[str, Scores], *, missing: Callable[[str], str]
+    figures: dict[str, Figures], *, missing: Callable[[str], str]
 ) -> dict[str, dict[str, Any]]:
-    """Per metric its three figures and which weights are better; `not_measured` says why not."""
+    """Per metric its three figures, their errors, and which weights are better.
+
+    `not_measured` says why a metric has none.
+    """
     measured: dict[str, dict[str, Any]] = {}
     not_measured = {}
     for name, metric in METRICS.items():
-        row = {column: values.get(name, math.nan) for column, values in scores.items()}
+        row = _row(figures, name)
         if not all(map(math.isfinite, row.values())):
             not_measured[name] = missing(name)
             continue
         measured[name] = {**row, "best": better_weights(row, metric.better)}
-        factors = [key for key in scores["floor"] if key.startswith(f"{name}/")]
+        errors = {column: of[name].error for column, of in figures.items()}
+        if None not in errors.values():
+            measured[name]["standard_error"] = errors
+        factors = [key for key in figures["floor"] if key.startswith(f"{name}/")]
         if factors:
             measured[name]["factors"] = {
-                key.partition("/")[2]: {column: values[key] for column, values in scores.items()}
-                for key in factors
+                key.partition("/")[2]: _row(figures, key) for key in factors
             }
     return measured | {"not_measured": not_measured}
+
+
+def _row(figures: dict[str, Figures], name: str) -> Scores:
+    return {column: of.get(name, Figure(math.nan)).value for column, of in figures.items()}
 
 
 def summary(figures: Mapping[str, Any]) -> Scores:

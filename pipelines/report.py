@@ -95,8 +95,13 @@ CURVES = {  # column of curves.csv: title, what to look for
     ),
     "validation_frechet_distance": (
         "Distance of samples",
-        "How far random samples are from held-out images as a whole (Fréchet distance on fixed "
-        "random features), at every checkpoint. The lower, the more alike and the more varied.",
+        "How far random samples are from held-out images as a whole (Fréchet distance of "
+        "features), at every checkpoint. The lower, the more alike and the more varied.",
+    ),
+    "validation_kernel_distance": (
+        "Distance of samples, unbiased",
+        "The same without a share that a finite number of images causes (kernel distance): 0 where "
+        "nothing tells samples from held-out images.",
     ),
     "augmentation_probability": (
         "Augmentation",

@@ -57,6 +57,12 @@ METRICS: dict[str, Metric] = {
     "kernel_distance": Metric(
         "lower", "Distance between samples and real images without assuming normality.", _HALVES
     ),
+    "frechet_distance_random": Metric(
+        "lower", "A second opinion: the Fréchet distance in features of random weights.", _HALVES
+    ),
+    "kernel_distance_random": Metric(
+        "lower", "A second opinion: the kernel distance in features of random weights.", _HALVES
+    ),
     "precision": Metric("higher", "Share of samples that look like some real image.", _HALVES),
     "recall": Metric("higher", "Share of real images that look like some sample.", _HALVES),
     "density": Metric(

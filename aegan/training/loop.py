@@ -29,7 +29,7 @@ from aegan.training.ema import ema_decay, update_ema
 from aegan.training.run_folder import Row, RunFolder, append_row
 from aegan.training.state import TrainingState
 from aegan.training.updates import ROUND, Updates
-from aegan.training.validation import selected_by, validate
+from aegan.training.validation import Judge, selected_by
 
 VALIDATION_IMAGES = 512  # how many judge a checkpoint
 STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
@@ -119,6 +119,8 @@ def train(
             "(aegan.training.start.begin writes it)"
         )
     distributed.from_rank_0(partial(_begin, state, config, folder, anew=newest is None), device)
+    judge = Judge(validation, features=state.features, device=device)
+    distributed.from_rank_0(judge.get_ready, device)
 
     # Train.
     updates = Updates(
@@ -191,8 +193,8 @@ def train(
             state.log.append(row)
         keep = partial(
             _keep,
-            *(state, row, config, folder, validation),
-            judge=judge_due,
+            *(state, row, config, folder, judge),
+            judge_due=judge_due,
             pictures=pictures_due and not last,  # of the end, see below
             log=row_due,
             save=save_due and not last,
@@ -205,7 +207,7 @@ def train(
             return Outcome(finished=False, step=state.step)
 
     # The end: a row, a score and pictures, due or not; only a run that goes on forgets them.
-    end = partial(_end, state, config, folder, validation, speed)
+    end = partial(_end, state, config, folder, judge, speed)
     ending = distributed.from_rank_0(end, device)
     if ending is not None:
         report(_reported(ending))
@@ -247,9 +249,9 @@ def _keep(
     row: Row,
     config: TrainConfig,
     folder: RunFolder,
-    validation: Tensor,
+    judge: Judge,
     *,
-    judge: bool,
+    judge_due: bool,
     pictures: bool,
     log: bool,
     save: bool,
@@ -257,9 +259,10 @@ def _keep(
     """Keep what is due at this moment; returns the row, to which scores were added."""
     clock = time.perf_counter()
     if pictures:
-        _save_pictures(state, validation, folder)
-    if judge and len(validation):  # but not an early stop: the best one must not depend on stops
-        row |= validate(state.ema, validation, seed=config.training.seed)
+        _save_pictures(state, judge.images, folder)
+    # But not an early stop: the best one must not depend on stops.
+    if judge_due and len(judge.images):
+        row |= judge.scores(state.ema, seed=config.training.seed)
     state.seconds += time.perf_counter() - clock
     row["seconds"] = state.seconds
     if log:
@@ -270,10 +273,10 @@ def _keep(
 
 
 def _end(
-    state: TrainingState, config: TrainConfig, folder: RunFolder, validation: Tensor, speed: float
+    state: TrainingState, config: TrainConfig, folder: RunFolder, judge: Judge, speed: float
 ) -> Row | None:
     """Complete a finished run; returns its last row, or None if it was complete already."""
-    log = state.log
+    log, validation = state.log, judge.images
     if log.ending is not None and all(map(is_sound_png, _pictures(state, validation, folder))):
         return None
     _save_pictures(state, validation, folder)
@@ -281,7 +284,7 @@ def _end(
         logged = bool(log.rows) and log.rows[-1]["step"] == state.step
         row = dict(log.rows[-1]) if logged else _row(state, config, speed, log.means())
         if selected_by(config.training.arm) not in row and len(validation):
-            row |= validate(state.ema, validation, seed=config.training.seed)
+            row |= judge.scores(state.ema, seed=config.training.seed)
         log.ending = row
         _save(state, config, folder)
         folder.write_rows(training_log.all_rows(log.as_json()))

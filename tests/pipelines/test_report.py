@@ -65,7 +65,9 @@ def write_inputs(root: Path, *, encoder: bool = True) -> Path:
         for name in METRICS
         if not name.startswith("factor_")
     }
-    figures |= {"features": "made-up features", "split": "test", "num_images": 8, "note": ""}
+    figures["recall"]["standard_error"] = {"ema": 0.0625, "raw": 0.03, "floor": 0.001}
+    figures |= {"features": "made-up features", "features_random": "made-up random ones"}
+    figures |= {"split": "test", "num_images": 8, "note": ""}
     figures["not_measured"] = {
         name: "no factors known" for name in METRICS if name.startswith("factor_")
     }
@@ -162,6 +164,13 @@ def test_every_measured_metric_stands_there_with_its_explanation(page: str) -> N
     text = Parsed(page).text
     for name, metric in METRICS.items():
         assert (metric.explanation in text) == (not name.startswith("factor_"))
+
+
+def test_a_figure_stands_with_its_error_where_that_is_known(page: str) -> None:
+    text = Parsed(page).text
+    assert text.count("0.25 ± 0.06") == text.count("0.5 ± 0.03") == 1
+    assert text.count("0.125 ± 0.001") == 1
+    assert text.count("±") == 4  # and what it means
 
 
 def test_the_page_loads_nothing(page: str) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from aegan.config import LossConfig, SearchRange, TrainingConfig, TuneConfig
+from aegan.metrics.features import LEARNED_FEATURES
 from aegan.training import loop
 from pipelines import tune
 from pipelines.base import params
@@ -56,6 +57,7 @@ def make_task(shards: Path, runs: Path, *, objective: str = "frechet_distance") 
         device="cpu",
         threads=1,
         micro_batch_size=0,
+        features=LEARNED_FEATURES,
     )
 
 
@@ -238,6 +240,15 @@ def test_settings_that_cannot_train_are_reported_instead_of_tried_again(shards, 
     run_trial(task, task.config({}, seed=0), reports.append)
     [report] = reports
     assert "training.batch_size is 0" in report["error"]
+    assert report["frechet_distance"] == math.inf
+
+
+def test_a_node_with_other_features_than_the_search_judges_no_trial(shards, tmp_path):
+    task = replace(make_task(shards, tmp_path), features="random_vgg_seed0")
+    reports: list[dict[str, Any]] = []
+    run_trial(task, task.config({}, seed=0), reports.append)
+    [report] = reports
+    assert "the search in random_vgg_seed0: install the same packages" in report["error"]
     assert report["frechet_distance"] == math.inf
 
 
