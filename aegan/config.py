@@ -113,13 +113,51 @@ class PreprocessConfig:
             )
 
 
+_PART = r"(normal|uniform|sphere|bernoulli|categorical)(?:\((\d{1,5})\))?"  # keys of priors.PRIORS
+
+
+def prior_parts(prior: str, latent_dim: int) -> list[tuple[str, int]]:
+    """Names and sizes of a prior's parts, in order; raises ConfigError unless they fit latent_dim.
+
+    One part may leave out its size: it takes the dimensions that the others leave.
+    """
+    found = re.findall(_PART, prior)
+    stated = sum(int(size) for _, size in found if size)
+    unsized = sum(not size for _, size in found)
+    rest = latent_dim - stated
+    said = f"model.prior is {written(prior)}"
+    if unsized > 1:
+        raise ConfigError(f"{said}; only one part may leave out its size, as in normal(2)")
+    if rest < unsized or (rest and not unsized):
+        raise ConfigError(
+            f"{said}, whose sizes make {stated}, and model.latent_dim is {latent_dim}; it must be "
+            f"{f'more than {stated}' if unsized else stated}"
+        )
+    parts = [(name, int(size or rest)) for name, size in found]
+    least = {"sphere": 2, "categorical": 2}
+    for name, size in parts:
+        if size < least.get(name, 1):
+            raise ConfigError(f"{said}; {name} must have {least.get(name, 1)} dimensions or more")
+    return parts
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The four networks."""
+    """The four networks, and the distribution of latents that they are trained for."""
 
     architecture: Architecture
     latent_dim: Width
+    prior: Annotated[
+        str,
+        Predicate(re.compile(rf"{_PART}(?: \* {_PART})*").fullmatch),
+        "normal, uniform, sphere, bernoulli or categorical, or a product of them, as in "
+        "categorical(10) * normal(6)",
+    ]
     base_channels: Width  # width of the generator's last stage; the others follow
+
+    def misfits(self) -> Iterator[str]:
+        prior_parts(self.prior, self.latent_dim)
+        yield from ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +230,16 @@ def check_batch_size(batch_size: int, *, images: int, workers: int = 1) -> None:
 
 
 RENAMED = {"model.preset": "model.architecture"}  # settings that earlier versions wrote otherwise
+ADDED = {"model.prior": "normal"}  # settings that they lacked, and what they did
 
 
 def with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A section as an earlier version wrote it, under the names of today."""
-    return {RENAMED.get(f"{section}.{key}", key).split(".")[-1]: v for key, v in values.items()}
+    """A section as an earlier version wrote it, under the names of today, and complete."""
+    named = {RENAMED.get(f"{section}.{key}", key).split(".")[-1]: v for key, v in values.items()}
+    of_section = {
+        name.split(".")[1]: v for name, v in ADDED.items() if name.startswith(f"{section}.")
+    }
+    return {**of_section, **named}
 
 
 # What says for how long a run goes on and how often it is looked at: no update depends on it, so it

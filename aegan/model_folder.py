@@ -27,7 +27,9 @@ Weights = Literal["ema", "raw"]
 
 CONFIG = "config.json"
 FILES: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
-FORMAT_VERSION = 2  # 1: none was written, and model.architecture was called model.preset
+FORMAT_VERSION = (
+    3  # 2: had no model.prior; 1: none was written, model.architecture was model.preset
+)
 FITS = ("crop", "pad")
 MAX_PARAMETERS = 2**30  # of generator and encoder: 4 GiB
 MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
@@ -94,7 +96,7 @@ def read_description(file: Path) -> dict[str, Any]:
             f"{file} has format_version {_shown(version)}, this version of aegan reads 1 to "
             f"{FORMAT_VERSION}: load it with the version that wrote it, or a newer one"
         )
-    if version == 1 and isinstance(config.get("model"), dict):
+    if version < FORMAT_VERSION and isinstance(config.get("model"), dict):
         config["model"] = with_new_names("model", config["model"])
     return config
 
@@ -112,6 +114,7 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     sizes = ModelConfig(
         architecture=field(networks, "architecture", str, "a name"),
         latent_dim=field(networks, "latent_dim", int, "a whole number"),
+        prior=field(networks, "prior", str, "a name"),
         base_channels=field(networks, "base_channels", int, "a whole number"),
     )
     unknown = networks.keys() - vars(sizes).keys()

@@ -217,7 +217,7 @@ def _generate(
         count = _whole_number(settings, "count", 1, MAX_ROWS)
         seed = _whole_number(settings, "seed", 0, MAX_SEED)
         _check_answer(model, count)
-        z = random_latents(count, model.latent_dim, seed=seed)
+        z = random_latents(model, count, seed=seed)
     return to_records(images=decode(model, z), latents=z)
 
 

@@ -35,10 +35,11 @@ from aegan.metrics.factors import (
 from aegan.metrics.features import RANDOM_FEATURES, extract, inception_features, random_features
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
-from aegan.metrics.latent import gaussianity
+from aegan.metrics.latent import departures
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
+from aegan.priors import NormalPrior, Prior
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors
@@ -90,8 +91,8 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     if STAND_INS[real.split]:
         logger.warning("warning: %s", STAND_INS[real.split])
 
-    z = aegan.random_latents(len(real.test), model.latent_dim, seed=config.seed)
-    measure = Measure(real, z, extractor, config)
+    z = aegan.random_latents(model, len(real.test), seed=config.seed)
+    measure = Measure(real, z, model.prior, extractor, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
     figures = {
@@ -103,7 +104,7 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     }
     encoded = None if model.encoder is None else aegan.encode(model, real.test)
     with clear_disk_errors(output):
-        draw_latents(encoded, output / "latent.png", split=real.split)
+        draw_latents(encoded, z, model.prior, output / "latent.png", split=real.split)
         write_json(output / "metrics.json", figures)
         write_json(output / "summary.json", summary(figures))
 
@@ -184,9 +185,15 @@ class Measure:
     """Applies the same functions, images and random draws to models and to the floors."""
 
     def __init__(
-        self, real: RealImages, z: Tensor, extractor: nn.Module, config: EvaluateConfig
+        self,
+        real: RealImages,
+        z: Tensor,
+        prior: Prior,
+        extractor: nn.Module,
+        config: EvaluateConfig,
     ) -> None:
-        self.real, self.z, self.extractor, self.config = real, z, extractor, config
+        self.real, self.z, self.prior = real, z, prior
+        self.extractor, self.config = extractor, config
         self.features = extract(extractor, real.test)
         self.reader = None
         if real.factors:
@@ -210,7 +217,7 @@ class Measure:
         train, test = self.real.train, self.real.test
         other_half = test.roll(len(test) // 2, dims=0)
         nearest = nearest_images(test, train)
-        guess = torch.zeros_like(self.z)
+        guess = torch.from_numpy(self.prior.moments().mean).to(self.z).expand_as(self.z)
         codes = principal_components(train, test, count=self.z.shape[1])
         return (
             self.samples(other_half, name="floor")
@@ -263,7 +270,8 @@ class Measure:
         }
         scores["latent_reconstruction_mse"] = float((self.z - z_tilde).square().mean())
         if len(z_hat) >= MIN_IMAGES:
-            scores |= {f"latent_{key}": value for key, value in gaussianity(z_hat).items()}
+            compared = departures(z_hat, self.prior)
+            scores |= {f"latent_{key}": value for key, value in compared.items()}
         return scores
 
     def factors(self, train: Tensor, test: Tensor, *, name: str) -> Scores:
@@ -357,27 +365,37 @@ def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
     return "the figure is not finite"
 
 
-def draw_latents(z_hat: Tensor | None, file: Path, *, split: Split) -> None:
-    """PNG: each dimension of the encoded images of a split [N, D] against the normal curve."""
+def draw_latents(
+    z_hat: Tensor | None, z: Tensor, prior: Prior, file: Path, *, split: Split
+) -> None:
+    """PNG: each dimension of the encoded images of a split [N, D] against the prior's."""
     from matplotlib.figure import Figure
 
     values = np.empty((0, 0)) if z_hat is None else z_hat.numpy()
     shown = min(values.shape[1], DIMENSIONS_SHOWN)
     rows = max(1, math.ceil(shown / COLUMNS))
     figure = Figure(figsize=(1.35 * COLUMNS, 1.15 * rows + 0.7), dpi=110, layout="constrained")
-    title = f"E(x) of {len(values)} {split} images (bars) and the prior N(0, 1) (line)"
+    title = f"E(x) of {len(values)} {split} images (bars) and the prior (line)"
     if shown < values.shape[1]:
         title += f": the first {shown} of {values.shape[1]} dimensions"
     figure.suptitle(title if shown else "A plain GAN has no encoder: no latents", fontsize=10)
     curve = np.linspace(-4, 4, 81)
     normal = np.exp(-np.square(curve) / 2) / math.sqrt(2 * math.pi)
     for index in range(shown):
-        column = values[:, index]
+        column, drawn = values[:, index], z[:, index].numpy()
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
-        axes.hist(column.clip(-4, 4), bins=32, range=(-4, 4), density=True, color="#4a86d8")
-        axes.plot(curve, normal, color="#333333", linewidth=1)
+        if isinstance(prior, NormalPrior):
+            low, high, ticks = -4, 4, (-2, 0, 2)
+            axes.plot(curve, normal, color="#333333", linewidth=1)
+            axes.set_ylim(0, 0.8)
+        else:
+            low, high, ticks = drawn.min() - 0.5, drawn.max() + 0.5, (0, 1)
+            outline = {"histtype": "step", "color": "#333333", "linewidth": 1}
+            axes.hist(drawn, bins=32, range=(low, high), density=True, **outline)
+        column_shown = column.clip(low, high)
+        axes.hist(column_shown, bins=32, range=(low, high), density=True, color="#4a86d8", zorder=0)
         axes.set_title(f"{index}:  {column.mean():+.2f} ± {column.std():.2f}", fontsize=7, pad=2)
-        axes.set(xlim=(-4, 4), ylim=(0, 0.8), xticks=(-2, 0, 2), yticks=())
+        axes.set(xlim=(low, high), xticks=ticks, yticks=())
         axes.tick_params(labelsize=6, length=2)
         for side in ("top", "left", "right"):
             axes.spines[side].set_visible(False)

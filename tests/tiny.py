@@ -21,12 +21,20 @@ SMALL = {
 
 
 def tiny_config(
-    *, architecture: str = "demo", loss: dict[str, Any] | None = None, **training: Any
+    *,
+    architecture: str = "demo",
+    prior: str = "normal",
+    loss: dict[str, Any] | None = None,
+    **training: Any,
 ) -> TrainConfig:
     """The project's own parameters, shrunk; keywords override those of `training`."""
     model = replace(
-        params.load(ModelConfig, PARAMS), architecture=architecture, latent_dim=4, base_channels=4
-    )  # fmt: skip
+        params.load(ModelConfig, PARAMS),
+        architecture=architecture,
+        latent_dim=4,
+        prior=prior,
+        base_channels=4,
+    )
     plain = {"adversarial": "bce", "gamma": 0.0}
     return TrainConfig(
         model=model,

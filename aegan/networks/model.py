@@ -3,7 +3,7 @@
 An architecture is a module of this package with four functions, which take the sizes by keyword:
 
     generator             z [N, latent_dim] => x [N, C, H, W] in [-1, 1]
-    encoder               x => z
+    encoder               x => [N, latent_dim], from which model.prior makes latents
     image_discriminator   x => logit [N, 1]
     latent_discriminator  z => logit [N, 1]
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from aegan.config import Architecture, ImageChannels, ImageSize, ModelConfig, check, check_value
 from aegan.networks import demo, paper
-from aegan.priors import NormalPrior
+from aegan.priors import make_prior
 
 ARCHITECTURES: dict[Architecture, ModuleType] = {"demo": demo, "paper": paper}
 
@@ -44,7 +44,7 @@ class AEGAN(nn.Module):
         check(config)
         check_value("image_size", image_size, ImageSize)
         check_value("image_channels", image_channels, ImageChannels)
-        self.prior = NormalPrior(config.latent_dim)
+        self.prior = make_prior(config.prior, config.latent_dim)
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels

@@ -305,7 +305,7 @@ def _seed(*key: int) -> int:
 def _save_pictures(state: TrainingState, validation: Tensor, folder: RunFolder) -> None:
     """8x8 grids: fixed prior draws; validation images, if any, beside their reconstructions."""
     samples, *reconstructions = _pictures(state, validation, folder)
-    latents = random_latents(64, state.model.latent_dim, seed=0)
+    latents = random_latents(state.model, 64, seed=0)
     save_png(grid(decode(state.ema, latents).numpy(), columns=8), samples)
     for file in reconstructions:
         real = validation[:32]

@@ -70,7 +70,8 @@ class Updates:
             if fakes is None:
                 with torch.no_grad():
                     shown = make_fakes(
-                        self.model.generator, self.model.encoder, x, z, self.objective
+                        *(self.model.generator, self.model.encoder, x, z, self.objective),
+                        prior=self.model.prior,
                     )
             else:
                 shown = fakes.detach()
@@ -96,6 +97,7 @@ class Updates:
                 *(self.model.generator, self.model.encoder, x, z),
                 turn=turn,
                 objective=self.objective,
+                prior=self.model.prior,
             )
             loss = single_kind_loss(self.discriminators, images, latents, target=target)
             return loss, {f"discriminators_{turn}": loss.detach()}
@@ -149,10 +151,11 @@ class EncoderGenerator(nn.Module):
 
     def __init__(self, model: AEGAN, objective: Objective) -> None:
         super().__init__()
-        self.generator, self.encoder, self.objective = model.generator, model.encoder, objective
+        self.generator, self.encoder = model.generator, model.encoder
+        self.objective, self.prior = objective, model.prior
 
     def forward(self, x: Tensor, z: Tensor) -> Fakes:
-        return make_fakes(self.generator, self.encoder, x, z, self.objective)
+        return make_fakes(self.generator, self.encoder, x, z, self.objective, prior=self.prior)
 
 
 class Discriminators(nn.Module):
@@ -162,7 +165,6 @@ class Discriminators(nn.Module):
         super().__init__()
         self.image_discriminator = model.image_discriminator
         self.latent_discriminator = model.latent_discriminator
-        self.prior = model.prior
 
     def forward(
         self, images: Tensor | None, latents: Tensor | None
@@ -172,7 +174,7 @@ class Discriminators(nn.Module):
         if on_images is not None and images is not None:
             image_logits = on_images(images)
         if on_latents is not None and latents is not None:
-            latent_logits = on_latents(self.prior.seen(latents))
+            latent_logits = on_latents(latents)
         return image_logits, latent_logits
 
 

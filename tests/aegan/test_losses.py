@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from aegan.config import Arm
 from aegan.losses import (
     OBJECTIVES,
     Fakes,
@@ -47,6 +48,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(6, 3, 16, 16) * 2 - 1, torch.randn(6, 4)
 
 
+def fakes_of(model: AEGAN, x: torch.Tensor, z: torch.Tensor, arm: Arm = "aegan") -> Fakes:
+    return make_fakes(model.generator, model.encoder, x, z, OBJECTIVES[arm], prior=model.prior)
+
+
 def networks_reached(model: AEGAN, loss: torch.Tensor) -> set[str]:
     model.zero_grad(set_to_none=True)
     loss.backward()
@@ -65,7 +70,7 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
     adversarial = term.removesuffix("_adversarial")
     objective = Objective(**{adversarial: True})
     discriminators = Discriminators(model).requires_grad_(False)
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
+    fakes = fakes_of(model, x, z)
     loss, values = encoder_generator_loss(
         discriminators, x, z, fakes, objective=objective, weights=CONFIG.loss, prior=PRIOR
     )
@@ -84,7 +89,7 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
 )
 def test_each_term_of_a_discriminator_reaches_that_discriminator_only(model, batch, term, reached):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"]).detach()
+    fakes = fakes_of(model, x, z).detach()
     loss, _ = discriminator_loss(
         Discriminators(model), x, z, fakes, objective=Objective(**{term: True}), weights=CONFIG.loss
     )
@@ -117,7 +122,8 @@ class Logits(nn.Module):
 
 def constant_fakes(**values: float) -> Fakes:
     shapes = {"x": (2, 3, 4, 4), "z": (2, 4)}
-    return Fakes(**{name: torch.full(shapes[name[0]], value) for name, value in values.items()})
+    fakes = {name: torch.full(shapes[name[0]], value) for name, value in values.items()}
+    return Fakes(**fakes, z_tilde_output=fakes["z_tilde"])
 
 
 def bce(logit: float, target: float) -> float:
@@ -184,7 +190,7 @@ def test_the_gradient_penalty_is_the_mean_squared_gradient_norm_of_real_ones_and
 
 def test_the_gradient_penalty_adds_to_the_discriminators_loss_with_weight_gamma(model, batch):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"]).detach()
+    fakes = fakes_of(model, x, z).detach()
     losses, values = {}, {}
     for gamma in (0.0, 0.5):
         losses[gamma], values = discriminator_loss(
@@ -199,10 +205,10 @@ def test_the_gradient_penalty_adds_to_the_discriminators_loss_with_weight_gamma(
 @pytest.mark.parametrize("arm", OBJECTIVES)
 def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES[arm])
+    fakes = fakes_of(model, x, z, arm)
     made = {name for name, fake in vars(fakes).items() if fake is not None}
     expected = {
-        "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde"},
+        "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde", "z_tilde_output"},
         "egan": {"x_hat", "x_tilde", "z_hat"},
         "aae": {"x_tilde", "z_hat"},
         "ae": {"x_tilde", "z_hat"},
@@ -213,7 +219,7 @@ def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
 
 def test_shared_passes_make_the_same_fakes_as_one_call_of_a_network_for_each(model, batch):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
+    fakes = fakes_of(model, x, z)
     torch.testing.assert_close(fakes.x_hat, model.generator(z))
     torch.testing.assert_close(fakes.z_hat, model.encoder(x))
     torch.testing.assert_close(fakes.x_tilde, model.generator(model.encoder(x)))

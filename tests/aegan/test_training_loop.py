@@ -12,6 +12,7 @@ from aegan.config import ConfigError, TrainConfig
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
+from aegan.priors import make_prior
 from aegan.sampling import reconstruct, sample
 from aegan.training import checkpoint, loop, training_log, updates
 from aegan.training.loop import DivergedError, train
@@ -94,6 +95,27 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_th
     assert (outcome.finished, outcome.step) == (False, 3)  # epochs have 5 batches
     assert run(config, shards, tmp_path / "cut").finished
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("prior", "rule"),
+    [
+        *((prior, "shared") for prior in ("uniform", "sphere", "bernoulli", "categorical")),
+        ("categorical(2) * normal(2)", "reference"),
+    ],
+)
+def test_with_any_prior_a_run_trains_and_resumes_exactly(shards, tmp_path, prior, rule):
+    config = tiny_config(prior=prior, update_rule=rule)
+    assert run(config, shards, tmp_path / "whole").finished
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
+    assert run(config, shards, tmp_path / "cut").finished
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    rows = RunFolder(tmp_path / "whole").rows()
+    assert rows[0]["latent_reconstruction"] != rows[-1]["latent_reconstruction"]
+    export_model(RunFolder(tmp_path / "whole").checkpoint(8), tmp_path / "model")
+    model = load(tmp_path / "model")
+    assert model.prior == make_prior(prior, 4)
+    assert sample(model, 3, seed=0).shape == (3, 16, 16, 3)
 
 
 def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_path):
@@ -480,8 +502,13 @@ def train_on(
         (2, {}, {"update_rule": "reference"}),
         (2, {}, {"arm": "aae"}),
         (3, {"gamma": 0.5}, {}),
+        (2, {"gamma": 0.5}, {"prior": "uniform(1) * bernoulli(3)"}),
+        (2, {"gamma": 0.5}, {"prior": "sphere(2) * categorical(2)"}),
     ],
-    ids=["plain", "penalties", "reference", "one discriminator frozen", "unequal shares"],
+    ids=[
+        *("plain", "penalties", "reference", "one discriminator frozen", "unequal shares"),
+        *("uniform and bits", "sphere and categories"),
+    ],
 )
 def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(
     shards, tmp_path, workers, loss, training

@@ -22,7 +22,7 @@ from tests.pictures import blocks
 from tests.shards import write_shards
 
 CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
-MODEL = ModelConfig(architecture="demo", latent_dim=4, base_channels=4)
+MODEL = ModelConfig(architecture="demo", latent_dim=4, prior="normal", base_channels=4)
 
 
 def write_model(
