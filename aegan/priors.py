@@ -93,7 +93,7 @@ class NormalPrior(Prior):
         return _alike(self.latent_dim)
 
     def kernel_mean(self, z: Tensor, bandwidth: float) -> Tensor:
-        factor = (bandwidth / (bandwidth + 1)) ** (self.latent_dim / 2)
+        factor = float((bandwidth / (bandwidth + 1)) ** (self.latent_dim / 2))
         return factor * torch.exp(-z.square().sum(1) / (2 * (bandwidth + 1)))
 
     def kernel_among(self, bandwidth: float) -> float:
@@ -178,8 +178,8 @@ class BernoulliPrior(Prior):
         return _alike(self.latent_dim, mean=0.5, std=0.5, kurtosis=-2.0)
 
     def kernel_mean(self, z: Tensor, bandwidth: float) -> Tensor:
-        to_bits = (torch.exp(-(z - bit).square() / (2 * bandwidth)) for bit in (0, 1))
-        return (sum(to_bits) / 2).prod(1)
+        to_0, to_1 = (torch.exp(-(z - bit).square() / (2 * bandwidth)) for bit in (0, 1))
+        return ((to_0 + to_1) / 2).prod(1)
 
     def kernel_among(self, bandwidth: float) -> float:
         return float(((1 + math.exp(-1 / (2 * bandwidth))) / 2) ** self.latent_dim)
@@ -258,15 +258,16 @@ class ProductPrior(Prior):
 
     def path(self, start: Array, end: Array, t: Array) -> Tensor:
         start, end, t = _path_arguments(start, end, t)
-        pieces = (start.split(self._sizes, -1), end.split(self._sizes, -1))
-        ways = zip(self.parts, *pieces, strict=True)
-        return torch.cat([part.path(*ends, t) for part, *ends in ways], dim=-1)
+        starts, ends = start.split(self._sizes, -1), end.split(self._sizes, -1)
+        ways = zip(self.parts, starts, ends, strict=True)
+        return torch.cat([part.path(first, last, t) for part, first, last in ways], dim=-1)
 
     def moments(self) -> Moments:
         from scipy.linalg import block_diag
 
-        *alike, correlations = zip(*(part.moments() for part in self.parts), strict=True)
-        return Moments(*map(np.concatenate, alike), block_diag(*correlations))
+        *each, correlation = zip(*(part.moments() for part in self.parts), strict=True)
+        mean, std, skewness, kurtosis = map(np.concatenate, each)
+        return Moments(mean, std, skewness, kurtosis, block_diag(*correlation))
 
     def kernel_mean(self, z: Tensor, bandwidth: float) -> Tensor:
         pieces = zip(self.parts, z.split(self._sizes, 1), strict=True)
@@ -302,8 +303,13 @@ def _alike(
     correlation: float = 0.0,
 ) -> Moments:
     """Dimensions that are all alike, each pair of them with this correlation."""
-    each = (np.full(dim, value) for value in (mean, std, skewness, kurtosis))
-    return Moments(*each, np.full((dim, dim), correlation) + (1 - correlation) * np.eye(dim))
+    return Moments(
+        mean=np.full(dim, mean),
+        std=np.full(dim, std),
+        skewness=np.full(dim, skewness),
+        kurtosis=np.full(dim, kurtosis),
+        correlation=np.full((dim, dim), correlation) + (1 - correlation) * np.eye(dim),
+    )
 
 
 def _straight_through(value: Tensor, soft: Tensor) -> Tensor:

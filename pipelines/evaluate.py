@@ -385,13 +385,14 @@ def draw_latents(
         column, drawn = values[:, index], z[:, index].numpy()
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
         if isinstance(prior, NormalPrior):
-            low, high, ticks = -4, 4, (-2, 0, 2)
+            low, high, ticks = -4.0, 4.0, [-2, 0, 2]
             axes.plot(curve, normal, color="#333333", linewidth=1)
             axes.set_ylim(0, 0.8)
         else:
-            low, high, ticks = drawn.min() - 0.5, drawn.max() + 0.5, (0, 1)
-            outline = {"histtype": "step", "color": "#333333", "linewidth": 1}
-            axes.hist(drawn, bins=32, range=(low, high), density=True, **outline)
+            low, high, ticks = float(drawn.min()) - 0.5, float(drawn.max()) + 0.5, [0, 1]
+            axes.hist(
+                drawn, bins=32, range=(low, high), density=True, histtype="step", color="#333333"
+            )
         column_shown = column.clip(low, high)
         axes.hist(column_shown, bins=32, range=(low, high), density=True, color="#4a86d8", zorder=0)
         axes.set_title(f"{index}:  {column.mean():+.2f} ± {column.std():.2f}", fontsize=7, pad=2)
