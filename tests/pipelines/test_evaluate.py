@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from aegan.config import EvaluateConfig, ModelConfig
 from aegan.data import designed_faces
 from aegan.metrics import METRICS
+from aegan.metrics.latent import departures
 from aegan.networks import AEGAN
+from aegan.priors import make_prior
 from pipelines.base.errors import UserError
 from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
 from tests.pictures import blocks
@@ -26,18 +28,25 @@ MODEL = ModelConfig(architecture="demo", latent_dim=4, prior="normal", base_chan
 
 
 def write_model(
-    folder: Path, *, size: int = 16, channels: int = 3, encoder: bool = True, arm: str = "aegan"
+    folder: Path,
+    *,
+    size: int = 16,
+    channels: int = 3,
+    encoder: bool = True,
+    arm: str = "aegan",
+    prior: str = "normal",
 ) -> Path:
     """Two different sets of untrained weights."""
     folder.mkdir(parents=True)
+    sizes = dataclasses.replace(MODEL, prior=prior)
     for seed, name in enumerate(("ema", "weights")):
         torch.manual_seed(seed)
         model = AEGAN(
-            MODEL, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
+            sizes, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
         )
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")
-    description = {"model": dataclasses.asdict(MODEL), "image_size": size, "arm": arm}
+    description = {"model": dataclasses.asdict(sizes), "image_size": size, "arm": arm}
     description |= {"image_channels": channels, "has_encoder": encoder, "fit": "crop"}
     (folder / "config.json").write_text(json.dumps(description))
     return folder
@@ -122,6 +131,20 @@ def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
 def test_an_autoencoders_samples_carry_a_warning(tmp_path: Path) -> None:
     model, shards = write_model(tmp_path / "m", arm="ae"), write_noise(tmp_path / "s")
     assert "prior" in run(model, shards, tmp_path / "out")["note"]
+
+
+@pytest.mark.parametrize("prior", ["uniform", "sphere", "categorical(3) * bernoulli(1)"])
+def test_latents_are_compared_with_the_models_own_prior(tmp_path: Path, prior: str) -> None:
+    shards = write_noise(tmp_path / "shards", test=40)
+    scores = run(write_model(tmp_path / "model", prior=prior), shards, tmp_path / "out")
+    expected = make_prior(prior, 4)
+    z = expected.sample(40, torch.Generator().manual_seed(CONFIG.seed))
+    for name, value in departures(z, expected).items():
+        assert scores[f"latent_{name}"]["floor"] == pytest.approx(value)
+        assert scores[f"latent_{name}"]["ema"] != value
+    variance = float(np.square(expected.moments().std).mean())
+    guess = scores["latent_reconstruction_mse"]["floor"]  # the mean of the prior, always
+    assert guess == pytest.approx(variance, rel=0.3)
 
 
 @pytest.mark.parametrize(("size", "channels", "test"), [(16, 1, 20), (32, 3, 9), (128, 1, 8)])
