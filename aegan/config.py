@@ -11,7 +11,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -113,7 +113,8 @@ class PreprocessConfig:
             )
 
 
-_PART = r"(normal|uniform|sphere|bernoulli|categorical)(?:\((\d{1,5})\))?"  # keys of priors.PRIORS
+# A key of aegan.priors.PRIORS, and its size.
+_PART = r"(normal|uniform|sphere|bernoulli|categorical|label)(?:\((\d{1,5})\))?"
 
 
 def prior_parts(prior: str, latent_dim: int) -> list[tuple[str, int]]:
@@ -134,7 +135,9 @@ def prior_parts(prior: str, latent_dim: int) -> list[tuple[str, int]]:
             f"{f'more than {stated}' if unsized else stated}"
         )
     parts = [(name, int(size or rest)) for name, size in found]
-    least = {"sphere": 2, "categorical": 2}
+    if [name for name, _ in parts].count("label") > 1:
+        raise ConfigError(f"{said}; an image has one class, so only one part may be label")
+    least = {"sphere": 2, "categorical": 2, "label": 2}
     for name, size in parts:
         if size < least.get(name, 1):
             raise ConfigError(f"{said}; {name} must have {least.get(name, 1)} dimensions or more")
@@ -150,7 +153,7 @@ class ModelConfig:
     prior: Annotated[
         str,
         Predicate(re.compile(rf"{_PART}(?: \* {_PART})*").fullmatch),
-        "normal, uniform, sphere, bernoulli or categorical, or a product of them, as in "
+        "normal, uniform, sphere, bernoulli, categorical or label, or a product of them, as in "
         "categorical(10) * normal(6)",
     ]
     base_channels: Width  # width of the generator's last stage; the others follow
@@ -158,6 +161,11 @@ class ModelConfig:
     def misfits(self) -> Iterator[str]:
         prior_parts(self.prior, self.latent_dim)
         yield from ()
+
+    @property
+    def num_classes(self) -> int:
+        """Of the images, whose class is a part of their latents; 0: it is none."""
+        return dict(prior_parts(self.prior, self.latent_dim)).get("label", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +234,21 @@ def check_batch_size(batch_size: int, *, images: int, workers: int = 1) -> None:
         raise ConfigError(
             f"training.batch_size is {batch_size}: it must be at least the number of workers, "
             f"{workers}"
+        )
+
+
+def check_classes(model: ModelConfig, classes: Sequence[str]) -> None:
+    """Raise ConfigError if the prior has a label of another number of classes than the images."""
+    wanted, found = model.num_classes, len(classes)
+    if wanted and not found:
+        raise ConfigError(
+            f"model.prior is {written(model.prior)}, but the images have no classes: put them into "
+            "one folder a class (docs/data.md), or take label out of model.prior"
+        )
+    if wanted and wanted != found:
+        raise ConfigError(
+            f"model.prior is {written(model.prior)}, but the images have {found} classes: write "
+            f"label({found}) and set model.latent_dim to {model.latent_dim + found - wanted}"
         )
 
 

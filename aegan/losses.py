@@ -88,6 +88,7 @@ class Fakes:
 
     x_hat: Tensor | None  # G(z)        [N, C, H, W] in [-1, 1]
     z_hat: Tensor | None  # E(x)        [N, latent_dim], as D_z sees it
+    z_hat_output: Tensor | None  # E's output for x, which is asked for its class
     x_tilde: Tensor | None  # G(E(x))
     z_tilde: Tensor | None  # E(G(z)), as D_z sees it
     z_tilde_output: Tensor | None  # E's output for G(z), which is compared with z
@@ -146,6 +147,7 @@ def make_fakes(
     return Fakes(
         x_hat=x_hat,
         z_hat=seen(of_x),
+        z_hat_output=of_x,
         x_tilde=x_tilde,
         z_tilde=seen(of_x_hat),
         z_tilde_output=of_x_hat,
@@ -244,6 +246,9 @@ def encoder_generator_loss(
         if objective.latent_reconstruction and fakes.z_tilde_output is not None:
             loss = prior.distance(_wide(fakes.z_tilde_output), z)
             yield "latent_reconstruction", weights.lambda_latent_reconstruction, loss
+        if prior.label is not None and fakes.z_hat_output is not None:
+            loss = prior.label_distance(_wide(fakes.z_hat_output), z)
+            yield "label_prediction", weights.lambda_latent_reconstruction, loss
 
     return _weighted_sum(
         [

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_in
 from torch import Tensor
 
-from aegan.config import ConfigError, ModelConfig, ValueRange, with_new_names
+from aegan.config import ConfigError, ModelConfig, ValueRange, check_classes, with_new_names
 from aegan.files import save_tensors, sha256_of, write_json
 from aegan.networks import AEGAN
 
@@ -129,6 +129,9 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     except ValueError:
         expected = "expected full or as in 0..4095"
         raise _damaged(file, f"value_range is {_shown(value_range)}, {expected}") from None
+    classes = field({"classes": []} | config, "classes", list, "a list of names")
+    if not all(isinstance(name, str) for name in classes):
+        raise _damaged(file, "classes holds something else than names")
     try:
         with torch.device("meta"):
             model = AEGAN(
@@ -138,12 +141,13 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
                 encoder=field(config, "has_encoder", bool, "true or false"),
                 discriminators=False,
             )
+        check_classes(sizes, classes)
     except ConfigError as error:
         raise _damaged(file, str(error)) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
-    model.fit, model.value_range = fit, value_range
+    model.fit, model.value_range, model.classes = fit, value_range, tuple(classes)
     return model
 
 

@@ -6,6 +6,7 @@
     sphere         all directions alike, length sqrt(D)   normalised    the same, 2 - 2 cosine
     bernoulli      fair bits, 0 or 1                      logits        binary cross entropy
     categorical    one of D categories, one-hot           logits        cross entropy
+    label          the image's class, of D, one-hot       logits        cross entropy
     a * b          those of a beside those of b           part by part  sum of the parts'
 
 Of a discrete prior D_z sees E's probabilities, which it can push towards certainty (as adversarial
@@ -13,6 +14,7 @@ autoencoders do, Makhzani et al. 2015). G is given the likeliest value, of the s
 with the gradient of the probabilities (straight-through: Bengio et al. 2013).
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -64,6 +66,28 @@ class Prior(ABC):
     def path(self, start: Array, end: Array, t: Array) -> Tensor:
         """From latent to latent through likely ones: [..., D], [..., D], [T] => [..., T, D]."""
         return lerp(start, end, t)
+
+    @property
+    def label(self) -> slice | None:
+        """Where in a latent the class of its image stands; None: nowhere."""
+        return None
+
+    def with_labels(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Latents with the classes [N], whole numbers, in their place."""
+        where = self._place_of_label()
+        z = z.clone()
+        z[:, where] = F.one_hot(labels, where.stop - where.start).to(z)
+        return z
+
+    def label_distance(self, output: Tensor, z: Tensor) -> Tensor:
+        """How well E tells the classes that stand in z: cross entropy."""
+        where = self._place_of_label()
+        return F.cross_entropy(output[:, where], z[:, where].to(output))
+
+    def _place_of_label(self) -> slice:
+        if self.label is None:
+            raise ValueError("this prior has no part called label")
+        return self.label
 
     # What the metrics of aegan/metrics/latent.py compare E(x) with.
 
@@ -227,6 +251,15 @@ class CategoricalPrior(Prior):
 
 
 @dataclass(frozen=True)
+class LabelPrior(CategoricalPrior):
+    """The class of the image. In training it is that of the batch's images; drawn, any of them."""
+
+    @property
+    def label(self) -> slice:
+        return slice(0, self.latent_dim)
+
+
+@dataclass(frozen=True)
 class ProductPrior(Prior):
     """Independent parts side by side."""
 
@@ -235,6 +268,13 @@ class ProductPrior(Prior):
     @property
     def latent_dim(self) -> int:  # type: ignore[override]
         return sum(self._sizes)
+
+    @property
+    def label(self) -> slice | None:
+        stops = itertools.accumulate(self._sizes)
+        places = (slice(stop - size, stop) for size, stop in zip(self._sizes, stops, strict=True))
+        told = zip(self.parts, places, strict=True)
+        return next((place for part, place in told if part.label is not None), None)
 
     @property
     def _sizes(self) -> list[int]:
@@ -284,6 +324,7 @@ PRIORS: dict[str, type[Prior]] = {
     "sphere": SpherePrior,
     "bernoulli": BernoulliPrior,
     "categorical": CategoricalPrior,
+    "label": LabelPrior,
 }
 
 

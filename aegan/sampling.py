@@ -67,17 +67,25 @@ def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
         raise UnusableImageError(f"{path}: {error.strerror}") from None
 
 
-def random_latents(model: AEGAN, count: int, *, seed: int) -> Tensor:
-    """Draws z of the model's prior, [count, latent_dim]."""
+def random_latents(
+    model: AEGAN, count: int, *, seed: int, label: int | str | None = None
+) -> Tensor:
+    """Draws z of the model's prior, [count, latent_dim].
+
+    Of a model that knows classes, `label` is the name or position of one in `model.classes`.
+    """
     _check_model(model)
     count = whole_number("count", count, lowest=1)
     seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
-    return model.prior.sample(count, torch.Generator().manual_seed(seed))
+    z = model.prior.sample(count, torch.Generator().manual_seed(seed))
+    if label is None:
+        return z
+    return model.prior.with_labels(z, torch.full((count,), _class_number(model, label)))
 
 
-def sample(model: AEGAN, count: int, *, seed: int) -> Tensor:
-    """G(z) for fresh prior draws => uint8 [count, H, W, C]."""
-    return decode(model, random_latents(model, count, seed=seed))
+def sample(model: AEGAN, count: int, *, seed: int, label: int | str | None = None) -> Tensor:
+    """G(z) for such draws => uint8 [count, H, W, C]."""
+    return decode(model, random_latents(model, count, seed=seed, label=label))
 
 
 @torch.inference_mode()
@@ -132,6 +140,17 @@ def interpolate(
     start = _batch("start", start, torch.float32, (model.latent_dim,))
     end = _batch("end", end, torch.float32, (model.latent_dim,))
     return decode(model, (model.prior.path if path == "slerp" else lerp)(start, end, steps))
+
+
+def _class_number(model: AEGAN, label: int | str) -> int:
+    where = model.prior.label
+    if where is None:
+        raise ValueError(f"label is {label}, but this model knows no classes (model.prior)")
+    if not isinstance(label, str):
+        return whole_number("label", label, lowest=0, highest=where.stop - where.start - 1)
+    if label not in model.classes:
+        raise ValueError(f"label is {label}; expected a name or position in model.classes")
+    return model.classes.index(label)
 
 
 def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import aegan
-from aegan.config import EvaluateConfig, Split
+from aegan.config import ConfigError, EvaluateConfig, Split
 from aegan.data import dataset
 from aegan.data.designed_faces import FACTORS, Factor
 from aegan.files import new_file, write_json
@@ -78,6 +78,7 @@ class RealImages:
     train_factors: NDArray[np.float64]
     test_factors: NDArray[np.float64]
     factors: list[Factor]  # empty where they are not known
+    test_labels: Tensor | None  # classes, int64 [N], if the model knows them
 
 
 def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateConfig) -> None:
@@ -92,6 +93,8 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
         logger.warning("warning: %s", STAND_INS[real.split])
 
     z = aegan.random_latents(model, len(real.test), seed=config.seed)
+    if real.test_labels is not None:
+        z = model.prior.with_labels(z, real.test_labels)
     measure = Measure(real, z, model.prior, extractor, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
@@ -148,7 +151,22 @@ def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -
         train_factors=read_factors(shards, "train", factors)[others],
         test_factors=read_factors(shards, split, factors)[order],
         factors=factors,
+        test_labels=read_classes(shards, split, model, order),
     )
+
+
+def read_classes(
+    shards: Path, split: Split, model: aegan.AEGAN, rows: NDArray[np.int64]
+) -> Tensor | None:
+    """int64 [N] of these rows of a split; None for a model without classes; raises UserError."""
+    if model.prior.label is None:
+        return None
+    if dataset.read_manifest(shards)["classes"] != list(model.classes):
+        raise UserError(f"{shards} has other classes than the model: run train")
+    try:
+        return torch.from_numpy(dataset.load_labels(shards, split)[rows])
+    except ConfigError as error:
+        raise UserError(str(error)) from None
 
 
 def read_factors(shards: Path, split: Split, factors: list[Factor]) -> NDArray[np.float64]:

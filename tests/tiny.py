@@ -43,11 +43,11 @@ def tiny_config(
     )
 
 
-def tiny_shards(folder: Path, *, train: int = 40) -> Path:
+def tiny_shards(folder: Path, *, train: int = 40, classes: tuple[str, ...] = ()) -> Path:
     """Random 16x16 images: `train` to learn from, 12 to validate, 12 to test."""
     random = np.random.default_rng(0)
     sizes = {"train": train, "validation": 12, "test": 12}
     images = {
         split: random.integers(0, 256, (rows, 16, 16, 3), np.uint8) for split, rows in sizes.items()
     }
-    return write_shards(folder, images)
+    return write_shards(folder, images, classes=classes)

@@ -4,7 +4,7 @@ An architecture is a module of this package with four functions, which take the 
 
     generator             z [N, latent_dim] => x [N, C, H, W] in [-1, 1]
     encoder               x => [N, latent_dim], from which model.prior makes latents
-    image_discriminator   x => logit [N, 1]
+    image_discriminator   x => logit [N, 1]; layers in sequence, the last one linear
     latent_discriminator  z => logit [N, 1]
 
 A new one is such a file, an entry in ARCHITECTURES and its name in `aegan.config.Architecture`.
@@ -17,6 +17,7 @@ from torch import nn
 
 from aegan.config import Architecture, ImageChannels, ImageSize, ModelConfig, check, check_value
 from aegan.networks import demo, paper
+from aegan.networks.projection import Projection
 from aegan.priors import make_prior
 
 ARCHITECTURES: dict[Architecture, ModuleType] = {"demo": demo, "paper": paper}
@@ -49,6 +50,7 @@ class AEGAN(nn.Module):
         self.image_size = image_size
         self.image_channels = image_channels
         self.fit: Literal["crop", "pad"] = "crop"  # how an image becomes square
+        self.classes: tuple[str, ...] = ()  # names, where the prior has a label
         self.value_range = "full"  # and how samples deeper than 8 bits become grey levels
         sizes = {
             "image_size": image_size,
@@ -60,6 +62,9 @@ class AEGAN(nn.Module):
         self.generator = make.generator(**sizes)
         self.image_discriminator = self.latent_discriminator = None
         if discriminators:
-            self.image_discriminator = make.image_discriminator(**sizes)
+            network = make.image_discriminator(**sizes)
+            if config.num_classes:
+                network = Projection(network, num_classes=config.num_classes)
+            self.image_discriminator = network
             self.latent_discriminator = make.latent_discriminator(**sizes)
         self.encoder = make.encoder(**sizes) if encoder else None

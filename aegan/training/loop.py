@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan.config import TrainConfig, check, check_batch_size
-from aegan.data.dataset import load_images, read_manifest
+from aegan.config import TrainConfig, check, check_batch_size, check_classes
+from aegan.data.dataset import load_images, load_labels, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
 from aegan.pictures import grid, is_sound_png, save_png
 from aegan.pixels import to_float
@@ -75,6 +75,9 @@ def train(
     check_batch_size(
         options.batch_size, images=manifest["splits"]["train"]["rows"], workers=world_size
     )
+    check_classes(config.model, manifest.get("classes", []))
+    if config.model.num_classes:
+        load_labels(shards, "train")  # refuses images without one
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
@@ -82,20 +85,25 @@ def train(
     # Load the data. A global batch is the same for any number of workers; each keeps its share.
     share = slice(*(options.batch_size * r // world_size for r in (rank, rank + 1)))
     reader = resident_reader if options.reader == "resident" else streamed_reader
-    read_images = reader(
-        shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
+    open_reader = partial(
+        reader, shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
     )
+    read_images = open_reader()
+    read_labels = open_reader(column="label") if config.model.num_classes else None
     validation = _validation_images(shards, rank)
 
     def read_batch(number: int) -> tuple[Tensor, Tensor]:
-        """x [N, C, H, W] in [-1, 1] and z [N, latent_dim]."""
+        """x [N, C, H, W] in [-1, 1] and z [N, latent_dim], which may hold x's classes."""
         generator = torch.Generator().manual_seed(_seed(options.seed, state.attempt, number))
         z = state.model.prior.sample(options.batch_size, generator)
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=generator) < 0.5
         x = to_float(read_images(number))
         if options.horizontal_flip:
             x = torch.where(mirrored[share].to(device), x.flip(3), x)
-        return x, z[share].to(device)
+        z = z[share].to(device)
+        if read_labels is not None:
+            z = state.model.prior.with_labels(z, read_labels(number))
+        return x, z
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)

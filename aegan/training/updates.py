@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aegan.config import Precision, TrainConfig
 from aegan.losses import (
     OBJECTIVES,
+    Discriminate,
     Fakes,
     Objective,
     Terms,
@@ -76,7 +77,9 @@ class Updates:
             else:
                 shown = fakes.detach()
             return discriminator_loss(
-                self.discriminators, x, z, shown, objective=self.objective, weights=self.weights
+                *(self._told(self.discriminators, z), x, z, shown),
+                objective=self.objective,
+                weights=self.weights,
             )
 
         values: Terms = {}
@@ -99,7 +102,8 @@ class Updates:
                 objective=self.objective,
                 prior=self.model.prior,
             )
-            loss = single_kind_loss(self.discriminators, images, latents, target=target)
+            discriminate = self._told(self.discriminators, z)
+            loss = single_kind_loss(discriminate, images, latents, target=target)
             return loss, {f"discriminators_{turn}": loss.detach()}
 
         return self._descend("discriminators", self.discriminators, loss_in_turn, x, z)
@@ -110,7 +114,7 @@ class Updates:
         def loss_of_fakes(x: Tensor, z: Tensor) -> tuple[Tensor, Terms]:
             made = self.encoder_generator(x, z) if fakes is None else fakes
             return encoder_generator_loss(
-                *(self.plain_discriminators, x, z, made),
+                *(self._told(self.plain_discriminators, z), x, z, made),
                 objective=self.objective,
                 weights=self.weights,
                 prior=self.model.prior,
@@ -141,6 +145,11 @@ class Updates:
         optimizer.step()
         return totals
 
+    def _told(self, discriminators: nn.Module, z: Tensor) -> Discriminate:
+        """The discriminators, told the classes of the batch's images if latents hold them."""
+        label = self.model.prior.label
+        return discriminators if label is None else partial(discriminators, labels=z[:, label])
+
     def _has(self, turn: Turn) -> bool:
         """Whether the discriminators of this arm see anything in a turn."""
         return turn == "real" or any(vars(self.objective.only(f"x_{turn}", f"z_{turn}")).values())
@@ -167,12 +176,12 @@ class Discriminators(nn.Module):
         self.latent_discriminator = model.latent_discriminator
 
     def forward(
-        self, images: Tensor | None, latents: Tensor | None
+        self, images: Tensor | None, latents: Tensor | None, *, labels: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         on_images, on_latents = self.image_discriminator, self.latent_discriminator
         image_logits = latent_logits = None
         if on_images is not None and images is not None:
-            image_logits = on_images(images)
+            image_logits = on_images(images, *([] if labels is None else [labels]))
         if on_latents is not None and latents is not None:
             latent_logits = on_latents(latents)
         return image_logits, latent_logits

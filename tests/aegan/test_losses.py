@@ -123,7 +123,8 @@ class Logits(nn.Module):
 def constant_fakes(**values: float) -> Fakes:
     shapes = {"x": (2, 3, 4, 4), "z": (2, 4)}
     fakes = {name: torch.full(shapes[name[0]], value) for name, value in values.items()}
-    return Fakes(**fakes, z_tilde_output=fakes["z_tilde"])
+    outputs = {"z_hat_output": fakes["z_hat"], "z_tilde_output": fakes["z_tilde"]}
+    return Fakes(**fakes, **outputs)
 
 
 def bce(logit: float, target: float) -> float:
@@ -208,10 +209,10 @@ def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
     fakes = fakes_of(model, x, z, arm)
     made = {name for name, fake in vars(fakes).items() if fake is not None}
     expected = {
-        "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde", "z_tilde_output"},
-        "egan": {"x_hat", "x_tilde", "z_hat"},
-        "aae": {"x_tilde", "z_hat"},
-        "ae": {"x_tilde", "z_hat"},
+        "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde", "z_hat_output", "z_tilde_output"},
+        "egan": {"x_hat", "x_tilde", "z_hat", "z_hat_output"},
+        "aae": {"x_tilde", "z_hat", "z_hat_output"},
+        "ae": {"x_tilde", "z_hat", "z_hat_output"},
         "gan": {"x_hat"},
     }
     assert made == expected[arm]

@@ -21,7 +21,7 @@ from aegan.training.updates import Discriminators
 from tests.tiny import tiny_config
 
 PRODUCT = "categorical(3) * normal(2) * bernoulli(1)"
-ALL = [*PRIORS, PRODUCT]  # of six dimensions
+ALL = [*(name for name in PRIORS if name != "label"), PRODUCT]  # of six dimensions
 every_prior = pytest.mark.parametrize("text", ALL)
 
 
@@ -270,7 +270,10 @@ def test_a_name_alone_takes_all_dimensions_and_a_part_without_size_the_rest():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("gaussian", "it must be normal, uniform, sphere, bernoulli or categorical, or a product"),
+        (
+            "gaussian",
+            "it must be normal, uniform, sphere, bernoulli, categorical or label, or a product",
+        ),
         ("normal*normal", "it must be normal, uniform"),
         ("normal(2) * ", "it must be normal, uniform"),
         ("", "it must be normal, uniform"),
@@ -278,6 +281,7 @@ def test_a_name_alone_takes_all_dimensions_and_a_part_without_size_the_rest():
         ("normal(5) * sphere(2)", "whose sizes make 7, and model.latent_dim is 6; it must be 7"),
         ("normal(6) * sphere", "whose sizes make 6, and model.latent_dim is 6; it must be more"),
         ("normal * sphere", "only one part may leave out its size, as in normal(2)"),
+        ("label(3) * label(3)", "an image has one class, so only one part may be label"),
         ("normal(5) * sphere", "sphere must have 2 dimensions or more"),
         ("categorical(1) * normal(5)", "categorical must have 2 dimensions or more"),
         ("bernoulli(0) * normal(6)", "bernoulli must have 1 dimensions or more"),

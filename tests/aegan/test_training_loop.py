@@ -36,7 +36,7 @@ def _stop_at_any_step(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return tiny_shards(tmp_path_factory.mktemp("shards"))
+    return tiny_shards(tmp_path_factory.mktemp("shards"), classes=("a", "b"))
 
 
 def tensors_at(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -502,12 +502,12 @@ def train_on(
         (2, {}, {"update_rule": "reference"}),
         (2, {}, {"arm": "aae"}),
         (3, {"gamma": 0.5}, {}),
-        (2, {"gamma": 0.5}, {"prior": "uniform(1) * bernoulli(3)"}),
+        (2, {"gamma": 0.5}, {"prior": "uniform(1) * label(2) * bernoulli(1)"}),
         (2, {"gamma": 0.5}, {"prior": "sphere(2) * categorical(2)"}),
     ],
     ids=[
         *("plain", "penalties", "reference", "one discriminator frozen", "unequal shares"),
-        *("uniform and bits", "sphere and categories"),
+        *("uniform, classes and bits", "sphere and categories"),
     ],
 )
 def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(

@@ -47,6 +47,7 @@ def write_model(
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")
     description = {"model": dataclasses.asdict(sizes), "image_size": size, "arm": arm}
+    description |= {"classes": ["a", "b"][: sizes.num_classes]}
     description |= {"image_channels": channels, "has_encoder": encoder, "fit": "crop"}
     (folder / "config.json").write_text(json.dumps(description))
     return folder
@@ -145,6 +146,22 @@ def test_latents_are_compared_with_the_models_own_prior(tmp_path: Path, prior: s
     variance = float(np.square(expected.moments().std).mean())
     guess = scores["latent_reconstruction_mse"]["floor"]  # the mean of the prior, always
     assert guess == pytest.approx(variance, rel=0.3)
+
+
+def test_samples_are_drawn_with_the_classes_of_the_real_images(tmp_path: Path) -> None:
+    images = {split: blocks(count, seed=count) for split, count in (("train", 30), ("test", 20))}
+    shards = write_shards(tmp_path / "shards", images, classes=("a", "b"))
+    model = write_model(tmp_path / "model", prior="label(2) * normal(2)")
+    scores = run(model, shards, tmp_path / "out")
+    prior = make_prior("label(2) * normal(2)", 4)
+    z = prior.sample(20, torch.Generator().manual_seed(CONFIG.seed))
+    labels = torch.arange(20)[np.random.default_rng(CONFIG.seed).permutation(20)] % 2
+    departures_of_z = departures(prior.with_labels(z, labels), prior)
+    assert scores["latent_mmd"]["floor"] == pytest.approx(departures_of_z["mmd"])
+    assert departures_of_z["mmd"] != pytest.approx(departures(z, prior)["mmd"])
+    other = write_shards(tmp_path / "other", images, classes=("a", "c"))
+    with pytest.raises(UserError, match="has other classes than the model: run train"):
+        run(model, other, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("size", "channels", "test"), [(16, 1, 20), (32, 3, 9), (128, 1, 8)])
