@@ -173,7 +173,7 @@ class LossConfig:
     """Weights and form of the objective (docs/method.md)."""
 
     lambda_image_reconstruction: Weight  # weight of |x - x_tilde|
-    lambda_latent_reconstruction: Weight  # weight of (z - z_tilde)^2
+    lambda_latent_reconstruction: Weight  # weight of (z - z_tilde)^2, or the prior's own distance
     lambda_image_adversarial: Weight
     lambda_latent_adversarial: Weight
     adversarial: Literal["bce", "relativistic"]
@@ -418,7 +418,7 @@ class InterpolateConfig:
     num_pairs: Count
     # From one end to the other.
     num_frames: Annotated[int, Ge(2), "a path has two ends", Le(MOST)]
-    path: Literal["slerp", "linear"]
+    path: Literal["slerp", "linear"]  # slerp: the path of the model's prior
     seed: Seed
 
 

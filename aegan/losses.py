@@ -218,7 +218,8 @@ def encoder_generator_loss(
     L_EG = lambda_image_adversarial  * (BCE(D_x(x_hat), 1) + BCE(D_x(x_tilde), 1))
          + lambda_latent_adversarial * (BCE(D_z(z_hat), 1) + BCE(D_z(z_tilde), 1))
          + lambda_image_reconstruction * mean |x_tilde - x|
-         + lambda_latent_reconstruction * mean (z_tilde - z)^2, or the prior's own distance
+         + lambda_latent_reconstruction * mean (z_tilde - z)^2, or the prior's own distance;
+           the same weight for the cross entropy of E(x)'s class, where latents hold it
     """
     relativistic = weights.adversarial == "relativistic"  # compares with the logits of real samples
     image_fakes, latent_fakes = fakes.judged_images(objective), fakes.judged_latents(objective)

@@ -147,7 +147,8 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
-    model.fit, model.value_range, model.classes = fit, value_range, tuple(classes)
+    model.fit, model.value_range = fit, value_range
+    model.classes = tuple(classes) if sizes.num_classes else ()
     return model
 
 

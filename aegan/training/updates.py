@@ -168,7 +168,10 @@ class EncoderGenerator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """D_x and D_z as one module; None goes in and comes out where the arm has no such fake."""
+    """D_x and D_z as one module; None goes in and comes out where the arm has no such fake.
+
+    D_x is told the images' classes, one-hot [N, classes], where there are any.
+    """
 
     def __init__(self, model: AEGAN) -> None:
         super().__init__()
@@ -179,9 +182,10 @@ class Discriminators(nn.Module):
         self, images: Tensor | None, latents: Tensor | None, *, labels: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         on_images, on_latents = self.image_discriminator, self.latent_discriminator
+        told = () if labels is None else (labels,)
         image_logits = latent_logits = None
         if on_images is not None and images is not None:
-            image_logits = on_images(images, *([] if labels is None else [labels]))
+            image_logits = on_images(images, *told)
         if on_latents is not None and latents is not None:
             latent_logits = on_latents(latents)
         return image_logits, latent_logits
