@@ -24,6 +24,7 @@ from aegan.data.dataset import (
     read_manifest,
     read_row_group,
 )
+from aegan.data.node_memory import once_per_node
 
 GPU_SHARE = 0.5  # of its free memory that training images may take
 WINDOW_ROW_GROUPS = 8  # how many row groups the streamed reader shuffles together
@@ -44,12 +45,12 @@ def resident_reader(
 ) -> ReadBatch:
     """Keeps the whole training split in memory and shuffles it whole.
 
-    On a GPU where it fits, else on the host, read ahead of the GPU. `share` is what this worker
-    keeps of each batch. There must be images for one. A reader of the labels gives those of the
-    images that a reader of the images gives.
+    On a GPU where it fits, else on the host, once for all workers there, read ahead of the GPU.
+    `share` is what this worker keeps of each batch. There must be images for one. A reader of the
+    labels gives those of the images that a reader of the images gives.
     """
     load = load_images if column == "image" else load_labels
-    images = torch.from_numpy(load(folder, "train"))
+    images = torch.from_numpy(once_per_node(lambda: load(folder, "train")))
     batches_per_epoch = len(images) // batch_size
     fits = device.type != "cuda" or images.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
     if fits:
