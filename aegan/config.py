@@ -11,7 +11,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -144,13 +144,59 @@ class PreprocessConfig:
             )
 
 
+# A key of aegan.priors.PRIORS, and its size.
+_PART = r"(normal|uniform|sphere|bernoulli|categorical|label)(?:\((\d{1,5})\))?"
+
+
+def prior_parts(prior: str, latent_dim: int) -> list[tuple[str, int]]:
+    """Names and sizes of a prior's parts, in order; raises ConfigError unless they fit latent_dim.
+
+    One part may leave out its size: it takes the dimensions that the others leave.
+    """
+    found = re.findall(_PART, prior)
+    stated = sum(int(size) for _, size in found if size)
+    unsized = sum(not size for _, size in found)
+    rest = latent_dim - stated
+    said = f"model.prior is {written(prior)}"
+    if unsized > 1:
+        raise ConfigError(f"{said}; only one part may leave out its size, as in normal(2)")
+    if rest < unsized or (rest and not unsized):
+        raise ConfigError(
+            f"{said}, whose sizes make {stated}, and model.latent_dim is {latent_dim}; it must be "
+            f"{f'more than {stated}' if unsized else stated}"
+        )
+    parts = [(name, int(size or rest)) for name, size in found]
+    if [name for name, _ in parts].count("label") > 1:
+        raise ConfigError(f"{said}; an image has one class, so only one part may be label")
+    least = {"sphere": 2, "categorical": 2, "label": 2}
+    for name, size in parts:
+        if size < least.get(name, 1):
+            raise ConfigError(f"{said}; {name} must have {least.get(name, 1)} dimensions or more")
+    return parts
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The four networks."""
+    """The four networks, and the distribution of latents that they are trained for."""
 
     architecture: Architecture
     latent_dim: Width
+    prior: Annotated[
+        str,
+        Predicate(re.compile(rf"{_PART}(?: \* {_PART})*").fullmatch),
+        "normal, uniform, sphere, bernoulli, categorical or label, or a product of them, as in "
+        "categorical(10) * normal(6)",
+    ]
     base_channels: Width  # width of the generator's last stage; the others follow
+
+    def misfits(self) -> Iterator[str]:
+        prior_parts(self.prior, self.latent_dim)
+        yield from ()
+
+    @property
+    def num_classes(self) -> int:
+        """Of the images, whose class is a part of their latents; 0: it is none."""
+        return dict(prior_parts(self.prior, self.latent_dim)).get("label", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +204,7 @@ class LossConfig:
     """Weights and form of the objective (docs/method.md)."""
 
     lambda_image_reconstruction: ScheduledWeight  # weight of |x - x_tilde|
-    lambda_latent_reconstruction: ScheduledWeight  # weight of (z - z_tilde)^2
+    lambda_latent_reconstruction: ScheduledWeight  # weight of (z - z_tilde)^2, or the prior's own
     # Of each fake: its weight in the loss of G and E, and its share in its discriminator's mean.
     lambda_x_hat_adversarial: ScheduledWeight
     lambda_x_tilde_adversarial: ScheduledWeight
@@ -238,6 +284,10 @@ class TrainConfig:
                 "training.augmentation_probability is a schedule, but with augmentation_target it "
                 "follows D_x: give it the number to begin with"
             )
+        if packing > 1 and self.model.num_classes:
+            yield (
+                f"loss.packing is {packing}, but a pack has no class: take label out of model.prior"
+            )
         if batch_size % packing:
             yield (
                 f"training.batch_size is {batch_size}; it must be a multiple of loss.packing, "
@@ -263,6 +313,21 @@ def check_batch_size(batch_size: int, *, images: int, workers: int = 1, packing:
         )
 
 
+def check_classes(model: ModelConfig, classes: Sequence[str]) -> None:
+    """Raise ConfigError if the prior has a label of another number of classes than the images."""
+    wanted, found = model.num_classes, len(classes)
+    if wanted and not found:
+        raise ConfigError(
+            f"model.prior is {written(model.prior)}, but the images have no classes: put them into "
+            "one folder a class (docs/data.md), or take label out of model.prior"
+        )
+    if wanted and wanted != found:
+        raise ConfigError(
+            f"model.prior is {written(model.prior)}, but the images have {found} classes: write "
+            f"label({found}) and set model.latent_dim to {model.latent_dim + found - wanted}"
+        )
+
+
 # Settings that earlier versions wrote otherwise; one that was parted has several names now.
 RENAMED: dict[str, tuple[str, ...]] = {
     "model.preset": ("model.architecture",),
@@ -278,6 +343,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 }
 # Settings that earlier versions did not have, with the value that does what those did.
 ADDED: dict[str, Any] = {
+    "model.prior": "normal",
     "loss.packing": 1,
     "training.augmentation_probability": 0.0,
     "training.augmentation_target": 0.0,
@@ -455,7 +521,7 @@ class InterpolateConfig:
     num_pairs: Count
     # From one end to the other.
     num_frames: Annotated[int, Ge(2), "a path has two ends", Le(MOST)]
-    path: Literal["slerp", "linear"]
+    path: Literal["slerp", "linear"]  # slerp: the path of the model's prior
     seed: Seed
 
 

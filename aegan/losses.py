@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aegan.config import Arm, LossConfig
-from aegan.priors import NormalPrior
+from aegan.priors import Prior
 
 Terms = dict[str, Tensor]
 Discriminate = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
@@ -87,9 +87,11 @@ class Fakes:
     """What generator and encoder make of a batch (x, z); None where the objective needs it not."""
 
     x_hat: Tensor | None  # G(z)        [N, C, H, W] in [-1, 1]
-    z_hat: Tensor | None  # E(x)        [N, latent_dim]
+    z_hat: Tensor | None  # E(x)        [N, latent_dim], as D_z sees it
+    z_hat_output: Tensor | None  # E's output for x, which is asked for its class
     x_tilde: Tensor | None  # G(E(x))
-    z_tilde: Tensor | None  # E(G(z))
+    z_tilde: Tensor | None  # E(G(z)), as D_z sees it
+    z_tilde_output: Tensor | None  # E's output for G(z), which is compared with z
 
     def detach(self) -> "Fakes":
         return Fakes(
@@ -115,25 +117,41 @@ class Fakes:
 
 
 def make_fakes(
-    generator: nn.Module, encoder: nn.Module | None, x: Tensor, z: Tensor, objective: Objective
+    generator: nn.Module,
+    encoder: nn.Module | None,
+    x: Tensor,
+    z: Tensor,
+    objective: Objective,
+    *,
+    prior: Prior,
 ) -> Fakes:
     """What the objective needs, each computed once: one pass of G and at most two of E."""
 
     def encode(images: Tensor) -> Tensor:
         if encoder is None:
             raise ValueError("the objective needs an encoder, and the model has none")
-        latents: Tensor = encoder(images)
-        return latents
+        output: Tensor = encoder(images)
+        return output
 
-    z_hat = encode(x) if objective.makes_z_hat else None
+    def seen(output: Tensor | None) -> Tensor | None:
+        return None if output is None else prior.seen(output)
+
+    of_x = encode(x) if objective.makes_z_hat else None
     latents = [z] if objective.makes_x_hat else []
-    if objective.makes_x_tilde and z_hat is not None:
-        latents.append(z_hat)
+    if objective.makes_x_tilde and of_x is not None:
+        latents.append(prior.given(of_x))
     images = list(generator(torch.cat(latents)).chunk(len(latents))) if latents else []
     x_tilde = images.pop() if objective.makes_x_tilde else None
     x_hat = images.pop() if objective.makes_x_hat else None
-    z_tilde = encode(x_hat) if objective.makes_z_tilde and x_hat is not None else None
-    return Fakes(x_hat=x_hat, z_hat=z_hat, x_tilde=x_tilde, z_tilde=z_tilde)
+    of_x_hat = encode(x_hat) if objective.makes_z_tilde and x_hat is not None else None
+    return Fakes(
+        x_hat=x_hat,
+        z_hat=seen(of_x),
+        z_hat_output=of_x,
+        x_tilde=x_tilde,
+        z_tilde=seen(of_x_hat),
+        z_tilde_output=of_x_hat,
+    )
 
 
 def discriminator_loss(
@@ -201,13 +219,14 @@ def encoder_generator_loss(
     *,
     objective: Objective,
     weights: LossConfig,
-    prior: NormalPrior,
+    prior: Prior,
 ) -> tuple[Tensor, Terms]:
     """Loss of G and E against fixed discriminators, and its terms: equations (3) and (4).
 
     L_EG = lambda_x_hat_adversarial * BCE(D_x(x_hat), 1) + the same of x_tilde, z_hat and z_tilde
          + lambda_image_reconstruction * mean |x_tilde - x|
-         + lambda_latent_reconstruction * mean (z_tilde - z)^2
+         + lambda_latent_reconstruction * mean (z_tilde - z)^2, or the prior's own distance;
+            the same weight for the cross entropy of E(x)'s class, where latents hold it
 
     with BCE or another form of it (`weights.adversarial`).
     """
@@ -233,9 +252,12 @@ def encoder_generator_loss(
         if objective.image_reconstruction and fakes.x_tilde is not None:
             loss = (_wide(fakes.x_tilde) - x).abs().mean()
             yield "image_reconstruction", weights.lambda_image_reconstruction, loss
-        if objective.latent_reconstruction and fakes.z_tilde is not None:
-            loss = prior.distance(_wide(fakes.z_tilde), z)
+        if objective.latent_reconstruction and fakes.z_tilde_output is not None:
+            loss = prior.distance(_wide(fakes.z_tilde_output), z)
             yield "latent_reconstruction", weights.lambda_latent_reconstruction, loss
+        if prior.label is not None and fakes.z_hat_output is not None:
+            loss = prior.label_distance(_wide(fakes.z_hat_output), z)
+            yield "label_prediction", weights.lambda_latent_reconstruction, loss
 
     return _weighted_sum(
         [
@@ -255,12 +277,13 @@ def shown_in_turn(
     *,
     turn: Turn,
     objective: Objective,
+    prior: Prior,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Images and latents that the author's rule shows the discriminators in one turn."""
     if turn == "real":
         return x if objective.judges_images else None, z if objective.judges_latents else None
     shown = objective.only(f"x_{turn}", f"z_{turn}")
-    fakes = make_fakes(generator, encoder, x, z, shown)
+    fakes = make_fakes(generator, encoder, x, z, shown, prior=prior)
     images, latents = fakes.judged_images(shown), fakes.judged_latents(shown)
     return images.get(f"x_{turn}"), latents.get(f"z_{turn}")
 

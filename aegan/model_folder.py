@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_in
 from torch import Tensor
 
-from aegan.config import ConfigError, ModelConfig, ValueRange, with_new_names
+from aegan.config import ConfigError, ModelConfig, ValueRange, check_classes, with_new_names
 from aegan.files import save_tensors, sha256_of, write_json
 from aegan.networks import AEGAN
 
@@ -27,7 +27,9 @@ Weights = Literal["ema", "raw"]
 
 CONFIG = "config.json"
 FILES: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
-FORMAT_VERSION = 2  # 1: none was written, and model.architecture was called model.preset
+FORMAT_VERSION = (
+    3  # 2: had no model.prior; 1: none was written, model.architecture was model.preset
+)
 FITS = ("crop", "pad")
 MAX_PARAMETERS = 2**30  # of generator and encoder: 4 GiB
 MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
@@ -94,7 +96,7 @@ def read_description(file: Path) -> dict[str, Any]:
             f"{file} has format_version {_shown(version)}, this version of aegan reads 1 to "
             f"{FORMAT_VERSION}: load it with the version that wrote it, or a newer one"
         )
-    if version == 1 and isinstance(config.get("model"), dict):
+    if version < FORMAT_VERSION and isinstance(config.get("model"), dict):
         config["model"] = with_new_names("model", config["model"])
     return config
 
@@ -112,6 +114,7 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     sizes = ModelConfig(
         architecture=field(networks, "architecture", str, "a name"),
         latent_dim=field(networks, "latent_dim", int, "a whole number"),
+        prior=field(networks, "prior", str, "a name"),
         base_channels=field(networks, "base_channels", int, "a whole number"),
     )
     unknown = networks.keys() - vars(sizes).keys()
@@ -126,6 +129,9 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     except ValueError:
         expected = "expected full or as in 0..4095"
         raise _damaged(file, f"value_range is {_shown(value_range)}, {expected}") from None
+    classes = field({"classes": []} | config, "classes", list, "a list of names")
+    if not all(isinstance(name, str) for name in classes):
+        raise _damaged(file, "classes holds something else than names")
     try:
         with torch.device("meta"):
             model = AEGAN(
@@ -135,12 +141,14 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
                 encoder=field(config, "has_encoder", bool, "true or false"),
                 discriminators=False,
             )
+        check_classes(sizes, classes)
     except ConfigError as error:
         raise _damaged(file, str(error)) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
     model.fit, model.value_range = fit, value_range
+    model.classes = tuple(classes) if sizes.num_classes else ()
     return model
 
 

@@ -41,12 +41,12 @@ MAX_SHOWN = 40  # characters of a request that an answer repeats
 
 COLUMNS = ("image", "latent")
 PARAMS: dict[str, tuple[str, ...]] = {  # operation => what else may stand beside it
-    "generate": ("count", "seed"),
+    "generate": ("count", "seed", "label"),
     "encode": (),
     "reconstruct": (),
     "interpolate": ("num_frames", "path"),
 }
-DEFAULTS = {"count": 1, "seed": 0, "num_frames": 8, "path": "slerp"}
+DEFAULTS = {"count": 1, "seed": 0, "label": None, "num_frames": 8, "path": "slerp"}
 FORMS = ("dataframe_records", "dataframe_split")
 
 Record = dict[str, Any]
@@ -216,9 +216,21 @@ def _generate(
     else:
         count = _whole_number(settings, "count", 1, MAX_ROWS)
         seed = _whole_number(settings, "seed", 0, MAX_SEED)
+        label = _class_name(settings, model)
         _check_answer(model, count)
-        z = random_latents(count, model.latent_dim, seed=seed)
+        z = random_latents(model, count, seed=seed, label=label)
     return to_records(images=decode(model, z), latents=z)
+
+
+def _class_name(settings: Mapping[str, Any], model: AEGAN) -> str | None:
+    if "label" not in settings:
+        return None
+    label = settings["label"]
+    if not model.classes:
+        raise RequestError("params.label needs a model that knows classes, and this one knows none")
+    if not isinstance(label, str) or label not in model.classes:
+        raise RequestError(f"params.label is {_shown(label)}; {_expected(label, model.classes)}")
+    return label
 
 
 def _interpolate(

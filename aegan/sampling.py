@@ -19,7 +19,7 @@ from aegan.arguments import as_tensor, described, type_name, whole_number
 from aegan.data.image_files import MAX_PIXELS, UnusableImageError, decode_image
 from aegan.networks import AEGAN
 from aegan.pixels import to_float, to_uint8
-from aegan.priors import Array, NormalPrior, lerp
+from aegan.priors import Array, lerp
 
 BATCH_SIZE = 256
 MAX_SEED = 2**63 - 1
@@ -67,23 +67,30 @@ def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
         raise UnusableImageError(f"{path}: {error.strerror}") from None
 
 
-def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:
-    """Prior draws z ~ N(0, I), [count, latent_dim]."""
-    count = whole_number("count", count, lowest=1)
-    latent_dim = whole_number("latent_dim", latent_dim, lowest=1)
-    seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
-    return NormalPrior(latent_dim).sample(count, torch.Generator().manual_seed(seed))
+def random_latents(
+    model: AEGAN, count: int, *, seed: int, label: int | str | None = None
+) -> Tensor:
+    """Draws z of the model's prior, [count, latent_dim].
 
-
-def sample(model: AEGAN, count: int, *, seed: int) -> Tensor:
-    """G(z) for fresh prior draws => uint8 [count, H, W, C]."""
+    Of a model that knows classes, `label` is the name or position of one in `model.classes`.
+    """
     _check_model(model)
-    return decode(model, random_latents(count, model.latent_dim, seed=seed))
+    count = whole_number("count", count, lowest=1)
+    seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
+    z = model.prior.sample(count, torch.Generator().manual_seed(seed))
+    if label is None:
+        return z
+    return model.prior.with_labels(z, torch.full((count,), _class_number(model, label)))
+
+
+def sample(model: AEGAN, count: int, *, seed: int, label: int | str | None = None) -> Tensor:
+    """G(z) for such draws => uint8 [count, H, W, C]."""
+    return decode(model, random_latents(model, count, seed=seed, label=label))
 
 
 @torch.inference_mode()
 def encode(model: AEGAN, images: Array) -> Tensor:
-    """E(x) of uint8 [N, H, W, C] => float32 [N, latent_dim] on the CPU.
+    """E(x) of uint8 [N, H, W, C] => float32 [N, latent_dim] on the CPU, as the prior's draws are.
 
     Raises ValueError for a model without encoder.
     """
@@ -96,7 +103,8 @@ def encode(model: AEGAN, images: Array) -> Tensor:
     device = _weight(model).device
     flat = images.flatten(0, -4)
     batches = [encoder(to_float(batch.to(device))) for batch in flat.split(BATCH_SIZE)]
-    return torch.cat(batches).float().cpu().view(*images.shape[:-3], model.latent_dim)
+    latents = model.prior.given(torch.cat(batches).float().cpu())
+    return latents.view(*images.shape[:-3], model.latent_dim)
 
 
 @torch.inference_mode()
@@ -121,7 +129,8 @@ def interpolate(
 ) -> Tensor:
     """Images along paths between latents [N, latent_dim] => uint8 [N, num_frames, H, W, C].
 
-    The first and the last frame are the ends: `num_frames` is 2 or more.
+    The first and the last frame are the ends: `num_frames` is 2 or more. `slerp` is the path of
+    the model's prior: great circles of a normal one and of a sphere, straight lines of the others.
     """
     _check_model(model)
     if path not in get_args(InterpolationPath):
@@ -131,6 +140,17 @@ def interpolate(
     start = _batch("start", start, torch.float32, (model.latent_dim,))
     end = _batch("end", end, torch.float32, (model.latent_dim,))
     return decode(model, (model.prior.path if path == "slerp" else lerp)(start, end, steps))
+
+
+def _class_number(model: AEGAN, label: int | str) -> int:
+    where = model.prior.label
+    if where is None:
+        raise ValueError(f"label is {label}, but this model knows no classes (model.prior)")
+    if not isinstance(label, str):
+        return whole_number("label", label, lowest=0, highest=where.stop - where.start - 1)
+    if label not in model.classes:
+        raise ValueError(f"label is {label}; expected a name or position in model.classes")
+    return model.classes.index(label)
 
 
 def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) -> Tensor:

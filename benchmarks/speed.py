@@ -32,6 +32,7 @@ from aegan.config import (
 )
 from aegan.files import write_json
 from aegan.networks.layers import winograd_from
+from aegan.priors import make_prior
 from aegan.training.ema import update_ema
 from aegan.training.loop import train
 from aegan.training.run_folder import RunFolder
@@ -144,7 +145,7 @@ def batch(
     generator = torch.Generator().manual_seed(0)
     size, side = config.training.batch_size, sizes["image_size"]
     x = torch.rand(size, side, side, sizes["image_channels"], generator=generator) * 2 - 1
-    z = torch.randn(size, config.model.latent_dim, generator=generator)
+    z = make_prior(config.model.prior, config.model.latent_dim).sample(size, generator)
     x = x.permute(0, 3, 1, 2)
     return (x.contiguous() if plain else x).to(device), z.to(device)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import aegan
-from aegan.config import EvaluateConfig, Split
+from aegan.config import ConfigError, EvaluateConfig, Split
 from aegan.data import dataset
 from aegan.data.designed_faces import FACTORS, Factor
 from aegan.files import new_file, write_json
@@ -43,11 +43,12 @@ from aegan.metrics.features import (
 )
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
-from aegan.metrics.latent import gaussianity
+from aegan.metrics.latent import departures
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.metrics.sliced_wasserstein import sliced_wasserstein
 from aegan.metrics.uncertainty import Figure, with_errors
+from aegan.priors import NormalPrior, Prior
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors
@@ -89,6 +90,7 @@ class RealImages:
     train_factors: NDArray[np.float64]
     test_factors: NDArray[np.float64]
     factors: list[Factor]  # empty where they are not known
+    test_labels: Tensor | None  # classes, int64 [N], if the model knows them
 
 
 def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateConfig) -> None:
@@ -103,8 +105,10 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     if STAND_INS[real.split]:
         logger.warning("warning: %s", STAND_INS[real.split])
 
-    z = aegan.random_latents(len(real.test), model.latent_dim, seed=config.seed)
-    measure = Measure(real, z, {"": extractor, SECOND_OPINION: second}, config)
+    z = aegan.random_latents(model, len(real.test), seed=config.seed)
+    if real.test_labels is not None:
+        z = model.prior.with_labels(z, real.test_labels)
+    measure = Measure(real, z, model.prior, {"": extractor, SECOND_OPINION: second}, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
     figures = {
@@ -117,7 +121,7 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     }
     encoded = None if model.encoder is None else aegan.encode(model, real.test)
     with clear_disk_errors(output):
-        draw_latents(encoded, output / "latent.png", split=real.split)
+        draw_latents(encoded, z, model.prior, output / "latent.png", split=real.split)
         write_json(output / "metrics.json", figures)
         write_json(output / "summary.json", summary(figures))
 
@@ -161,7 +165,22 @@ def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -
         train_factors=read_factors(shards, "train", factors)[others],
         test_factors=read_factors(shards, split, factors)[order],
         factors=factors,
+        test_labels=read_classes(shards, split, model, order),
     )
+
+
+def read_classes(
+    shards: Path, split: Split, model: aegan.AEGAN, rows: NDArray[np.int64]
+) -> Tensor | None:
+    """int64 [N] of these rows of a split; None for a model without classes; raises UserError."""
+    if model.prior.label is None:
+        return None
+    if dataset.read_manifest(shards)["classes"] != list(model.classes):
+        raise UserError(f"{shards} has other classes than the model: run train")
+    try:
+        return torch.from_numpy(dataset.load_labels(shards, split)[rows])
+    except ConfigError as error:
+        raise UserError(str(error)) from None
 
 
 def read_factors(shards: Path, split: Split, factors: list[Factor]) -> NDArray[np.float64]:
@@ -202,10 +221,12 @@ class Measure:
         self,
         real: RealImages,
         z: Tensor,
+        prior: Prior,
         extractors: Mapping[str, nn.Module],  # by what ends the names of their distances
         config: EvaluateConfig,
     ) -> None:
-        self.real, self.z, self.extractors, self.config = real, z, extractors, config
+        self.real, self.z, self.prior = real, z, prior
+        self.extractors, self.config = extractors, config
         self.features = self.extract(real.test)
         self.reader = None
         if real.factors:
@@ -233,7 +254,7 @@ class Measure:
         train, test = self.real.train, self.real.test
         other_half = test.roll(len(test) // 2, dims=0)
         nearest = nearest_images(test, train)
-        guess = torch.zeros_like(self.z)
+        guess = torch.from_numpy(self.prior.moments().mean).to(self.z).expand_as(self.z)
         codes = principal_components(train, test, count=self.z.shape[1])
         return (
             self.samples(other_half, name="floor")
@@ -287,7 +308,9 @@ class Measure:
             return {key: float(values[kept].double().mean()) for key, values in errors.items()}
 
         def of_latents(kept: Tensor) -> Scores:
-            return {f"latent_{key}": value for key, value in gaussianity(z_hat[kept]).items()}
+            return {
+                f"latent_{key}": value for key, value in departures(z_hat[kept], self.prior).items()
+            }
 
         figures = with_errors(of_images, len(z_hat))
         return figures | (with_errors(of_latents, len(z_hat)) if len(z_hat) >= MIN_IMAGES else {})
@@ -401,27 +424,38 @@ def why_missing(name: str, real: RealImages, model: aegan.AEGAN) -> str:
     return "the figure is not finite"
 
 
-def draw_latents(z_hat: Tensor | None, file: Path, *, split: Split) -> None:
-    """PNG: each dimension of the encoded images of a split [N, D] against the normal curve."""
+def draw_latents(
+    z_hat: Tensor | None, z: Tensor, prior: Prior, file: Path, *, split: Split
+) -> None:
+    """PNG: each dimension of the encoded images of a split [N, D] against the prior's."""
     from matplotlib.figure import Figure
 
     values = np.empty((0, 0)) if z_hat is None else z_hat.numpy()
     shown = min(values.shape[1], DIMENSIONS_SHOWN)
     rows = max(1, math.ceil(shown / COLUMNS))
     figure = Figure(figsize=(1.35 * COLUMNS, 1.15 * rows + 0.7), dpi=110, layout="constrained")
-    title = f"E(x) of {len(values)} {split} images (bars) and the prior N(0, 1) (line)"
+    title = f"E(x) of {len(values)} {split} images (bars) and the prior (line)"
     if shown < values.shape[1]:
         title += f": the first {shown} of {values.shape[1]} dimensions"
     figure.suptitle(title if shown else "A plain GAN has no encoder: no latents", fontsize=10)
     curve = np.linspace(-4, 4, 81)
     normal = np.exp(-np.square(curve) / 2) / math.sqrt(2 * math.pi)
     for index in range(shown):
-        column = values[:, index]
+        column, drawn = values[:, index], z[:, index].numpy()
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
-        axes.hist(column.clip(-4, 4), bins=32, range=(-4, 4), density=True, color="#4a86d8")
-        axes.plot(curve, normal, color="#333333", linewidth=1)
+        if isinstance(prior, NormalPrior):
+            low, high, ticks = -4.0, 4.0, [-2, 0, 2]
+            axes.plot(curve, normal, color="#333333", linewidth=1)
+            axes.set_ylim(0, 0.8)
+        else:
+            low, high, ticks = float(drawn.min()) - 0.5, float(drawn.max()) + 0.5, [0, 1]
+            axes.hist(
+                drawn, bins=32, range=(low, high), density=True, histtype="step", color="#333333"
+            )
+        column_shown = column.clip(low, high)
+        axes.hist(column_shown, bins=32, range=(low, high), density=True, color="#4a86d8", zorder=0)
         axes.set_title(f"{index}:  {column.mean():+.2f} ± {column.std():.2f}", fontsize=7, pad=2)
-        axes.set(xlim=(-4, 4), ylim=(0, 0.8), xticks=(-2, 0, 2), yticks=())
+        axes.set(xlim=(low, high), xticks=ticks, yticks=())
         axes.tick_params(labelsize=6, length=2)
         for side in ("top", "left", "right"):
             axes.spines[side].set_visible(False)

@@ -121,7 +121,7 @@ def draw_samples(model: aegan.AEGAN, folder: Path, config: InterpolateConfig) ->
 
 
 def draw_random(model: aegan.AEGAN, folder: Path, config: InterpolateConfig) -> None:
-    latents = aegan.random_latents(2 * config.num_pairs, model.latent_dim, seed=config.seed + 1)
+    latents = aegan.random_latents(model, 2 * config.num_pairs, seed=config.seed + 1)
     start, end = latents.chunk(2)
     save_png(path_grid(model, start, end, config), folder / "random.png")
     save_moving(model, start, end, folder / "random.webp", config)

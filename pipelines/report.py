@@ -60,6 +60,10 @@ CURVES = {  # column of curves.csv: title, what to look for
         "Distance between a latent vector and what the encoder reads off the image made from it. "
         "It should fall: every vector then has an image of its own.",
     ),
+    "label_prediction": (
+        "Classes",
+        "How badly the encoder tells the classes of training images. It should fall.",
+    ),
     "image_discriminator": (
         "Image discriminator",
         "The error of the judge of images. It should settle; near zero means it always wins and "

@@ -79,6 +79,7 @@ def load(address: str) -> tuple[aegan.AEGAN, dict[str, Any]]:
                 for name in (model_folder.CONFIG, model_folder.FILES["ema"])
             },
             "latent_dim": model.latent_dim,
+            "classes": model.classes,
             "image_size": model.image_size,
             "image_channels": model.image_channels,
             "has_encoder": model.encoder is not None,

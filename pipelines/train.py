@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aegan import schedules
-from aegan.config import ComputeConfig, TrainConfig, check_batch_size
+from aegan.config import ComputeConfig, TrainConfig, check_batch_size, check_classes
 from aegan.data.dataset import read_manifest
 from aegan.training import checkpoint
 from aegan.training.checkpoint import CheckpointError
@@ -131,6 +131,7 @@ def _train(
         return
     if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
         checks.require(checks.places(compute, machine()))
+    check_classes(config.model, manifest.get("classes", []))
     check_batch_size(
         config.training.batch_size,
         images=manifest["splits"]["train"]["rows"],

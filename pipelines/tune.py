@@ -25,6 +25,7 @@ from aegan.config import (
     TrainConfig,
     TuneConfig,
     check_batch_size,
+    check_classes,
     check_search,
 )
 from aegan.files import sha256_of_json, write_json
@@ -80,6 +81,7 @@ def tune(
             raise UserError(
                 f"there are no {split} images to tune on: set preprocess.{split}_fraction"
             )
+    check_classes(start.model, manifest.get("classes", []))
     check_batch_size(start.training.batch_size, images=manifest["splits"]["train"]["rows"])
     if not os.environ.get("RAY_ADDRESS"):  # of a cluster Ray alone knows what it has
         here = machine()

@@ -21,12 +21,20 @@ SMALL = {
 
 
 def tiny_config(
-    *, architecture: str = "demo", loss: dict[str, Any] | None = None, **training: Any
+    *,
+    architecture: str = "demo",
+    prior: str = "normal",
+    loss: dict[str, Any] | None = None,
+    **training: Any,
 ) -> TrainConfig:
     """The project's own parameters, shrunk; keywords override those of `training`."""
     model = replace(
-        params.load(ModelConfig, PARAMS), architecture=architecture, latent_dim=4, base_channels=4
-    )  # fmt: skip
+        params.load(ModelConfig, PARAMS),
+        architecture=architecture,
+        latent_dim=4,
+        prior=prior,
+        base_channels=4,
+    )
     plain = {"adversarial": "bce", "gamma_image": 0.0, "gamma_latent": 0.0}
     changed = with_new_names("loss", loss or {})  # `gamma` stands for both
     return TrainConfig(
@@ -36,11 +44,11 @@ def tiny_config(
     )
 
 
-def tiny_shards(folder: Path, *, train: int = 40) -> Path:
+def tiny_shards(folder: Path, *, train: int = 40, classes: tuple[str, ...] = ()) -> Path:
     """Random 16x16 images: `train` to learn from, 12 to validate, 12 to test."""
     random = np.random.default_rng(0)
     sizes = {"train": train, "validation": 12, "test": 12}
     images = {
         split: random.integers(0, 256, (rows, 16, 16, 3), np.uint8) for split, rows in sizes.items()
     }
-    return write_shards(folder, images)
+    return write_shards(folder, images, classes=classes)

@@ -16,7 +16,7 @@ from aegan.pictures import save_png
 from tests.shards import write_shards
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ModelConfig(architecture="demo", latent_dim=8, base_channels=4)
+CONFIG = ModelConfig(architecture="demo", latent_dim=8, prior="normal", base_channels=4)
 RUN_NAME = "0123456789abcdef"
 START = 1_700_000_000.0  # seconds since 1970
 

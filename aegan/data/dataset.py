@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aegan.config import Split
+from aegan.config import ConfigError, Split
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -41,6 +41,30 @@ def read_row_group(file: Path, group: int, shape: tuple[int, ...]) -> np.ndarray
     size = int(np.prod(shape))
     pixels = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
     return pixels.reshape(-1, *shape)
+
+
+def load_labels(folder: Path, split: Split) -> np.ndarray:
+    """Classes of a split's images in shard order, int64 [N]; raises ConfigError if one has none."""
+    shards = read_manifest(folder)["splits"][split]["shards"]
+    files = [folder / shard["file"] for shard in shards]
+    groups = [
+        read_labels(file, group)
+        for file in files
+        for group in range(pq.read_metadata(file).num_row_groups)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *groups])
+
+
+def read_labels(file: Path, group: int) -> np.ndarray:
+    """Classes of one row group, int64 [N], as positions in the manifest's `classes`."""
+    column = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
+    if column.null_count:
+        raise ConfigError(
+            "model.prior has a label, but there are images without a class: put each into its "
+            "class's folder (docs/data.md), or take label out of model.prior"
+        )
+    labels: np.ndarray = column.to_numpy()
+    return labels
 
 
 def load_columns(folder: Path, split: Split, columns: list[str]) -> dict[str, np.ndarray]:

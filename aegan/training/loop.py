@@ -17,8 +17,8 @@ from torch import Tensor
 
 from aegan import schedules
 from aegan.augment import ADJUST_INTERVAL_STEPS, DRAWS
-from aegan.config import TrainConfig, check, check_batch_size
-from aegan.data.dataset import load_images, read_manifest
+from aegan.config import TrainConfig, check, check_batch_size, check_classes
+from aegan.data.dataset import load_images, load_labels, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
 from aegan.pictures import grid, is_sound_png, save_png
 from aegan.pixels import to_float
@@ -80,6 +80,9 @@ def train(
         workers=world_size,
         packing=config.loss.packing,
     )
+    check_classes(config.model, manifest.get("classes", []))
+    if config.model.num_classes:
+        load_labels(shards, "train")  # refuses images without one
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
@@ -90,23 +93,30 @@ def train(
     packs = options.batch_size // packing
     share = slice(*(packs * r // world_size * packing for r in (rank, rank + 1)))
     reader = resident_reader if options.reader == "resident" else streamed_reader
-    read_images = reader(
-        shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
+    open_reader = partial(
+        reader, shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
     )
+    read_images = open_reader()
+    read_labels = open_reader(column="label") if config.model.num_classes else None
     validation = _validation_images(shards, rank)
 
     def read_batch(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x [N, C, H, W] in [-1, 1], z [N, latent_dim] and draws for the augmentation, if any."""
+        """x [N, C, H, W] in [-1, 1]; z [N, latent_dim], which may hold x's classes; and draws for
+        the augmentation, if any.
+        """
         generator = torch.Generator().manual_seed(_seed(options.seed, state.attempt, number))
         z = state.model.prior.sample(options.batch_size, generator)
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=generator) < 0.5
         x = to_float(read_images(number))
         if options.horizontal_flip:
             x = torch.where(mirrored[share].to(device), x.flip(3), x)
+        z = z[share].to(device)
+        if read_labels is not None:
+            z = state.model.prior.with_labels(z, read_labels(number))
         draws = None
         if state.augmentation.is_on:
             draws = torch.rand(options.batch_size, *DRAWS, generator=generator)[share].to(device)
-        return x, z[share].to(device), draws
+        return x, z, draws
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
@@ -327,7 +337,7 @@ def _seed(*key: int) -> int:
 def _save_pictures(state: TrainingState, validation: Tensor, folder: RunFolder) -> None:
     """8x8 grids: fixed prior draws; validation images, if any, beside their reconstructions."""
     samples, *reconstructions = _pictures(state, validation, folder)
-    latents = random_latents(64, state.model.latent_dim, seed=0)
+    latents = random_latents(state.model, 64, seed=0)
     save_png(grid(decode(state.ema, latents).numpy(), columns=8), samples)
     for file in reconstructions:
         real = validation[:32]

@@ -30,6 +30,7 @@ class TrainingState:
         self._fixed_num_steps = schedules.fixed_num_steps(config)
         self._sizes = {key: manifest[key] for key in ("image_size", "image_channels")}
         self._reading = {"fit": manifest["fit"], "value_range": manifest.get("value_range", "full")}
+        self._classes = manifest["classes"] if config.model.num_classes else []
         torch.manual_seed(options.seed)
         self.model = AEGAN(
             config.model,
@@ -100,6 +101,7 @@ class TrainingState:
             "fixed_num_steps": self._fixed_num_steps,
             **self._sizes,
             **self._reading,
+            "classes": self._classes,
             "attempt": self.attempt,
             "seconds": self.seconds,
             "log": self.log.as_json(),
@@ -184,6 +186,7 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         "image_channels": state["image_channels"],
         "fit": state["fit"],
         "value_range": state.get("value_range", "full"),
+        "classes": state.get("classes", []),
         "has_encoder": any(key.startswith("encoder.") for key in used["ema"]),
         "arm": state["config"]["training"]["arm"],
         "step": state["step"],

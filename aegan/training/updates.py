@@ -82,11 +82,12 @@ class Updates:
             if fakes is None:
                 with torch.no_grad():
                     shown = make_fakes(
-                        self.model.generator, self.model.encoder, x, z, self.objective
+                        *(self.model.generator, self.model.encoder, x, z, self.objective),
+                        prior=self.model.prior,
                     )
             else:
                 shown = fakes.detach()
-            judge = Judge(self.discriminators, looks)
+            judge = self._judge(self.discriminators, z, looks)
             loss, terms = discriminator_loss(
                 judge, x, z, shown, objective=self.objective, weights=self.weights
             )
@@ -113,8 +114,9 @@ class Updates:
                 *(self.model.generator, self.model.encoder, x, z),
                 turn=turn,
                 objective=self.objective,
+                prior=self.model.prior,
             )
-            judge = Judge(self.discriminators, looks)
+            judge = self._judge(self.discriminators, z, looks)
             loss = single_kind_loss(
                 *(judge, images, latents),
                 turn=turn,
@@ -136,7 +138,7 @@ class Updates:
         def loss_of_fakes(x: Tensor, z: Tensor, looks: Tensor | None) -> tuple[Tensor, Terms]:
             made = self.encoder_generator(x, z) if fakes is None else fakes
             return encoder_generator_loss(
-                *(Judge(self.plain_discriminators, looks), x, z, made),
+                *(self._judge(self.plain_discriminators, z, looks), x, z, made),
                 objective=self.objective,
                 weights=self.weights,
                 prior=self.model.prior,
@@ -197,6 +199,11 @@ class Updates:
         optimizer.step()
         return totals
 
+    def _judge(self, discriminators: nn.Module, z: Tensor, looks: Tensor | None) -> "Judge":
+        """The discriminators, told the classes of the batch's images if latents hold them."""
+        label = self.model.prior.label
+        return Judge(discriminators, looks=looks, labels=None if label is None else z[:, label])
+
     def _has(self, turn: Turn) -> bool:
         """Whether the discriminators of this arm see anything in a turn."""
         return turn == "real" or any(vars(self.objective.only(f"x_{turn}", f"z_{turn}")).values())
@@ -207,16 +214,18 @@ class EncoderGenerator(nn.Module):
 
     def __init__(self, model: AEGAN, objective: Objective) -> None:
         super().__init__()
-        self.generator, self.encoder, self.objective = model.generator, model.encoder, objective
+        self.generator, self.encoder = model.generator, model.encoder
+        self.objective, self.prior = objective, model.prior
 
     def forward(self, x: Tensor, z: Tensor) -> Fakes:
-        return make_fakes(self.generator, self.encoder, x, z, self.objective)
+        return make_fakes(self.generator, self.encoder, x, z, self.objective, prior=self.prior)
 
 
 class Discriminators(nn.Module):
     """D_x and D_z as one module; None goes in and comes out where the arm has no such fake.
 
-    With `looks` [N, 3, 10], D_x sees its up to three kinds of N images through the augmentation.
+    With `looks` [N, 3, 10], D_x sees its up to three kinds of N images through the augmentation; it
+    is told their classes, one-hot [N, classes], where there are any.
     """
 
     def __init__(self, model: AEGAN, augmentation: Augmentation | None = None) -> None:
@@ -224,33 +233,38 @@ class Discriminators(nn.Module):
         self.augmentation = augmentation
         self.image_discriminator = model.image_discriminator
         self.latent_discriminator = model.latent_discriminator
-        self.prior = model.prior
 
     def forward(
-        self, images: Tensor | None, latents: Tensor | None, looks: Tensor | None = None
+        self,
+        images: Tensor | None,
+        latents: Tensor | None,
+        *,
+        looks: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         on_images, on_latents = self.image_discriminator, self.latent_discriminator
+        told = () if labels is None else (labels,)
         image_logits = latent_logits = None
         if on_images is not None and images is not None:
             if self.augmentation is not None and looks is not None:
                 images = self.augmentation(images, looks)
-            image_logits = on_images(images)
+            image_logits = on_images(images, *told)
         if on_latents is not None and latents is not None:
-            latent_logits = on_latents(self.prior.seen(latents))
+            latent_logits = on_latents(latents)
         return image_logits, latent_logits
 
 
 class Judge:
     """Discriminators as a loss calls them, for one batch; remembers D_x's logits."""
 
-    def __init__(self, discriminators: nn.Module, looks: Tensor | None) -> None:
-        self.discriminators, self.looks = discriminators, looks
+    def __init__(self, discriminators: nn.Module, **keywords: Tensor | None) -> None:
+        self.discriminate = partial(discriminators, **keywords)
         self.image_logits: Tensor | None = None
 
     def __call__(
         self, images: Tensor | None, latents: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        self.image_logits, latent_logits = self.discriminators(images, latents, self.looks)
+        self.image_logits, latent_logits = self.discriminate(images, latents)
         return self.image_logits, latent_logits
 
 

@@ -30,6 +30,7 @@ DETERMINED = ("run_name", "dataset_sha256", "code_sha256")  # the same in every 
 
 CURVES = (  # that dvc.yaml draws: DVC stops at a column that is not there
     *("image_reconstruction", "latent_reconstruction", "validation_image_reconstruction"),
+    "label_prediction",
     *("x_hat_adversarial", "x_tilde_adversarial", "z_hat_adversarial", "z_tilde_adversarial"),
     *("image_discriminator", "image_gradient_penalty"),
     *("latent_discriminator", "latent_gradient_penalty", "validation_frechet_distance"),

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import hinge_loss
 from torch import nn
 
+from aegan.config import Arm
 from aegan.losses import (
     OBJECTIVES,
     Fakes,
@@ -51,6 +52,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(6, 3, 16, 16) * 2 - 1, torch.randn(6, 4)
 
 
+def fakes_of(model: AEGAN, x: torch.Tensor, z: torch.Tensor, arm: Arm = "aegan") -> Fakes:
+    return make_fakes(model.generator, model.encoder, x, z, OBJECTIVES[arm], prior=model.prior)
+
+
 def networks_reached(model: AEGAN, loss: torch.Tensor) -> set[str]:
     model.zero_grad(set_to_none=True)
     loss.backward()
@@ -69,7 +74,7 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
     adversarial = term.removesuffix("_adversarial")
     objective = Objective(**{adversarial: True})
     discriminators = Discriminators(model).requires_grad_(False)
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
+    fakes = fakes_of(model, x, z)
     loss, values = encoder_generator_loss(
         discriminators, x, z, fakes, objective=objective, weights=CONFIG.loss, prior=PRIOR
     )
@@ -88,7 +93,7 @@ def test_each_term_of_encoder_and_generator_reaches_the_networks_the_method_name
 )
 def test_each_term_of_a_discriminator_reaches_that_discriminator_only(model, batch, term, reached):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"]).detach()
+    fakes = fakes_of(model, x, z).detach()
     loss, _ = discriminator_loss(
         Discriminators(model), x, z, fakes, objective=Objective(**{term: True}), weights=CONFIG.loss
     )
@@ -123,7 +128,9 @@ class Logits(nn.Module):
 def constant_fakes(**values: float) -> Fakes:
     shapes = {"x": (2, 3, 4, 4), "z": (2, 4)}
     names = ("x_hat", "z_hat", "x_tilde", "z_tilde")
-    return Fakes(**{name: torch.full(shapes[name[0]], values.get(name, 0.0)) for name in names})
+    fakes = {name: torch.full(shapes[name[0]], values.get(name, 0.0)) for name in names}
+    outputs = {"z_hat_output": fakes["z_hat"], "z_tilde_output": fakes["z_tilde"]}
+    return Fakes(**fakes, **outputs)
 
 
 def bce(logit: float, target: float) -> float:
@@ -193,7 +200,7 @@ def test_each_discriminators_gradient_penalty_adds_to_its_loss_with_a_gamma_of_i
     model, batch
 ):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"]).detach()
+    fakes = fakes_of(model, x, z).detach()
 
     def loss_and_terms(on_images: float, on_latents: float):
         return discriminator_loss(
@@ -215,13 +222,13 @@ def test_each_discriminators_gradient_penalty_adds_to_its_loss_with_a_gamma_of_i
 @pytest.mark.parametrize("arm", OBJECTIVES)
 def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES[arm])
+    fakes = fakes_of(model, x, z, arm)
     made = {name for name, fake in vars(fakes).items() if fake is not None}
     expected = {
-        "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde"},
-        "egan": {"x_hat", "x_tilde", "z_hat"},
-        "aae": {"x_tilde", "z_hat"},
-        "ae": {"x_tilde", "z_hat"},
+        "aegan": {"x_hat", "x_tilde", "z_hat", "z_tilde", "z_hat_output", "z_tilde_output"},
+        "egan": {"x_hat", "x_tilde", "z_hat", "z_hat_output"},
+        "aae": {"x_tilde", "z_hat", "z_hat_output"},
+        "ae": {"x_tilde", "z_hat", "z_hat_output"},
         "gan": {"x_hat"},
     }
     assert made == expected[arm]
@@ -229,7 +236,7 @@ def test_an_arm_computes_only_the_fakes_it_needs(model, batch, arm):
 
 def test_shared_passes_make_the_same_fakes_as_one_call_of_a_network_for_each(model, batch):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
+    fakes = fakes_of(model, x, z)
     torch.testing.assert_close(fakes.x_hat, model.generator(z))
     torch.testing.assert_close(fakes.z_hat, model.encoder(x))
     torch.testing.assert_close(fakes.x_tilde, model.generator(model.encoder(x)))

@@ -22,6 +22,7 @@ from aegan.metrics.kernel import kernel_distance
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.pixels import to_float
+from aegan.priors import NormalPrior
 
 SEEDS = st.integers(0, 2**31)
 
@@ -279,31 +280,35 @@ def test_mmd_to_the_prior_equals_a_large_sample_estimate(seed: int, dim: int) ->
     unequal = ~torch.eye(50, dtype=torch.bool)
     among_prior = kernel(y[:2000], y[2000:]).mean()
     expected = kernel(z, z)[unequal].mean() - 2 * kernel(z, y).mean() + among_prior
-    assert latent.mmd_to_normal(z) == pytest.approx(float(expected), abs=0.02)
+    assert latent.mmd(z, NormalPrior(dim)) == pytest.approx(float(expected), abs=0.02)
 
 
-def test_gaussianity_names_what_is_not_normal() -> None:
+def departures(z: torch.Tensor) -> dict[str, float]:
+    return latent.departures(z, NormalPrior(z.shape[1]))
+
+
+def test_departures_name_what_is_not_normal() -> None:
     z = torch.randn(1500, 4, generator=torch.Generator().manual_seed(0))
-    normal = latent.gaussianity(z)
+    normal = departures(z)
     assert all(value < 0.2 for value in normal.values())
-    assert latent.gaussianity(z + 0.5)["mean_error"] == pytest.approx(0.5, abs=0.05)
-    assert latent.gaussianity(1.5 * z)["std_error"] == pytest.approx(0.5, abs=0.05)
-    assert latent.gaussianity(z.exp())["skewness_error"] > 2
+    assert departures(z + 0.5)["mean_error"] == pytest.approx(0.5, abs=0.05)
+    assert departures(1.5 * z)["std_error"] == pytest.approx(0.5, abs=0.05)
+    assert departures(z.exp())["skewness_error"] > 2
     uniform = torch.from_numpy(stats.norm.cdf(z.numpy()))
-    assert latent.gaussianity(uniform)["kurtosis_error"] == pytest.approx(1.2, abs=0.2)
+    assert departures(uniform)["kurtosis_error"] == pytest.approx(1.2, abs=0.2)
     tied = torch.cat([z, z], dim=1)
-    assert latent.gaussianity(tied)["correlation"] > 0.1
+    assert departures(tied)["correlation"] > 0.1
     for wrong in (z + 0.5, 1.5 * z, tied):
-        assert latent.gaussianity(wrong)["mmd"] > 10 * abs(normal["mmd"])
+        assert departures(wrong)["mmd"] > 10 * abs(normal["mmd"])
 
 
-def test_gaussianity_of_a_constant_dimension_is_finite() -> None:
+def test_departures_of_a_constant_dimension_is_finite() -> None:
     z = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
     z[:, 0] = 1.0
-    scores = latent.gaussianity(z)
+    scores = departures(z)
     assert all(math.isfinite(value) for value in scores.values())
     assert scores["std_error"] > 0.3
-    assert all(math.isfinite(value) for value in latent.gaussianity(z[:, :1]).values())
+    assert all(math.isfinite(value) for value in departures(z[:, :1]).values())
 
 
 # -- factors of the designed faces -----------------------------------------------------------------

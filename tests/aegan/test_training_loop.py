@@ -17,6 +17,7 @@ from aegan.metrics import efficientnet
 from aegan.metrics.features import LEARNED_FEATURES, RANDOM_FEATURES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
+from aegan.priors import make_prior
 from aegan.sampling import reconstruct, sample
 from aegan.training import checkpoint, loop, training_log, updates
 from aegan.training.loop import DivergedError, train
@@ -41,7 +42,7 @@ def _stop_at_any_step(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return tiny_shards(tmp_path_factory.mktemp("shards"))
+    return tiny_shards(tmp_path_factory.mktemp("shards"), classes=("a", "b"))
 
 
 def tensors_at(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -100,6 +101,27 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_th
     assert (outcome.finished, outcome.step) == (False, 3)  # epochs have 5 batches
     assert run(config, shards, tmp_path / "cut").finished
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("prior", "rule"),
+    [
+        *((prior, "shared") for prior in ("uniform", "sphere", "bernoulli", "categorical")),
+        ("categorical(2) * normal(2)", "reference"),
+    ],
+)
+def test_with_any_prior_a_run_trains_and_resumes_exactly(shards, tmp_path, prior, rule):
+    config = tiny_config(prior=prior, update_rule=rule)
+    assert run(config, shards, tmp_path / "whole").finished
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
+    assert run(config, shards, tmp_path / "cut").finished
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    rows = RunFolder(tmp_path / "whole").rows()
+    assert rows[0]["latent_reconstruction"] != rows[-1]["latent_reconstruction"]
+    export_model(RunFolder(tmp_path / "whole").checkpoint(8), tmp_path / "model")
+    model = load(tmp_path / "model")
+    assert model.prior == make_prior(prior, 4)
+    assert sample(model, 3, seed=0).shape == (3, 16, 16, 3)
 
 
 def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_path):
@@ -608,6 +630,8 @@ HINGE = {  # in turns: where both classes are within the margin, their gradients
         (3, {"adversarial": "least_squares", "packing": 2, "gamma": 0.5}, {"arm": "gan"}),
         (3, {"gamma": 0.5}, {"augmentation_probability": RISING}),
         (2, {}, {"augmentation_target": 0.5, "augmentation_images": 40, "num_steps": 6}),
+        (2, {"gamma": 0.5}, {"prior": "uniform(1) * label(2) * bernoulli(1)"}),
+        (2, {"gamma": 0.5}, {"prior": "sphere(2) * categorical(2)"}),
     ],
     ids=[
         "plain",
@@ -619,6 +643,8 @@ HINGE = {  # in turns: where both classes are within the margin, their gradients
         "least squares, unequal shares of packs",
         "scheduled augmentation, unequal shares",
         "augmentation that follows D_x",
+        "uniform, classes and bits",
+        "sphere and categories",
     ],
 )
 def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(

@@ -15,29 +15,39 @@ from safetensors.torch import save_file
 from aegan.config import EvaluateConfig, ModelConfig
 from aegan.data import designed_faces
 from aegan.metrics import METRICS, efficientnet
+from aegan.metrics.latent import departures
 from aegan.networks import AEGAN
+from aegan.priors import make_prior
 from pipelines.base.errors import UserError
 from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
 from tests.pictures import blocks
 from tests.shards import write_shards
 
 CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
-MODEL = ModelConfig(architecture="demo", latent_dim=4, base_channels=4)
+MODEL = ModelConfig(architecture="demo", latent_dim=4, prior="normal", base_channels=4)
 
 
 def write_model(
-    folder: Path, *, size: int = 16, channels: int = 3, encoder: bool = True, arm: str = "aegan"
+    folder: Path,
+    *,
+    size: int = 16,
+    channels: int = 3,
+    encoder: bool = True,
+    arm: str = "aegan",
+    prior: str = "normal",
 ) -> Path:
     """Two different sets of untrained weights."""
     folder.mkdir(parents=True)
+    sizes = dataclasses.replace(MODEL, prior=prior)
     for seed, name in enumerate(("ema", "weights")):
         torch.manual_seed(seed)
         model = AEGAN(
-            MODEL, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
+            sizes, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
         )
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")
-    description = {"model": dataclasses.asdict(MODEL), "image_size": size, "arm": arm}
+    description = {"model": dataclasses.asdict(sizes), "image_size": size, "arm": arm}
+    description |= {"classes": ["a", "b"][: sizes.num_classes]}
     description |= {"image_channels": channels, "has_encoder": encoder, "fit": "crop"}
     (folder / "config.json").write_text(json.dumps(description))
     return folder
@@ -153,6 +163,36 @@ def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
 def test_an_autoencoders_samples_carry_a_warning(tmp_path: Path) -> None:
     model, shards = write_model(tmp_path / "m", arm="ae"), write_noise(tmp_path / "s")
     assert "prior" in run(model, shards, tmp_path / "out")["note"]
+
+
+@pytest.mark.parametrize("prior", ["uniform", "sphere", "categorical(3) * bernoulli(1)"])
+def test_latents_are_compared_with_the_models_own_prior(tmp_path: Path, prior: str) -> None:
+    shards = write_noise(tmp_path / "shards", test=40)
+    scores = run(write_model(tmp_path / "model", prior=prior), shards, tmp_path / "out")
+    expected = make_prior(prior, 4)
+    z = expected.sample(40, torch.Generator().manual_seed(CONFIG.seed))
+    for name, value in departures(z, expected).items():
+        assert scores[f"latent_{name}"]["floor"] == pytest.approx(value)
+        assert scores[f"latent_{name}"]["ema"] != value
+    variance = float(np.square(expected.moments().std).mean())
+    guess = scores["latent_reconstruction_mse"]["floor"]  # the mean of the prior, always
+    assert guess == pytest.approx(variance, rel=0.3)
+
+
+def test_samples_are_drawn_with_the_classes_of_the_real_images(tmp_path: Path) -> None:
+    images = {split: blocks(count, seed=count) for split, count in (("train", 30), ("test", 20))}
+    shards = write_shards(tmp_path / "shards", images, classes=("a", "b"))
+    model = write_model(tmp_path / "model", prior="label(2) * normal(2)")
+    scores = run(model, shards, tmp_path / "out")
+    prior = make_prior("label(2) * normal(2)", 4)
+    z = prior.sample(20, torch.Generator().manual_seed(CONFIG.seed))
+    labels = torch.arange(20)[np.random.default_rng(CONFIG.seed).permutation(20)] % 2
+    departures_of_z = departures(prior.with_labels(z, labels), prior)
+    assert scores["latent_mmd"]["floor"] == pytest.approx(departures_of_z["mmd"])
+    assert departures_of_z["mmd"] != pytest.approx(departures(z, prior)["mmd"])
+    other = write_shards(tmp_path / "other", images, classes=("a", "c"))
+    with pytest.raises(UserError, match="has other classes than the model: run train"):
+        run(model, other, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("size", "channels", "test"), [(16, 1, 20), (32, 3, 9), (128, 1, 8)])

@@ -130,7 +130,7 @@ def test_the_seed_decides_every_byte(drawn: Path, project: Path) -> None:
 
 def test_the_linear_path_has_the_same_ends_and_another_middle(drawn: Path) -> None:
     model = aegan.load(drawn.parent / "model")
-    start, end = aegan.random_latents(8, model.latent_dim, seed=3).chunk(2)
+    start, end = aegan.random_latents(model, 8, seed=3).chunk(2)
     middle = CONFIG.num_frames // 2
     curved, straight = (
         tiles_of(path_grid(model, start, end, replace(CONFIG, path=path)))

@@ -127,8 +127,9 @@ def test_the_stored_model_needs_nothing_pickled_and_pins_what_it_needs(
 
 
 def test_a_model_loads_from_the_registry_as_from_its_folder(registered: Path) -> None:
-    latents = aegan.random_latents(2, 8, seed=0)
-    expected = aegan.decode(tracking.load_model("artifacts/train/model"), latents)
+    model = tracking.load_model("artifacts/train/model")
+    latents = aegan.random_latents(model, 2, seed=0)
+    expected = aegan.decode(model, latents)
     loaded = tracking.load_model("models:/aegan@candidate")
     assert torch.equal(aegan.decode(loaded, latents), expected)
     assert loaded.encoder is not None
