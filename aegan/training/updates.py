@@ -87,11 +87,11 @@ class Updates:
                     )
             else:
                 shown = fakes.detach()
-            judge = self._judge(self.discriminators, z, looks)
+            discriminate = self._for_batch(self.discriminators, z, looks)
             loss, terms = discriminator_loss(
-                judge, x, z, shown, objective=self.objective, weights=self.weights
+                discriminate, x, z, shown, objective=self.objective, weights=self.weights
             )
-            return loss, terms | self._overfitting(judge, len(x))
+            return loss, terms | self._overfitting(discriminate, len(x))
 
         values: Terms = {}
         if "discriminators" in self.optimizers:
@@ -116,15 +116,15 @@ class Updates:
                 objective=self.objective,
                 prior=self.model.prior,
             )
-            judge = self._judge(self.discriminators, z, looks)
+            discriminate = self._for_batch(self.discriminators, z, looks)
             loss = single_kind_loss(
-                *(judge, images, latents),
+                *(discriminate, images, latents),
                 turn=turn,
                 objective=self.objective,
                 weights=self.weights,
             )
             terms = {f"discriminators_{turn}": loss.detach()}
-            return loss, terms | (self._overfitting(judge, len(x)) if turn == "real" else {})
+            return loss, terms | (self._overfitting(discriminate, len(x)) if turn == "real" else {})
 
         looks = None if draws is None else draws[:, 0]
         values = self._descend("discriminators", self.discriminators, loss_in_turn, x, z, looks)
@@ -138,7 +138,7 @@ class Updates:
         def loss_of_fakes(x: Tensor, z: Tensor, looks: Tensor | None) -> tuple[Tensor, Terms]:
             made = self.encoder_generator(x, z) if fakes is None else fakes
             return encoder_generator_loss(
-                *(self._judge(self.plain_discriminators, z, looks), x, z, made),
+                *(self._for_batch(self.plain_discriminators, z, looks), x, z, made),
                 objective=self.objective,
                 weights=self.weights,
                 prior=self.model.prior,
@@ -150,12 +150,14 @@ class Updates:
                 "encoder_generator", self.encoder_generator, loss_of_fakes, x, z, looks
             )
 
-    def _overfitting(self, judge: "Judge", num_real: int) -> Terms:
-        """D_x's, in the update that a judge was part of; only where the augmentation needs it."""
-        if not self.augmentation.is_adaptive or judge.image_logits is None:
+    def _overfitting(self, discriminate: "BatchDiscriminators", num_real: int) -> Terms:
+        """D_x's, in the update that they were called for; only where the augmentation needs it."""
+        if not self.augmentation.is_adaptive or discriminate.image_logits is None:
             return {}
         relativistic = self.weights.adversarial == "relativistic"
-        return {OVERFITTING: overfitting(judge.image_logits, num_real, relativistic=relativistic)}
+        return {
+            OVERFITTING: overfitting(discriminate.image_logits, num_real, relativistic=relativistic)
+        }
 
     def _observed(self, values: Terms, num_real: int) -> Terms:
         """Tell the augmentation of the overfitting, if it was found, on the global batch."""
@@ -199,10 +201,14 @@ class Updates:
         optimizer.step()
         return totals
 
-    def _judge(self, discriminators: nn.Module, z: Tensor, looks: Tensor | None) -> "Judge":
+    def _for_batch(
+        self, discriminators: nn.Module, z: Tensor, looks: Tensor | None
+    ) -> "BatchDiscriminators":
         """The discriminators, told the classes of the batch's images if latents hold them."""
         label = self.model.prior.label
-        return Judge(discriminators, looks=looks, labels=None if label is None else z[:, label])
+        return BatchDiscriminators(
+            discriminators, looks=looks, labels=None if label is None else z[:, label]
+        )
 
     def _has(self, turn: Turn) -> bool:
         """Whether the discriminators of this arm see anything in a turn."""
@@ -254,7 +260,7 @@ class Discriminators(nn.Module):
         return image_logits, latent_logits
 
 
-class Judge:
+class BatchDiscriminators:
     """Discriminators as a loss calls them, for one batch; remembers D_x's logits."""
 
     def __init__(self, discriminators: nn.Module, **keywords: Tensor | None) -> None:
