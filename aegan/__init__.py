@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aegan.priors import lerp, slerp
     from aegan.sampling import (
         decode,
+        draw_latents,
         encode,
         interpolate,
         random_latents,
@@ -44,6 +45,7 @@ __all__ = [
     "ModelError",
     "UnusableImageError",
     "decode",
+    "draw_latents",
     "encode",
     "grid",
     "interpolate",

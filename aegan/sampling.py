@@ -24,6 +24,13 @@ from aegan.priors import Array, NormalPrior, lerp
 BATCH_SIZE = 256
 MAX_SEED = 2**63 - 1
 InterpolationPath = Literal["slerp", "linear"]
+Latents = Literal["prior", "fitted"]  # where random latents come from
+DEFAULT_LATENTS: Latents = "prior"  # of models that have both
+MAX_TEMPERATURE = 2.0
+NO_DENSITY = (
+    "this model has no fitted latents: it has no encoder, was trained before they were fitted, or "
+    "its raw weights were loaded; take latents: prior, or run the stage train again"
+)
 
 
 def read_images(
@@ -75,10 +82,61 @@ def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:
     return NormalPrior(latent_dim).sample(count, torch.Generator().manual_seed(seed))
 
 
-def sample(model: AEGAN, count: int, *, seed: int) -> Tensor:
-    """G(z) for fresh prior draws => uint8 [count, H, W, C]."""
+def default_latents(model: AEGAN) -> Latents:
+    """Where a model's random latents come from if nothing else is said."""
+    return DEFAULT_LATENTS if model.latent_density else "prior"
+
+
+def draw_latents(
+    model: AEGAN,
+    count: int,
+    *,
+    seed: int,
+    latents: Latents | None = None,
+    temperature: float | None = None,
+    label: str | None = None,
+) -> Tensor:
+    """Random latents, float32 [count, latent_dim].
+
+    `prior`: z ~ N(0, I). `fitted`: of the density of E(x) (`aegan.latent_density`), which alone has
+    a `temperature`, from 0 to 2 and usually 1 (below it likelier draws, at 0 the means of its
+    components), and a `label`: the class of images to draw from. Raises ValueError.
+    """
     _check_model(model)
-    return decode(model, random_latents(count, model.latent_dim, seed=seed))
+    latents = default_latents(model) if latents is None else latents
+    if latents not in get_args(Latents):
+        raise ValueError(f"latents is {latents}; it must be one of {', '.join(get_args(Latents))}")
+    if latents == "prior":
+        for name, value in (("temperature", temperature), ("label", label)):
+            if value is not None:
+                raise ValueError(f"{name} is {value}; it is for latents: fitted, not for the prior")
+        return random_latents(count, model.latent_dim, seed=seed)
+    if model.latent_density is None:
+        raise ValueError(NO_DENSITY)
+    count = whole_number("count", count, lowest=1)
+    seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
+    temperature = 1.0 if temperature is None else temperature
+    is_number = isinstance(temperature, int | float)
+    if not is_number or not 0 <= temperature <= MAX_TEMPERATURE:  # NaN compares false
+        raise ValueError(
+            f"temperature is {temperature}; expected a number from 0 to {MAX_TEMPERATURE:g}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return model.latent_density.sample(count, generator, temperature=temperature, label=label)
+
+
+def sample(
+    model: AEGAN,
+    count: int,
+    *,
+    seed: int,
+    latents: Latents | None = None,
+    temperature: float | None = None,
+    label: str | None = None,
+) -> Tensor:
+    """G(z) of fresh `draw_latents` => uint8 [count, H, W, C]."""
+    z = draw_latents(model, count, seed=seed, latents=latents, temperature=temperature, label=label)
+    return decode(model, z)
 
 
 @torch.inference_mode()

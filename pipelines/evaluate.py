@@ -2,7 +2,8 @@
 
 Writes `metrics.json` (docs/metrics.md explains its shape), the few figures of it that people choose
 by into `summary.json`, and `latent.png`. Both sets of weights meet the same images and the same
-random draws, and so does the floor beside each figure.
+random draws, and so does the floor beside each figure. Beside the samples of the prior stand those
+of fitted latents (`aegan.latent_density`).
 """
 
 import json
@@ -23,6 +24,7 @@ from aegan.config import EvaluateConfig, Split
 from aegan.data import dataset
 from aegan.data.designed_faces import FACTORS, Factor
 from aegan.files import new_file, write_json
+from aegan.latent_density import LatentDensity
 from aegan.metrics import METRICS, Better
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.factors import (
@@ -94,14 +96,17 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     measure = Measure(real, z, extractor, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
+    encoded = None if model.encoder is None else aegan.encode(model, real.test)
     figures = {
         "features": features,
         "split": real.split,
         "num_images": len(real.test),
         "note": " ".join(filter(None, notes)),
-        **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
-    encoded = None if model.encoder is None else aegan.encode(model, real.test)
+    if model.latent_density is not None and encoded is not None:
+        scores["fitted"] = measure.fitted(model)
+        figures["fitted_latents"] = fit_of(model.latent_density, encoded)
+    figures |= summarise(scores, missing=lambda name: why_missing(name, real, model))
     with clear_disk_errors(output):
         draw_latents(encoded, output / "latent.png", split=real.split)
         write_json(output / "metrics.json", figures)
@@ -204,6 +209,12 @@ class Measure:
             raise UserError("the model's latents are not finite: run train again")
         scores |= self.encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
         return scores | self.factors(aegan.encode(model, self.real.train), z_hat, name=name)
+
+    def fitted(self, model: aegan.AEGAN) -> Scores:
+        """What can be said of samples, of those of fitted latents."""
+        seed, count = self.config.seed, len(self.z)
+        z = aegan.draw_latents(model, count, seed=seed, latents="fitted")
+        return self.samples(aegan.decode(model, z), name="fitted")
 
     def floor(self) -> Scores:
         """The same figures for what `METRICS[...].floor` says."""
@@ -311,19 +322,19 @@ def _with_mean(name: str, by_factor: Scores) -> Scores:
 def summarise(
     scores: dict[str, Scores], *, missing: Callable[[str], str]
 ) -> dict[str, dict[str, Any]]:
-    """Per metric its three figures and which weights are better; `not_measured` says why not."""
+    """Per metric its figures and which weights are better; `not_measured` says why not."""
     measured: dict[str, dict[str, Any]] = {}
     not_measured = {}
     for name, metric in METRICS.items():
-        row = {column: values.get(name, math.nan) for column, values in scores.items()}
-        if not all(map(math.isfinite, row.values())):
+        row = {column: values[name] for column, values in scores.items() if name in values}
+        if not all(math.isfinite(row.get(column, math.nan)) for column in ("floor", *WEIGHTS)):
             not_measured[name] = missing(name)
             continue
         measured[name] = {**row, "best": better_weights(row, metric.better)}
         factors = [key for key in scores["floor"] if key.startswith(f"{name}/")]
         if factors:
             measured[name]["factors"] = {
-                key.partition("/")[2]: {column: values[key] for column, values in scores.items()}
+                key.partition("/")[2]: {column: scores[column][key] for column in row}
                 for key in factors
             }
     return measured | {"not_measured": not_measured}
@@ -331,7 +342,21 @@ def summarise(
 
 def summary(figures: Mapping[str, Any]) -> Scores:
     """Of the averaged weights, which is what every other stage and the registry use."""
-    return {name: figures[name]["ema"] for name in SUMMARY if name in figures}
+    found = {name: figures[name]["ema"] for name in SUMMARY if name in figures}
+    if "fitted" in figures.get("frechet_distance", {}):
+        found["fitted_frechet_distance"] = figures["frechet_distance"]["fitted"]
+    return found
+
+
+def fit_of(density: LatentDensity, z_hat: Tensor) -> dict[str, float]:
+    """How likely encoded images [N, D] are in the mean, in nats: fitted, and under the prior."""
+    dim = z_hat.shape[1]
+    prior = -(z_hat.square().sum(1) + dim * math.log(2 * math.pi)) / 2
+    return {
+        "components": len(density.weights),
+        "log_likelihood": float(density.log_likelihood(z_hat).mean()),
+        "log_likelihood_of_prior": float(prior.mean()),
+    }
 
 
 def better_weights(row: Scores, better: Better) -> str:
