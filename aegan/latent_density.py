@@ -110,8 +110,9 @@ def fit(
     if not latents.isfinite().all():
         raise ValueError("the latents are not finite")
     groups = torch.full((count,), NO_CLASS)
+    labels = groups if labels is None else labels
     names: list[str] = []
-    for position, name in enumerate(classes if labels is not None else ()):
+    for position, name in enumerate(classes):
         own = labels == position
         if int(own.sum()) >= max(MIN_OF_CLASS, dim) and len(name) <= MAX_NAME:
             groups[own] = len(names)
@@ -167,7 +168,7 @@ def _expectation_maximisation(z: NDArray[np.float64], components: int, *, seed: 
 
     mixture = GaussianMixture(
         components,
-        covariance_type="full" if _determines(*z.shape, components) else "diag",
+        covariance_type="full" if _determines(len(z), z.shape[1], components) else "diag",
         reg_covar=max(RIDGE * float(z.var(axis=0).mean()), 1e-8),
         random_state=seed,
     )
