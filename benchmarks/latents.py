@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, help="else designed faces are made")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--latent-dim", type=int, help="else that of params.yaml")
     parser.add_argument("--keep", type=Path, help="folder for runs, which go on from there")
     options = parser.parse_args()
     began, machine = time.perf_counter(), describe("torch", "numpy", "scikit-learn")
@@ -56,7 +57,8 @@ def main() -> None:
         shards = options.shards or designed_shards(folder / "shards")
         rows: list[Row] = []
         for seed in range(options.seeds):
-            model = trained(shards, folder / f"run-{seed}", steps=options.steps, seed=seed)
+            config = settings(steps=options.steps, seed=seed, latent_dim=options.latent_dim)
+            model = trained(config, shards, folder / f"run-{seed}")
             rows += judge(model, shards, seed=seed)
     if options.picture:
         drawn = [aegan.sample(model, SHOWN, seed=0, latents=way) for way in ("prior", "fitted")]
@@ -78,14 +80,22 @@ def designed_shards(folder: Path) -> Path:
     return folder
 
 
-def trained(shards: Path, run_folder: Path, *, steps: int, seed: int) -> aegan.AEGAN:
-    """The averaged networks after the last step, with their fitted latents."""
+def settings(*, steps: int, seed: int, latent_dim: int | None) -> TrainConfig:
     config = params.load(TrainConfig)
-    config = replace(config, training=replace(config.training, num_steps=steps, seed=seed))
+    return replace(
+        config,
+        model=replace(config.model, latent_dim=latent_dim or config.model.latent_dim),
+        training=replace(config.training, num_steps=steps, seed=seed),
+    )
+
+
+def trained(config: TrainConfig, shards: Path, run_folder: Path) -> aegan.AEGAN:
+    """The averaged networks after the last step, with their fitted latents."""
     loop.train(config, shards=shards, run_folder=run_folder, device=torch.device("cpu"))
     model = run_folder / "model"
-    export_model(RunFolder(run_folder).checkpoint(steps), model)
-    fit_latents(model, shards, mirrored=config.training.horizontal_flip, seed=seed)
+    export_model(RunFolder(run_folder).checkpoint(config.training.num_steps), model)
+    mirrored = config.training.horizontal_flip
+    fit_latents(model, shards, mirrored=mirrored, seed=config.training.seed)
     return aegan.load(model)
 
 
