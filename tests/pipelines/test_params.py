@@ -187,5 +187,8 @@ def test_a_run_is_named_by_the_code_and_the_parameters_that_dvc_tracks():
     code = set(identity.code_of(roots, without=identity.NOT_IN_WEIGHTS))
     assert code <= files
     more = {str(file.relative_to(ROOT)) for file in files - code if file.name != "__init__.py"}
-    assert more == {"aegan/training/run_folder.py"}  # in a folder whose other files all count
+    assert more == {
+        "aegan/training/run_folder.py",  # in a folder whose other files all count
+        *("aegan/training/latents.py", "aegan/latent_density.py"),  # fitted to finished weights
+    }
     assert train["params"] == ["model", "loss", "training"]
