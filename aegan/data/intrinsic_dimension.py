@@ -48,4 +48,5 @@ def _small(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     factor = max(1, 2 ** int(np.ceil(np.log2(side / SIDE))))
     cells = side // factor
     blocks = images.reshape(count, cells, factor, cells, factor, channels)
-    return blocks.mean(axis=(2, 4), dtype=np.float32).reshape(count, -1)
+    means: NDArray[np.float32] = blocks.mean(axis=(2, 4), dtype=np.float32)
+    return means.reshape(count, -1)

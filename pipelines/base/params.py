@@ -51,7 +51,7 @@ def _with_latent_dim(values: dict[str, Any], *, unknown: int | None) -> dict[str
     found = unknown
     if unknown is None:
         dimension = read_json(SHARDS / "manifest.json", stage="preprocess").get(DIMENSION)
-        if type(dimension) not in (int, float):
+        if not isinstance(dimension, int | float):
             raise UserError(
                 "params.yaml: model.latent_dim is auto, but preprocess has not estimated the "
                 "images' intrinsic dimension (it takes 200 training images): run it again, or "
