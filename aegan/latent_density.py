@@ -34,6 +34,10 @@ MAX_SHOWN = 20  # classes in a message
 CHUNK = 2**22  # numbers at once in a likelihood
 
 
+class NoDensityError(ValueError):
+    """Latents that no density can be fitted to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentDensity:
     """A mixture of K Gaussians over latents of D numbers; each belongs to a class or to none."""
@@ -99,16 +103,18 @@ def fit(
 ) -> LatentDensity:
     """The density of latents [N, D], of classes [N] (positions in `classes`, NO_CLASS: none).
 
-    A class of enough latents has a mixture of its own, the others share one. Raises ValueError for
-    too few latents, too many dimensions, or numbers that are not finite.
+    A class of enough latents has a mixture of its own, the others share one. Raises NoDensityError
+    for too few latents, too many dimensions, or numbers that are not finite.
     """
     count, dim = latents.shape
     if count < MIN_LATENTS:
-        raise ValueError(f"{count} latents are too few to fit a density; it needs {MIN_LATENTS}")
+        raise NoDensityError(
+            f"{count} latents are too few to fit a density; it needs {MIN_LATENTS}"
+        )
     if dim > MAX_LATENT_DIM:
-        raise ValueError(f"latents of {dim} numbers are too long; at most {MAX_LATENT_DIM}")
+        raise NoDensityError(f"latents of {dim} numbers are too long; at most {MAX_LATENT_DIM}")
     if not latents.isfinite().all():
-        raise ValueError("the latents are not finite")
+        raise NoDensityError("the latents are not finite")
     groups = torch.full((count,), NO_CLASS)
     labels = groups if labels is None else labels
     names: list[str] = []

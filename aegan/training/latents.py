@@ -17,7 +17,7 @@ def fit_latents(folder: Path, shards: Path, *, mirrored: bool, seed: int) -> Lat
     """Fit the density of the averaged encoder's latents; returns it, None for lack of an encoder.
 
     `mirrored`: a random half of the images is encoded mirrored, as training has shown them.
-    Raises ValueError where there is nothing to fit, ModelError, OSError.
+    Raises NoDensityError, ModelError, OSError.
     """
     model = model_folder.load(folder)
     if model.encoder is None:

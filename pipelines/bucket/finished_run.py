@@ -14,6 +14,7 @@ from typing import Any
 
 from aegan import files
 from aegan.config import TrainConfig
+from aegan.latent_density import NoDensityError
 from aegan.pictures import is_sound_png
 from aegan.training import checkpoint, training_log
 from aegan.training.checkpoint import CheckpointError
@@ -157,7 +158,7 @@ def _fit_latents(model: Path, shards: Path, training: dict[str, Any]) -> None:
         density = fit_latents(
             model, shards, mirrored=training["horizontal_flip"], seed=training["seed"]
         )
-    except ValueError as error:
+    except NoDensityError as error:
         log.warning("no latents are fitted: %s", error)
         return
     if density:
