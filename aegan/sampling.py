@@ -24,6 +24,13 @@ from aegan.priors import Array, lerp
 BATCH_SIZE = 256
 MAX_SEED = 2**63 - 1
 InterpolationPath = Literal["slerp", "linear"]
+Latents = Literal["prior", "fitted"]  # where random latents come from
+DEFAULT_LATENTS: Latents = "prior"  # of models that have both
+MAX_TEMPERATURE = 2.0
+NO_DENSITY = (
+    "this model has no fitted latents: it has no encoder, was trained before they were fitted, or "
+    "its raw weights were loaded; take latents: prior, or run the stage train again"
+)
 
 
 def read_images(
@@ -67,25 +74,70 @@ def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
         raise UnusableImageError(f"{path}: {error.strerror}") from None
 
 
-def random_latents(
-    model: AEGAN, count: int, *, seed: int, label: int | str | None = None
-) -> Tensor:
-    """Draws z of the model's prior, [count, latent_dim].
+def default_latents(model: AEGAN) -> Latents:
+    """Where a model's random latents come from if nothing else is said."""
+    return DEFAULT_LATENTS if model.latent_density else "prior"
 
-    Of a model that knows classes, `label` is the name or position of one in `model.classes`.
+
+def random_latents(
+    model: AEGAN,
+    count: int,
+    *,
+    seed: int,
+    latents: Latents | None = None,
+    temperature: float | None = None,
+    label: int | str | None = None,
+) -> Tensor:
+    """Random latents, float32 [count, latent_dim].
+
+    `prior`: draws of the model's prior; `label` is the name or position of one of `model.classes`,
+    where the prior knows them. `fitted`: of the density of E(x) (`aegan.latent_density`), which
+    alone has a `temperature`, from 0 to 2 and usually 1 (below it likelier draws, at 0 the means of
+    its components); `label` is the name of a class of images. Raises ValueError.
     """
     _check_model(model)
+    latents = default_latents(model) if latents is None else latents
+    if latents not in get_args(Latents):
+        raise ValueError(f"latents is {latents}; it must be one of {', '.join(get_args(Latents))}")
     count = whole_number("count", count, lowest=1)
     seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
-    z = model.prior.sample(count, torch.Generator().manual_seed(seed))
-    if label is None:
-        return z
-    return model.prior.with_labels(z, torch.full((count,), _class_number(model, label)))
+    generator = torch.Generator().manual_seed(seed)
+    if latents == "prior":
+        if temperature is not None:
+            raise ValueError(
+                f"temperature is {temperature}; it is for latents: fitted, not for the prior"
+            )
+        z = model.prior.sample(count, generator)
+        if label is None:
+            return z
+        return model.prior.with_labels(z, torch.full((count,), _class_number(model, label)))
+    if model.latent_density is None:
+        raise ValueError(NO_DENSITY)
+    temperature = 1.0 if temperature is None else temperature
+    is_number = isinstance(temperature, int | float)
+    if not is_number or not 0 <= temperature <= MAX_TEMPERATURE:  # NaN compares false
+        raise ValueError(
+            f"temperature is {temperature}; expected a number from 0 to {MAX_TEMPERATURE:g}"
+        )
+    if label is not None and not isinstance(label, str):
+        raise ValueError(f"label is {label}; expected the name of a class")
+    return model.latent_density.sample(count, generator, temperature=temperature, label=label)
 
 
-def sample(model: AEGAN, count: int, *, seed: int, label: int | str | None = None) -> Tensor:
-    """G(z) for such draws => uint8 [count, H, W, C]."""
-    return decode(model, random_latents(model, count, seed=seed, label=label))
+def sample(
+    model: AEGAN,
+    count: int,
+    *,
+    seed: int,
+    latents: Latents | None = None,
+    temperature: float | None = None,
+    label: int | str | None = None,
+) -> Tensor:
+    """G(z) of `random_latents` with the same arguments => uint8 [count, H, W, C]."""
+    z = random_latents(
+        model, count, seed=seed, latents=latents, temperature=temperature, label=label
+    )
+    return decode(model, z)
 
 
 @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 Writes `metrics.json` (docs/metrics.md explains its shape), the few figures of it that people choose
 by into `summary.json`, and `latent.png`. Both sets of weights meet the same images and the same
-random draws, and so does the floor beside each figure.
+random draws, and so does the floor beside each figure. Beside the samples of the prior stand those
+of fitted latents (`aegan.latent_density`).
 """
 
 import json
@@ -23,6 +24,7 @@ from aegan.config import ConfigError, EvaluateConfig, Split
 from aegan.data import dataset
 from aegan.data.designed_faces import FACTORS, Factor
 from aegan.files import new_file, write_json
+from aegan.latent_density import LatentDensity
 from aegan.metrics import METRICS, Better
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.factors import (
@@ -105,21 +107,24 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     if STAND_INS[real.split]:
         logger.warning("warning: %s", STAND_INS[real.split])
 
-    z = aegan.random_latents(model, len(real.test), seed=config.seed)
+    z = aegan.random_latents(model, len(real.test), seed=config.seed, latents="prior")
     if real.test_labels is not None:
         z = model.prior.with_labels(z, real.test_labels)
     measure = Measure(real, z, model.prior, {"": extractor, SECOND_OPINION: second}, config)
     scores = {"floor": measure.floor()}
     scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
+    encoded = None if model.encoder is None else aegan.encode(model, real.test)
     figures = {
         "features": features,
         "features_random": RANDOM_FEATURES,
         "split": real.split,
         "num_images": len(real.test),
         "note": " ".join(filter(None, notes)),
-        **summarise(scores, missing=lambda name: why_missing(name, real, model)),
     }
-    encoded = None if model.encoder is None else aegan.encode(model, real.test)
+    if model.latent_density is not None and encoded is not None:
+        scores["fitted"] = measure.fitted(model)
+        figures["fitted_latents"] = fit_of(model.latent_density, encoded)
+    figures |= summarise(scores, missing=lambda name: why_missing(name, real, model))
     with clear_disk_errors(output):
         draw_latents(encoded, z, model.prior, output / "latent.png", split=real.split)
         write_json(output / "metrics.json", figures)
@@ -249,6 +254,12 @@ class Measure:
         figures |= self.encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
         return figures | self.factors(aegan.encode(model, self.real.train), z_hat, name=name)
 
+    def fitted(self, model: aegan.AEGAN) -> Figures:
+        """What can be said of samples, of those of fitted latents."""
+        seed, count = self.config.seed, len(self.z)
+        z = aegan.random_latents(model, count, seed=seed, latents="fitted")
+        return self.samples(aegan.decode(model, z), name="fitted")
+
     def floor(self) -> Figures:
         """The same figures for what `METRICS[...].floor` says."""
         train, test = self.real.train, self.real.test
@@ -369,36 +380,47 @@ def _with_mean(name: str, by_factor: Scores) -> Scores:
 def summarise(
     figures: dict[str, Figures], *, missing: Callable[[str], str]
 ) -> dict[str, dict[str, Any]]:
-    """Per metric its three figures, their errors, and which weights are better.
+    """Per metric its figures, their errors, and which weights are better.
 
     `not_measured` says why a metric has none.
     """
     measured: dict[str, dict[str, Any]] = {}
     not_measured = {}
     for name, metric in METRICS.items():
-        row = _row(figures, name)
-        if not all(map(math.isfinite, row.values())):
+        row = {column: of[name].value for column, of in figures.items() if name in of}
+        if not all(math.isfinite(row.get(column, math.nan)) for column in ("floor", *WEIGHTS)):
             not_measured[name] = missing(name)
             continue
         measured[name] = {**row, "best": better_weights(row, metric.better)}
-        errors = {column: of[name].error for column, of in figures.items()}
+        errors = {column: figures[column][name].error for column in row}
         if None not in errors.values():
             measured[name]["standard_error"] = errors
         factors = [key for key in figures["floor"] if key.startswith(f"{name}/")]
         if factors:
             measured[name]["factors"] = {
-                key.partition("/")[2]: _row(figures, key) for key in factors
+                key.partition("/")[2]: {column: figures[column][key].value for column in row}
+                for key in factors
             }
     return measured | {"not_measured": not_measured}
 
 
-def _row(figures: dict[str, Figures], name: str) -> Scores:
-    return {column: of.get(name, Figure(math.nan)).value for column, of in figures.items()}
-
-
 def summary(figures: Mapping[str, Any]) -> Scores:
     """Of the averaged weights, which is what every other stage and the registry use."""
-    return {name: figures[name]["ema"] for name in SUMMARY if name in figures}
+    found = {name: figures[name]["ema"] for name in SUMMARY if name in figures}
+    if "fitted" in figures.get("frechet_distance", {}):
+        found["fitted_frechet_distance"] = figures["frechet_distance"]["fitted"]
+    return found
+
+
+def fit_of(density: LatentDensity, z_hat: Tensor) -> dict[str, float]:
+    """How likely encoded images [N, D] are in the mean, in nats: fitted, and under the prior."""
+    dim = z_hat.shape[1]
+    prior = -(z_hat.square().sum(1) + dim * math.log(2 * math.pi)) / 2
+    return {
+        "components": len(density.weights),
+        "log_likelihood": float(density.log_likelihood(z_hat).mean()),
+        "log_likelihood_of_prior": float(prior.mean()),
+    }
 
 
 def better_weights(row: Scores, better: Better) -> str:

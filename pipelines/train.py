@@ -61,7 +61,7 @@ def main() -> None:
     checks.before_training()
     with locks.hold("train"):
         folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
-        publish(folder, TRAIN)
+        publish(folder, TRAIN, shards=SHARDS)
     if folder.stop.exists():  # asked to stop, but it was the end anyway
         raise KeyboardInterrupt
 

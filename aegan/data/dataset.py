@@ -1,6 +1,7 @@
 """Parquet shards -> uint8 images. The only reader of the data contract in docs/architecture.md."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,33 @@ def read_labels(file: Path, group: int) -> np.ndarray:
         )
     labels: np.ndarray = column.to_numpy()
     return labels
+
+
+def spread(
+    folder: Path, split: Split, *, count: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """At most `count` random images from all over a split, some of a row group at a time.
+
+    Yields uint8 [N, H, W, C] and int64 [N], their classes (-1: none).
+    """
+    manifest = read_manifest(folder)
+    shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
+    groups = [
+        (file, group)
+        for file in (folder / shard["file"] for shard in manifest["splits"][split]["shards"])
+        for group in range(pq.read_metadata(file).num_row_groups)
+    ]
+    rows = manifest["splits"][split]["rows"]
+    random = np.random.default_rng(seed)
+    chosen = np.sort(random.permutation(rows)[:count])
+    start = 0
+    for file, group in groups:
+        images = read_row_group(file, group, shape)
+        own = chosen[(start <= chosen) & (chosen < start + len(images))] - start
+        start += len(images)
+        if len(own):
+            labels = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
+            yield images[own], labels.fill_null(-1).to_numpy()[own]
 
 
 def load_columns(folder: Path, split: Split, columns: list[str]) -> dict[str, np.ndarray]:

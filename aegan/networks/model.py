@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from aegan.config import Architecture, ImageChannels, ImageSize, ModelConfig, check, check_value
+from aegan.latent_density import LatentDensity
 from aegan.networks import demo, paper
 from aegan.networks.projection import Projection
 from aegan.priors import make_prior
@@ -47,6 +48,7 @@ class AEGAN(nn.Module):
         check_value("image_size", image_size, ImageSize)
         check_value("image_channels", image_channels, ImageChannels)
         self.prior = make_prior(config.prior, config.latent_dim)
+        self.latent_density: LatentDensity | None = None  # of E(x), fitted after training
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -14,8 +15,12 @@ from ruamel.yaml.error import YAMLError
 from aegan import config, files
 from aegan.config import SCHEDULABLE, SECTIONS, ConfigError, Schedule, written
 from pipelines.base.errors import UserError
+from pipelines.base.files import read_json
+from pipelines.base.outputs import SHARDS
 
 PARAMS_FILE = Path("params.yaml")
+AUTO = "auto"
+DIMENSION = "intrinsic_dimension"  # the manifest's key
 GONE = ("compute.compile", "compute.cuda_graphs")  # settings of earlier versions, off by default
 Section = TypeVar("Section")
 
@@ -28,7 +33,33 @@ def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
     All sections are checked: what is wrong in the last stage's is said before the first one works.
     `TrainConfig` is the three that a training needs: networks, objective, optimisation.
     """
-    return next(found for found in _checked(read(path)) if type(found) is section)
+    values = read(path)
+    trains = section in (config.ModelConfig, config.TrainConfig)
+    sections = _checked(_with_latent_dim(values, unknown=None if trains else 1))
+    return next(found for found in sections if type(found) is section)
+
+
+def _with_latent_dim(values: dict[str, Any], *, unknown: int | None) -> dict[str, Any]:
+    """The sections with a number in place of `model.latent_dim: auto`.
+
+    It is twice the intrinsic dimension m that preprocess has found: a smooth manifold of m
+    dimensions fits into 2 m (Whitney 1944). Before, it is `unknown`; None: UserError.
+    """
+    model = values["model"]
+    if not isinstance(model, dict) or model.get("latent_dim") != AUTO:
+        return values
+    found = unknown
+    if unknown is None:
+        dimension = read_json(SHARDS / "manifest.json", stage="preprocess").get(DIMENSION)
+        if not isinstance(dimension, int | float):
+            raise UserError(
+                "params.yaml: model.latent_dim is auto, but preprocess has not estimated the "
+                "images' intrinsic dimension (it takes 200 training images): run it again, or "
+                "write a number"
+            )
+        found = 2 * math.ceil(dimension)
+        _say_once(f"model.latent_dim: auto is {found}, for an intrinsic dimension of {dimension}")
+    return values | {"model": model | {"latent_dim": found}}
 
 
 def _checked(values: dict[str, Any]) -> list[Any]:
@@ -140,7 +171,7 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
             document[name][key] = value
     text = StringIO()
     yaml.dump(document, text)
-    _checked(YAML(typ="safe").load(text.getvalue()))
+    _checked(_with_latent_dim(YAML(typ="safe").load(text.getvalue()), unknown=1))
     files.write_text(path, text.getvalue())
     return changed
 

@@ -135,9 +135,10 @@ def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_
     assert not any(name.startswith("validation_") for row in rows for name in row)
     names = {file.name for file in (tmp_path / "cut/samples").iterdir()}
     assert names == {"step-00000004-samples.png", "step-00000008-samples.png"}
-    facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
+    training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": True, "seed": 0}
+    facts = {"params": {"training": training}, "dataset_sha256": "0"}
     (tmp_path / "cut/run.json").write_text(json.dumps(facts))
-    publish(RunFolder(tmp_path / "cut"), tmp_path / "published")
+    publish(RunFolder(tmp_path / "cut"), tmp_path / "published", shards=shards)
     assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
 
 

@@ -12,14 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import aegan
 from aegan.config import EvaluateConfig, ModelConfig
 from aegan.data import designed_faces
+from aegan.data.dataset import load_images
 from aegan.metrics import METRICS, efficientnet
 from aegan.metrics.latent import departures
 from aegan.networks import AEGAN
 from aegan.priors import make_prior
 from pipelines.base.errors import UserError
 from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
+from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
 
@@ -136,6 +139,34 @@ def test_without_the_learned_features_random_ones_measure_and_are_named(
         figures = run(model, shards, tmp_path / "out")
     assert figures["features"] == "random_vgg_seed0"
     assert figures["frechet_distance"]["ema"] == figures["frechet_distance_random"]["ema"]
+
+
+def test_samples_of_fitted_latents_stand_beside_those_of_the_prior(tmp_path: Path) -> None:
+    shards, model = write_faces(tmp_path / "s"), write_model(tmp_path / "m")
+    plain = run(model, shards, tmp_path / "plain")
+    add_density(model, density := small_density(MODEL.latent_dim, classes=()))
+    figures = run(model, shards, tmp_path / "out")
+    of_samples = {name for name in METRICS if "fitted" in figures[name]}
+    assert of_samples == {
+        *("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"),
+        *("frechet_distance_random", "kernel_distance_random"),
+        *("sliced_wasserstein", "ms_ssim", "factor_marginal_distance", "factor_joint_distance"),
+    }
+    assert figures["frechet_distance"]["fitted"] != figures["frechet_distance"]["ema"]
+    for name in METRICS:  # nothing else changes
+        assert {key: figures[name][key] for key in ("ema", "raw", "floor", "best")} == {
+            key: plain[name][key] for key in ("ema", "raw", "floor", "best")
+        }
+    loaded = aegan.load(model)
+    encoded = aegan.encode(loaded, load_images(shards, "test"))
+    normal = torch.distributions.Normal(0, 1).log_prob(encoded).sum(1).mean()
+    assert figures["fitted_latents"] == {
+        "components": len(density.weights),
+        "log_likelihood": pytest.approx(float(density.log_likelihood(encoded).mean()), rel=1e-4),
+        "log_likelihood_of_prior": pytest.approx(float(normal), rel=1e-4),
+    }
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["fitted_frechet_distance"] == figures["frechet_distance"]["fitted"]
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:

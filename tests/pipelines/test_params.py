@@ -1,9 +1,18 @@
+import json
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from aegan.config import ComputeConfig, DataConfig, LossConfig, Schedule, TrainingConfig
+from aegan.config import (
+    ComputeConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    Schedule,
+    TrainConfig,
+    TrainingConfig,
+)
 from pipelines.base import identity, params
 from pipelines.base.errors import UserError
 
@@ -53,6 +62,25 @@ def test_a_mistake_in_the_last_stages_section_is_said_before_the_first_works(fil
     edit(file, "alias: candidate", "alias: 3")
     with pytest.raises(UserError, match=r"register.alias is 3; expected str"):
         params.load(DataConfig, file)
+
+
+def test_a_latent_of_automatic_length_is_twice_the_images_dimension(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    edit(file, "latent_dim: 16", "latent_dim: auto")
+    params.load(DataConfig)  # before there are images
+    with pytest.raises(UserError, match=r"manifest.json not found: run the stage preprocess first"):
+        params.load(TrainConfig)
+    manifest = file.parent / "artifacts/shards/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    for dimension, latent_dim in ((7.6, 16), (8, 16), (23.2, 48)):
+        manifest.write_text(json.dumps({"intrinsic_dimension": dimension}))
+        assert params.load(TrainConfig).model.latent_dim == latent_dim
+        assert params.load(ModelConfig).latent_dim == latent_dim
+    for shards in ({}, {"intrinsic_dimension": None}):
+        manifest.write_text(json.dumps(shards))
+        with pytest.raises(UserError, match="latent_dim is auto, but preprocess has not estimated"):
+            params.load(TrainConfig)
+        params.load(DataConfig)
 
 
 def test_numbers_in_scientific_notation_are_numbers(file):
@@ -213,5 +241,8 @@ def test_a_run_is_named_by_the_code_and_the_parameters_that_dvc_tracks():
     code = set(identity.code_of(roots, without=identity.NOT_IN_WEIGHTS))
     assert code <= files
     more = {str(file.relative_to(ROOT)) for file in files - code if file.name != "__init__.py"}
-    assert more == {"aegan/training/run_folder.py"}  # in a folder whose other files all count
+    assert more == {
+        "aegan/training/run_folder.py",  # in a folder whose other files all count
+        *("aegan/training/latents.py", "aegan/latent_density.py"),  # fitted to finished weights
+    }
     assert train["params"] == ["model", "loss", "training"]

@@ -20,6 +20,7 @@ from aegan.pictures import save_png
 from pipelines.base.errors import UserError
 from pipelines.interpolate import interpolate
 from pipelines.report import MAX_MOMENTS, build, draw_curves, in_words, read_quarantine, verdict
+from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
 from tests.trained import write_model
@@ -171,6 +172,24 @@ def test_a_figure_stands_with_its_error_where_that_is_known(page: str) -> None:
     assert text.count("0.25 ± 0.06") == text.count("0.5 ± 0.03") == 1
     assert text.count("0.125 ± 0.001") == 1
     assert text.count("±") == 4  # and what it means
+
+
+def test_figures_and_samples_of_fitted_latents_are_shown_where_there_are_any(
+    project: Path, page: str
+) -> None:
+    assert "fitted" not in Parsed(page).text
+    file = project / "artifacts/evaluate/metrics.json"
+    figures = json.loads(file.read_text())
+    figures["precision"]["fitted"] = 0.7654
+    figures["fitted_latents"] = {"components": 12}
+    write_json(file, figures)
+    add_density(project / "artifacts/train/model", small_density(8))
+    config = InterpolateConfig(num_pairs=1, num_frames=3, path="slerp", seed=0)
+    folder = project / "artifacts"
+    interpolate(folder / "train/model", project / "shards", folder / "interpolate", config)
+    text = Parsed(report(project)).text
+    for statement in ("0.765", "(12 components)", "The same generator, but latent vectors drawn"):
+        assert statement in text
 
 
 def test_the_page_loads_nothing(page: str) -> None:

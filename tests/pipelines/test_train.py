@@ -60,7 +60,7 @@ class Project:
         folder = train(
             config, COMPUTE, shards=self.shards, runs=self.folder / "runs", run_workers=run_workers
         )
-        publish(folder, self.folder / "artifacts/train")
+        publish(folder, self.folder / "artifacts/train", shards=self.shards)
         return folder.path
 
     @property
