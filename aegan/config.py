@@ -118,7 +118,7 @@ class ModelConfig:
     """The four networks."""
 
     architecture: Architecture
-    latent_dim: Width  # params.yaml may say auto: twice the training images' intrinsic dimension
+    latent_dim: Width  # params.yaml may say auto: the training images' intrinsic dimension
     base_channels: Width  # width of the generator's last stage; the others follow
 
 
