@@ -180,7 +180,7 @@ class ModelConfig:
     """The four networks, and the distribution of latents that they are trained for."""
 
     architecture: Architecture
-    latent_dim: Width  # params.yaml may say auto: twice the training images' intrinsic dimension
+    latent_dim: Width  # params.yaml may say auto: the training images' intrinsic dimension
     prior: Annotated[
         str,
         Predicate(re.compile(rf"{_PART}(?: \* {_PART})*").fullmatch),

@@ -42,8 +42,8 @@ def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
 def _with_latent_dim(values: dict[str, Any], *, unknown: int | None) -> dict[str, Any]:
     """The sections with a number in place of `model.latent_dim: auto`.
 
-    It is twice the intrinsic dimension m that preprocess has found: a smooth manifold of m
-    dimensions fits into 2 m (Whitney 1944). Before, it is `unknown`; None: UserError.
+    It is the intrinsic dimension that preprocess has found, rounded up (docs/data.md). Before, it
+    is `unknown`; None: UserError.
     """
     model = values["model"]
     if not isinstance(model, dict) or model.get("latent_dim") != AUTO:
@@ -57,7 +57,7 @@ def _with_latent_dim(values: dict[str, Any], *, unknown: int | None) -> dict[str
                 "images' intrinsic dimension (it takes 200 training images): run it again, or "
                 "write a number"
             )
-        found = 2 * math.ceil(dimension)
+        found = math.ceil(dimension)
         _say_once(f"model.latent_dim: auto is {found}, for an intrinsic dimension of {dimension}")
     return values | {"model": model | {"latent_dim": found}}
 

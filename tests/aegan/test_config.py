@@ -220,7 +220,10 @@ def test_a_section_of_an_earlier_version_means_what_it_meant():
     }
     today = vars(SECTIONS["loss"])
     assert config.with_new_names("loss", today) == today
-    assert config.with_new_names("model", {"preset": "demo"}) == {"architecture": "demo"}
+    assert config.with_new_names("model", {"preset": "demo"}) == {
+        "architecture": "demo",
+        "prior": "normal",
+    }
 
 
 def test_every_architecture_that_can_be_named_is_there():
