@@ -285,5 +285,7 @@ def test_a_label_is_a_name_or_a_position_of_a_class_that_the_model_knows(trained
     plain = AEGAN(sizes, image_size=16, image_channels=3, discriminators=False).eval()
     with pytest.raises(ValueError, match="knows no classes"):
         aegan.sample(plain, 1, seed=0, label="light")
-    with pytest.raises(operations.RequestError, match=r"params.label is given, but this model's prior"):
+    with pytest.raises(
+        operations.RequestError, match=r"params.label is given, but this model's prior"
+    ):
         operations.operate(plain, [], {**params, "label": "light"})

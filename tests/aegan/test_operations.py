@@ -94,7 +94,10 @@ def params_without(params: dict[str, Any], *names: str) -> dict[str, Any]:
         ({"latents": "Fitted"}, r'latents is "Fitted"; .* prior, fitted \(nearest: fitted\)'),
         ({"latents": None}, "params.latents is null; expected one of prior, fitted"),
         ({"latents": "prior", "temperature": 1}, "params.temperature is for latents: fitted"),
-        ({"latents": "prior", "label": "cats"}, "params.label is given, but this model's prior knows no classes"),
+        (
+            {"latents": "prior", "label": "cats"},
+            "params.label is given, but this model's prior knows no classes",
+        ),
         ({"temperature": True}, "params.temperature is true; expected a number from 0 to 2"),
         ({"temperature": "1"}, 'params.temperature is "1"; expected a number'),
         ({"temperature": 2.5}, "params.temperature is 2.5; expected a number"),
