@@ -126,7 +126,7 @@ def judge(model: aegan.AEGAN, shards: Path, *, seed: int) -> list[Row]:
     }
     rows: list[Row] = []
     for name, images in samples.items():
-        scores = measure.samples(images, name=name)
+        scores = measure.score_samples(images, name=name)
         rows.append({"latents": name, "seed": seed, **{key: scores[key].value for key in SCORES}})
     return rows
 

@@ -111,8 +111,10 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
     if real.test_labels is not None:
         z = model.prior.with_labels(z, real.test_labels)
     measure = Measure(real, z, model.prior, {"": extractor, SECOND_OPINION: second}, config)
-    scores = {"floor": measure.floor()}
-    scores |= {weights: measure.model(model, name=weights) for weights, model in models.items()}
+    scores = {"floor": measure.score_floor()}
+    scores |= {
+        weights: measure.score_model(model, name=weights) for weights, model in models.items()
+    }
     encoded = None if model.encoder is None else aegan.encode(model, real.test)
     figures = {
         "features": features,
@@ -122,7 +124,7 @@ def evaluate(model_folder: Path, shards: Path, output: Path, config: EvaluateCon
         "note": " ".join(filter(None, notes)),
     }
     if model.latent_density is not None and encoded is not None:
-        scores["fitted"] = measure.fitted(model)
+        scores["fitted"] = measure.score_fitted_samples(model)
         figures["fitted_latents"] = fit_of(model.latent_density, encoded)
     figures |= summarise(scores, missing=lambda name: why_missing(name, real, model))
     with clear_disk_errors(output):
@@ -242,25 +244,25 @@ class Measure:
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         return {ending: extract(network, images) for ending, network in self.extractors.items()}
 
-    def model(self, model: aegan.AEGAN, *, name: str) -> Figures:
+    def score_model(self, model: aegan.AEGAN, *, name: str) -> Figures:
         """Every metric that a model and the images allow."""
         samples = aegan.decode(model, self.z)
-        figures = self.samples(samples, name=name)
+        figures = self.score_samples(samples, name=name)
         if model.encoder is None:
             return figures
         z_hat, z_tilde = aegan.encode(model, self.real.test), aegan.encode(model, samples)
         if not (z_hat.isfinite().all() and z_tilde.isfinite().all()):
             raise UserError("the model's latents are not finite: run train again")
-        figures |= self.encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
-        return figures | self.factors(aegan.encode(model, self.real.train), z_hat, name=name)
+        figures |= self.score_encoder(z_hat, z_tilde, aegan.decode(model, z_hat), name=name)
+        return figures | self.score_factors(aegan.encode(model, self.real.train), z_hat, name=name)
 
-    def fitted(self, model: aegan.AEGAN) -> Figures:
+    def score_fitted_samples(self, model: aegan.AEGAN) -> Figures:
         """What can be said of samples, of those of fitted latents."""
         seed, count = self.config.seed, len(self.z)
         z = aegan.random_latents(model, count, seed=seed, latents="fitted")
-        return self.samples(aegan.decode(model, z), name="fitted")
+        return self.score_samples(aegan.decode(model, z), name="fitted")
 
-    def floor(self) -> Figures:
+    def score_floor(self) -> Figures:
         """The same figures for what `METRICS[...].floor` says."""
         train, test = self.real.train, self.real.test
         other_half = test.roll(len(test) // 2, dims=0)
@@ -268,12 +270,12 @@ class Measure:
         guess = torch.from_numpy(self.prior.moments().mean).to(self.z).expand_as(self.z)
         codes = principal_components(train, test, count=self.z.shape[1])
         return (
-            self.samples(other_half, name="floor")
-            | self.encoder(self.z, guess, nearest, name="floor")
-            | self.factors(*codes, name="floor")
+            self.score_samples(other_half, name="floor")
+            | self.score_encoder(self.z, guess, nearest, name="floor")
+            | self.score_factors(*codes, name="floor")
         )
 
-    def samples(self, samples: Tensor, *, name: str) -> Figures:
+    def score_samples(self, samples: Tensor, *, name: str) -> Figures:
         """Each half of the test images against as many samples; the mean of both."""
         if len(samples) < MIN_IMAGES:
             return {}
@@ -306,7 +308,9 @@ class Measure:
             scores |= factor_distances(self.readings[places], readings[places], self.real.factors)
         return scores
 
-    def encoder(self, z_hat: Tensor, z_tilde: Tensor, x_tilde: Tensor, *, name: str) -> Figures:
+    def score_encoder(
+        self, z_hat: Tensor, z_tilde: Tensor, x_tilde: Tensor, *, name: str
+    ) -> Figures:
         """Latents of the test images and of samples, and the test images' reconstructions."""
         logger.info("%s: reconstructions and latents", name)
         errors = {
@@ -326,7 +330,7 @@ class Measure:
         figures = with_errors(of_images, len(z_hat))
         return figures | (with_errors(of_latents, len(z_hat)) if len(z_hat) >= MIN_IMAGES else {})
 
-    def factors(self, train: Tensor, test: Tensor, *, name: str) -> Figures:
+    def score_factors(self, train: Tensor, test: Tensor, *, name: str) -> Figures:
         """How much codes [N, D] of train and test images say about the true factors."""
         if not self.real.factors or len(test) < MIN_IMAGES:
             return {}
