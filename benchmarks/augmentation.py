@@ -11,38 +11,20 @@ import argparse
 import itertools
 import tempfile
 import time
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import aegan
-from aegan.config import TrainConfig
-from aegan.data import designed_faces
-from aegan.data.image_files import decode_image
 from aegan.files import write_json
-from aegan.training import loop
-from aegan.training.run_folder import RunFolder
-from aegan.training.state import export_model
-from aegan.training.validation import validate
 from benchmarks.machine import describe
-from pipelines.base import params
-from pipelines.base.errors import UserError, run_stage
-from tests.shards import write_shards
+from benchmarks.trainings import JUDGES, Row, archived, designed, table, train_and_judge
+from pipelines.base.errors import run_stage
 
-WAYS: dict[str, dict[str, float]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "none": {},
-    "fixed": {"augmentation_probability": 0.3},
-    "adaptive": {"augmentation_target": 0.6, "augmentation_images": 25_000},
+    "fixed": {"training.augmentation_probability": 0.3},
+    "adaptive": {"training.augmentation_target": 0.6, "training.augmentation_images": 25_000},
 }
-SCORES = ("frechet_distance", "image_reconstruction")
 LOGGED = ("image_discriminator", "augmentation_probability", "image_overfitting")
-JUDGES = 2_000  # images that no training sees
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -55,112 +37,31 @@ def main() -> None:
     parser.add_argument("--looks", type=int, default=4, help="how often a training is judged")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
-    parser.add_argument("--keep", type=Path, help="folder for the runs, to look at")
     options = parser.parse_args()
     began, machine = time.perf_counter(), describe("torch", "numpy")
-    sets = {"designed": designed(max(options.images) + 2 * JUDGES, options.size)}
+    count = max(options.images) + 2 * JUDGES
+    sets = {"designed": designed(count, options.size)}
     if options.archive:
-        count = max(options.images) + 2 * JUDGES
         sets[options.archive.stem] = archived(options.archive, count, options.size)
+    each = options.steps // options.looks
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.keep or Path(scratch)
-        plan = itertools.product(range(options.seeds), sets, options.images, options.ways)
-        for seed, name, images, way in plan:  # cut short, it leaves whole comparisons
-            rows += train_and_judge(
-                sets[name], images, WAYS[way],
-                seed=seed, steps=options.steps, looks=options.looks,
-                folder=folder / f"{name}-{images}-{way}-{seed}",
-                names={"set": name, "images": images, "way": way, "seed": seed},
-            )  # fmt: skip
-            settings = {key: vars(options)[key] for key in ("size", "steps", "seeds")}
-            result = {"machine": machine, "settings": settings, "ways": WAYS, "rows": rows}
-            result["minutes"] = (time.perf_counter() - began) / 60
-            write_json(options.json, result)  # after each training: what was found is kept
-    print(table(rows))
-    print(f"{machine['cpu']}, {result['minutes']:.0f} minutes")
-
-
-def designed(count: int, size: int) -> np.ndarray:
-    """Designed faces, uint8 [N, size, size, 3]."""
-    return designed_faces.generate(0, count, seed=0, image_size=size)[0]
-
-
-def archived(archive: Path, count: int, size: int) -> np.ndarray:
-    """Pictures of an archive, always the same ones, uint8 [N, size, size, 3]."""
-    with zipfile.ZipFile(archive) as files:
-        names = sorted(name for name in files.namelist() if not name.endswith("/"))
-        if len(names) < count:
-            raise UserError(f"{archive} holds {len(names)} files; {count} pictures are needed")
-        chosen = np.random.default_rng(0).permutation(len(names))[:count]
-        return np.stack(
-            [
-                decode_image(files.read(names[index]), image_size=size, image_channels=3)
-                for index in chosen
-            ]
-        )
-
-
-def train_and_judge(
-    pictures: np.ndarray,
-    images: int,
-    way: dict[str, float],
-    *,
-    seed: int,
-    steps: int,
-    looks: int,
-    folder: Path,
-    names: Row,
-) -> list[Row]:
-    """A row for each look: scores on the last pictures, of a training on the first ones."""
-    split = {"train": pictures[:images], "validation": pictures[-2 * JUDGES : -JUDGES]}
-    judges = torch.from_numpy(pictures[-JUDGES:])
-    shards = write_shards(folder / "shards", split)
-    config = params.load(TrainConfig)
-    training = replace(
-        config.training,
-        **way,  # type: ignore[arg-type]
-        seed=seed,
-        num_steps=steps,
-        checkpoint_interval_steps=steps // looks,
-        checkpoints_kept=looks,
-        log_interval_steps=steps // looks,
-        sample_interval_steps=steps,
-    )
-    run = RunFolder(folder / "run")
-    loop.train(
-        replace(config, training=training),
-        shards=shards,
-        run_folder=run.path,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    logged = {row["step"]: row for row in run.rows()}
-    rows = []
-    for step in range(steps // looks, steps + 1, steps // looks):
-        export_model(run.checkpoint(step), folder / "model")
-        scores = validate(aegan.load(folder / "model"), judges, seed=0)
-        row = {**names, "step": step}
-        row |= {score: scores[f"validation_{score}"] for score in SCORES}
-        rows.append(row | {key: logged[step][key] for key in LOGGED if key in logged[step]})
+    plan = itertools.product(range(options.seeds), sets, options.images, options.ways)
+    for seed, name, images, way in plan:  # cut short, it leaves whole comparisons
+        with tempfile.TemporaryDirectory() as folder:
+            found = train_and_judge(
+                *(sets[name], images, WAYS[way]),
+                seed=seed,
+                looks=range(each, options.steps + 1, each),
+                folder=Path(folder),
+                logged=LOGGED,
+            )
+        rows += [{"set": name, "images": images, "way": way, "seed": seed, **row} for row in found]
+        settings = {key: vars(options)[key] for key in ("size", "steps", "seeds")}
+        result = {"machine": machine, "settings": settings, "ways": WAYS, "rows": rows}
+        result["minutes"] = (time.perf_counter() - began) / 60
+        write_json(options.json, result)  # after each training: what was found is kept
         print(rows[-1], flush=True)
-    return rows
-
-
-def table(rows: list[Row]) -> str:
-    """A line for each set, number of images, step and way: mean +- standard error over seeds."""
-    keys = ("set", "images", "step", "way")
-    lines = [f"| {' | '.join([*keys, *SCORES])} |"]
-    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        chosen = [row for row in rows if tuple(row[key] for key in keys) == group]
-        cells = [with_error([row[score] for row in chosen]) for score in SCORES]
-        lines.append(f"| {' | '.join(map(str, [*group, *cells]))} |")
-    return "\n".join(lines)
-
-
-def with_error(values: list[float]) -> str:
-    """Mean +- standard error."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.4f} +- {error:.4f}"
+    print(table(rows, ("set", "images", "step", "way")))
 
 
 if __name__ == "__main__":

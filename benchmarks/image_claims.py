@@ -1,0 +1,97 @@
+"""The author's claims on pictures: a plain GAN against AEGAN, the same G and D_x, several seeds.
+
+    .venv/bin/python -m benchmarks.image_claims --json FILE [--archive faces.zip]
+
+Designed faces, and with --archive the pictures of a .zip, too. Both arms with the author's form of
+the loss (BCE without penalties, his lambdas) and with that of params.yaml; judged after 200 steps
+and on, in learned features, by samples of the prior. The last lines compare the arms seed by seed.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from aegan.files import write_json
+from benchmarks.machine import describe
+from benchmarks.trainings import JUDGES, Row, archived, designed, table, train_and_judge
+from pipelines.base.errors import run_stage
+
+ARMS = ("gan", "aegan")
+LOSSES: dict[str, dict[str, Any]] = {
+    "author": {
+        "loss.lambda_image_reconstruction": 10.0,
+        "loss.lambda_latent_reconstruction": 5.0,
+        "loss.gamma_image": 0.0,
+        "loss.gamma_latent": 0.0,
+        "training.learning_rate": 2e-4,
+    },
+    "ours": {},
+}
+COMPARED = ("frechet_distance", "recall", "coverage", "ms_ssim")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--archive", type=Path, help="a .zip of other pictures")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=32, help="side in pixels")
+    parser.add_argument("--looks", type=int, nargs="+", default=[200, 600, 1_200, 2_400, 3_600])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=[*LOSSES])
+    options = parser.parse_args()
+    began, machine = time.perf_counter(), describe("torch", "numpy", "scipy")
+    count = options.images + 2 * JUDGES
+    sets = {"designed": designed(count, options.size)}
+    if options.archive:
+        sets[options.archive.stem] = archived(options.archive, count, options.size)
+    rows: list[Row] = []
+    plan = itertools.product(range(options.seeds), sets, options.losses, ARMS)
+    for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
+        with tempfile.TemporaryDirectory() as folder:
+            found = train_and_judge(
+                *(sets[name], options.images, LOSSES[loss] | {"training.arm": arm}),
+                seed=seed,
+                looks=options.looks,
+                folder=Path(folder),
+            )
+        rows += [{"set": name, "loss": loss, "arm": arm, "seed": seed, **row} for row in found]
+        result = {"machine": machine, "losses": LOSSES, "rows": rows}
+        result |= {key: vars(options)[key] for key in ("images", "size")}
+        result["minutes"] = (time.perf_counter() - began) / 60
+        write_json(options.json, result)  # after each training: what was found is kept
+        print(rows[-1], flush=True)
+    print(table(rows, ("set", "loss", "step", "arm")))
+    print(paired(rows))
+
+
+def paired(rows: list[Row]) -> str:
+    """AEGAN minus GAN, seed by seed, with the p of a paired t test."""
+    keys = ("set", "loss", "step")
+    lines = [f"| {' | '.join([*keys, *(f'{score}, aegan - gan' for score in COMPARED)])} |"]
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        of = {
+            arm: sorted(
+                (row for row in rows if (*(row[key] for key in keys), row["arm"]) == (*group, arm)),
+                key=lambda row: row["seed"],
+            )
+            for arm in ARMS
+        }
+        if len(of["gan"]) != len(of["aegan"]) or len(of["gan"]) < 2:
+            continue
+        cells = []
+        for score in COMPARED:
+            ours, theirs = ([row[score] for row in of[arm]] for arm in ("aegan", "gan"))
+            mean = sum(a - b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+            cells.append(f"{mean:+.4f} (p {ttest_rel(ours, theirs).pvalue:.3f})")
+        lines.append(f"| {' | '.join(map(str, [*group, *cells]))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_stage(main)
