@@ -1,0 +1,143 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.collapse.latents import fit, samples_from_prior
+from benchmarks.collapse.mixture_table import ARMS, FORMS, floor, settings_of
+from benchmarks.collapse.mixtures import MIXTURES, grid, ring
+from benchmarks.collapse.networks import SeedNetwork, of_seed, packed
+from benchmarks.collapse.results import Results, mean_and_error
+from benchmarks.collapse.train import Batches, Networks, Trainer, flops_of_step, train
+from pipelines.base.errors import UserError
+
+SMALL = {"generator_width": 8, "discriminator_width": 6, "learning_rate": 1e-2}
+POINTS = grid().sample(500, torch.Generator().manual_seed(0))
+
+
+def test_scores_of_samples_counted_by_hand():
+    on_two_modes = torch.tensor([[-4.0, -4.0], [-4.0, -3.86], [0.0, 2.1], [4.0, 4.16], [1.0, 1.0]])
+    score = grid().score(on_two_modes)  # within .15: two of the first, one of the second mode
+    assert score["modes"] == 2
+    assert score["high_quality"] == pytest.approx(60)
+    assert score["reverse_kl"] == pytest.approx(
+        2 / 3 * math.log(2 / 3 * 25) + 1 / 3 * math.log(1 / 3 * 25)
+    )
+
+
+def test_samples_that_are_nowhere_have_the_worst_scores():
+    score = ring().score(torch.zeros(7, 2))
+    assert score == {"modes": 0, "high_quality": 0, "reverse_kl": pytest.approx(math.log(8))}
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "high_quality", "reverse_kl"),  # docs of the protocols; 1200D: chi-squared
+    [("ring", 8, 98.9, 0.0014), ("grid", 25, 98.9, 0.0048), ("1200d", 10, 99.8, 0.0018)],
+)
+def test_the_mixture_itself_has_the_scores_of_a_perfect_sampler(
+    name, modes, high_quality, reverse_kl
+):
+    perfect = {key: sum(values) / 3 for key, values in floor(MIXTURES[name](), 3).items()}
+    assert perfect["modes"] == modes
+    assert perfect["high_quality"] == pytest.approx(high_quality, abs=0.3)
+    assert perfect["reverse_kl"] == pytest.approx(reverse_kl, rel=0.6)
+
+
+def test_a_row_belongs_to_its_seed_and_to_no_other():
+    networks = SeedNetwork([2, 5, 3], [torch.Generator().manual_seed(s) for s in (3, 4)])
+    rows = torch.randn(8, 2)
+    changed = rows.clone()
+    changed[1::2] += 1  # the second seed's
+    before, after = networks(rows), networks(changed)
+    assert torch.equal(of_seed(before, 0, 2), of_seed(after, 0, 2))
+    assert not torch.equal(of_seed(before, 1, 2), of_seed(after, 1, 2))
+
+
+def test_a_layer_is_a_linear_map_of_its_own_seed_and_a_maxout_unit_the_largest_piece():
+    network = SeedNetwork(
+        [2, 3, 1], [torch.Generator().manual_seed(s) for s in (0, 1)], maxout=True
+    )
+    rows = torch.randn(6, 2)
+    first, last = network.hidden[0], network.last
+    for seed in (0, 1):
+        pieces = (rows[seed::2] @ first.weight[seed] + first.bias[seed]).unflatten(1, (5, 3))
+        expected = pieces.amax(1) @ last.weight[seed] + last.bias[seed]
+        torch.testing.assert_close(network(rows)[seed::2], expected)
+
+
+def test_packing_joins_samples_of_one_seed():
+    rows = torch.tensor([[0.0], [10.0], [1.0], [11.0], [2.0], [12.0], [3.0], [13.0]])
+    expected = torch.tensor([[0.0, 1.0], [10.0, 11.0], [2.0, 3.0], [12.0, 13.0]])
+    assert torch.equal(packed(rows, num_seeds=2, count=2), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_seeds_trained_together_are_seeds_trained_alone(arm, form):
+    settings = replace(settings_of("grid", arm, form, **SMALL), precision=torch.float64)
+
+    def weights(seeds: list[int]) -> list[torch.Tensor]:
+        trainer = Trainer(settings, 2, seeds)
+        trainer.networks.double()
+        batches = Batches(POINTS.double(), settings, seeds)
+        for _ in range(3):
+            x, z = batches.next()
+            trainer.step(x, z.double())
+        return [parameter.detach() for parameter in trainer.networks.parameters()]
+
+    together, alone = weights([5, 1, 7]), weights([1])
+    for of_three, of_one in zip(together, alone, strict=True):
+        torch.testing.assert_close(of_three[1:2], of_one, rtol=0, atol=1e-8)
+
+
+def test_all_arms_of_a_seed_begin_with_the_same_generator():
+    generators = [
+        Networks(settings_of("grid", arm, "bce", **SMALL), 2, [3]).generator.state_dict()
+        for arm in ("gan", "aegan")
+    ]
+    for name, weight in generators[0].items():
+        assert torch.equal(weight, generators[1][name])
+
+
+def test_training_that_stops_twice_goes_on_where_it_stopped():
+    settings = settings_of("grid", "aegan", "bce", **SMALL)
+    in_two = [
+        samples_from_prior(networks, 5, 2)
+        for networks in train(POINTS, settings, seeds=[0, 1], stops=[2, 4])
+    ]
+    (at_once,) = train(POINTS, settings, seeds=[0, 1], stops=[4])
+    assert not torch.equal(in_two[0][0], in_two[1][0])
+    assert torch.equal(in_two[1][0], samples_from_prior(at_once, 5, 2)[0])
+
+
+def test_the_compute_of_a_step_is_counted_by_hand():
+    settings = replace(settings_of("grid", "gan", "bce", **SMALL), batch_size=10)
+    generator = 2 * 8 + 3 * 8 * 8 + 8 * 2
+    discriminator = 2 * 30 + 2 * 6 * 30 + 6
+    products = {  # forward, gradient of weights, gradient of inputs; first layers need no last
+        "G": 10 * (3 * generator - 2 * 8),
+        "D on x and x_hat": 20 * (3 * discriminator - 2 * 30),
+        "D for G": 10 * 2 * discriminator,
+    }
+    assert flops_of_step(settings, POINTS) == 2 * sum(products.values())
+
+
+def test_the_fitted_density_has_as_many_components_as_held_out_codes_ask_for():
+    codes = torch.randn(5_000, 2, generator=torch.Generator().manual_seed(0)).double()
+    assert fit(codes.numpy()).n_components == 1
+    codes[::2] += 9
+    assert fit(codes.numpy()).n_components == 2
+
+
+def test_results_go_on_in_their_file_and_refuse_another_experiment(tmp_path):
+    file = tmp_path / "results.json"
+    Results(file, {"steps": 3}).add({"arm": "gan", "modes": [1.0]})
+    assert Results(file, {"steps": 3}).find(arm="gan") == [{"arm": "gan", "modes": [1.0]}]
+    with pytest.raises(UserError, match="other settings; name another file"):
+        Results(file, {"steps": 4})
+
+
+def test_mean_and_standard_error_by_hand():
+    assert mean_and_error([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert mean_and_error([4.0], 2) == "4.00"
