@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from aegan.config import Arm, LossConfig
 from benchmarks.collapse.latents import samples_from_fit, samples_from_prior
 from benchmarks.collapse.mixtures import MIXTURES, NUM_SAMPLES, NUM_TRAINING_POINTS, Mixture
-from benchmarks.collapse.results import Results, Row, mean_and_error, per_seed, table
-from benchmarks.collapse.train import Networks, Settings, flops_of_step, train
+from benchmarks.collapse.networks import SeedNetworks, Widths
+from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
+from benchmarks.collapse.train import Settings, flops_of_step, train
 
 ARMS: dict[str, tuple[Arm, int]] = {  # of the table => of the objective, samples D_x sees at once
     "gan": ("gan", 1),
@@ -24,18 +26,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "bce": {"adversarial": "bce", "gamma": 0.0},
     "relativistic": {"adversarial": "relativistic", "gamma": 0.1},
 }
-IN_THE_PLANE = {"latent_dim": 2, "lambdas": (0.1, 0.01)}  # of image and latent reconstruction
-OF_MIXTURE = {
-    "ring": IN_THE_PLANE,
-    "grid": IN_THE_PLANE,
-    "1200d": {"latent_dim": 8, "lambdas": (10.0, 1.0)},
-}
+LATENT_DIM = {"ring": 2, "grid": 2, "1200d": 8}
+LAMBDAS = {"ring": (0.1, 0.01), "grid": (0.1, 0.01), "1200d": (10.0, 1.0)}  # of image and latent
+BATCH_SIZE, BETA1 = 100, 0.8  # the protocol's
 
 
-def settings_of(mixture: str, arm: str, form: str, **sizes: Any) -> Settings:
-    """What one row of a table is trained with."""
+def prepare(
+    mixture: str, arm: str, form: str, seeds: Sequence[int], *, learning_rate: float, **widths: Any
+) -> tuple[SeedNetworks, Settings]:
+    """The networks of one row of a table, and how they are trained."""
     arm_of_objective, packing = ARMS[arm]
-    image, latent = OF_MIXTURE[mixture]["lambdas"]
+    image, latent = LAMBDAS[mixture]
     loss = LossConfig(
         lambda_image_reconstruction=image,
         lambda_latent_reconstruction=latent,
@@ -45,83 +46,89 @@ def settings_of(mixture: str, arm: str, form: str, **sizes: Any) -> Settings:
         fake_target=0.05,
         **FORMS[form],
     )
-    return Settings(
+    settings = Settings(
         arm=arm_of_objective,
-        packing=packing,
-        latent_dim=OF_MIXTURE[mixture]["latent_dim"],
         loss=loss,
-        **sizes,
+        latent_dim=LATENT_DIM[mixture],
+        packing=packing,
+        batch_size=BATCH_SIZE,
+        learning_rate=learning_rate,
+        beta1=BETA1,
     )
+    sizes = Widths(latent_dim=LATENT_DIM[mixture], packing=packing, **widths)
+    data_dim = MIXTURES[mixture]().centres.shape[1]
+    return SeedNetworks(arm_of_objective, sizes, data_dim, seeds), settings
 
 
 def measure(options: Namespace) -> str:
     """Trains what is missing in the file of results; returns the table."""
-    mixture = MIXTURES[options.benchmark]()
+    name, seeds = options.benchmark, range(options.seeds)
+    mixture = MIXTURES[name]()
+    points = mixture.sample(NUM_TRAINING_POINTS, torch.Generator().manual_seed(0))
     sizes = {
-        "generator_width": options.generator_width,
-        "discriminator_width": options.discriminator_width,
+        "generator": options.generator_width,
+        "discriminator": options.discriminator_width,
         "learning_rate": options.learning_rate,
     }
-    seeds = range(options.seeds)
-    stated = {"mixture": options.benchmark, "seeds": options.seeds, "steps": options.steps}
-    stated |= sizes | OF_MIXTURE[options.benchmark] | {"forms": FORMS, "samples": NUM_SAMPLES}
+    stated = {"mixture": name, "seeds": options.seeds, "steps": options.steps, "forms": FORMS}
+    stated |= {"latent_dim": LATENT_DIM[name], "lambdas": LAMBDAS[name]} | sizes
     results = Results(options.json, stated, floor=floor(mixture, options.seeds))
-    points = mixture.sample(NUM_TRAINING_POINTS, torch.Generator().manual_seed(0))
+
+    def flops(arm: str, form: str) -> int:
+        networks, settings = prepare(name, arm, form, [0], **sizes)
+        return flops_of_step(networks, points, settings)
+
     for form in options.forms:
-        most = flops_of_step(settings_of(options.benchmark, "aegan", form, **sizes), points)
         for arm in options.arms:
-            settings = settings_of(options.benchmark, arm, form, **sizes)
-            each = flops_of_step(settings, points)
             stops = [options.steps]
-            if arm == "gan":  # as much compute as aegan
-                stops.append(round(options.steps * most / each))
+            if arm == "gan":  # and as much compute as aegan
+                stops.append(round(options.steps * flops("aegan", form) / flops("gan", form)))
             if results.find(arm=arm, form=form, steps=stops[-1]):
                 continue
-            start = time.perf_counter()
-            for steps, networks in zip(
-                stops, train(points, settings, seeds=seeds, stops=stops), strict=True
-            ):
+            networks, settings = prepare(name, arm, form, seeds, **sizes)
+            teraflop, start = flops(arm, form) / 1e12, time.perf_counter()
+            for steps in train(networks, points, settings, seeds=seeds, stops=stops):
                 row = {"arm": arm, "form": form, "steps": steps}
-                row |= {"teraflop_per_seed": round(steps * each / 1e12, 3)}
+                row |= {"teraflop_per_seed": round(steps * teraflop, 3)}
                 row |= {"seconds": round(time.perf_counter() - start)}
-                for source, scores in score(networks, mixture, points, options.seeds).items():
+                for source, scores in score(networks, mixture, points).items():
                     results.add(row | {"samples_from": source} | scores)
     return as_table(results.rows, results.report["floor"])
 
 
-def score(
-    networks: Networks, mixture: Mixture, points: Tensor, num_seeds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Scores per seed of samples from the prior and, with an encoder, from the fitted density."""
-    sources = {"prior": samples_from_prior(networks, NUM_SAMPLES, num_seeds)}
+def score(networks: SeedNetworks, mixture: Mixture, points: Tensor) -> dict[str, Scores]:
+    """Of samples from the prior and, with an encoder, from the fitted density."""
+    sources = {"prior": samples_from_prior(networks, NUM_SAMPLES)}
     if networks.encoder is not None:
-        sources["fitted"] = samples_from_fit(networks, points, NUM_SAMPLES, num_seeds)
+        sources["fitted"] = samples_from_fit(networks, points, NUM_SAMPLES)
     return {
         source: per_seed(mixture.score(samples) for samples in of_seeds)
         for source, of_seeds in sources.items()
     }
 
 
-def floor(mixture: Mixture, seeds: int) -> dict[str, list[float]]:
-    """Scores of the mixture's own samples."""
+def floor(mixture: Mixture, num_seeds: int) -> Scores:
+    """Of the mixture's own samples."""
     return per_seed(
         mixture.score(mixture.sample(NUM_SAMPLES, torch.Generator().manual_seed(1 + seed)))
-        for seed in range(seeds)
+        for seed in range(num_seeds)
     )
 
 
-def as_table(rows: list[Row], floor: dict[str, list[float]]) -> str:
-    def scores(row: dict[str, list[float]]) -> list[str]:
+def as_table(rows: list[Row], floor: Scores) -> str:
+    """One line a row, the perfect sampler last."""
+
+    def shown(scores: Scores) -> list[str]:
         digits = {"modes": 1, "high_quality": 1, "reverse_kl": 3}
-        return [mean_and_error(row[name], number) for name, number in digits.items()]
+        return [mean_and_error(scores[name], number) for name, number in digits.items()]
 
     headings = ["form", "arm", "steps", "TFLOP a seed", "samples from"]
     lines = [
         [
             *(row["form"], row["arm"], f"{row['steps']:,}", f"{row['teraflop_per_seed']:.1f}"),
-            *(row["samples_from"], *scores(row)),
+            *(row["samples_from"], *shown(row)),
         ]
         for row in rows
     ]
-    perfect = ["", "perfect sampler", "", "", "", *scores(floor)]
+    perfect = ["", "perfect sampler", "", "", "", *shown(floor)]
     return table([*headings, "modes", "high quality %", "reverse KL"], [*lines, perfect])

@@ -7,9 +7,14 @@ S times its loss is the sum of the losses of S independent trainings.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from aegan.config import Arm
+from aegan.losses import OBJECTIVES
+from aegan.priors import NormalPrior
 
 PIECES = 5  # of a maxout unit
 NARROW = 16  # layers from or to fewer dimensions: coordinates, latents, logits
@@ -68,6 +73,46 @@ class SeedNetwork(nn.Module):
             x = layer(x)
             x = x.unflatten(2, (PIECES, -1)).max(2).values if self.maxout else x.relu()
         return self.last(x).transpose(0, 1).flatten(0, 1).to(rows.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Sizes of the networks; those given are the protocol's."""
+
+    latent_dim: int = 2
+    generator: int = 400
+    discriminator: int = 200
+    latent_discriminator: int = 100
+    packing: int = 1
+    precision: torch.dtype = torch.bfloat16  # of products between hidden layers
+
+
+class SeedNetworks(nn.Module):
+    """G, E, D_x and D_z of all seeds; None where the arm has none."""
+
+    def __init__(self, arm: Arm, widths: Widths, data_dim: int, seeds: Sequence[int]) -> None:
+        super().__init__()
+        objective = OBJECTIVES[arm]
+        self.num_seeds = len(seeds)
+        self.prior = NormalPrior(widths.latent_dim)
+
+        def network(number: int, *layers: int, maxout: bool = False) -> SeedNetwork:
+            """Each network draws by itself, so that all arms of a seed begin with the same G."""
+            generators = [torch.Generator().manual_seed(4 * seed + number) for seed in seeds]
+            return SeedNetwork(layers, generators, maxout=maxout, precision=widths.precision)
+
+        hidden, latent_dim = [widths.generator] * 4, widths.latent_dim
+        judging, judging_latents = [widths.discriminator] * 3, [widths.latent_discriminator] * 3
+        self.generator = network(0, latent_dim, *hidden, data_dim)
+        self.encoder = self.image_discriminator = self.latent_discriminator = None
+        if objective.has_encoder:
+            self.encoder = network(1, data_dim, *hidden, latent_dim)
+        if objective.judges_images:
+            self.image_discriminator = network(
+                2, widths.packing * data_dim, *judging, 1, maxout=True
+            )
+        if objective.judges_latents:
+            self.latent_discriminator = network(3, latent_dim, *judging_latents, 1)
 
 
 def packed(rows: Tensor, num_seeds: int, count: int) -> Tensor:

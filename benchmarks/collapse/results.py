@@ -12,6 +12,7 @@ from benchmarks.machine import describe
 from pipelines.base.errors import UserError
 
 Row = dict[str, Any]
+Scores = dict[str, list[float]]  # one value a seed
 
 
 class Results:
@@ -36,7 +37,7 @@ class Results:
             write_json(self.file, self.report | {"rows": self.rows})
 
 
-def per_seed(scores: Iterable[dict[str, float]]) -> dict[str, list[float]]:
+def per_seed(scores: Iterable[dict[str, float]]) -> Scores:
     """The scores of all seeds, by name."""
     scores = list(scores)
     return {name: [round(score[name], 5) for score in scores] for name in scores[0]}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.collapse.mixture_table import score, settings_of
+from benchmarks.collapse.mixture_table import prepare, score
 from benchmarks.collapse.mixtures import MIXTURES, NUM_TRAINING_POINTS
 from benchmarks.collapse.results import Results, Row, mean_and_error, table
 from benchmarks.collapse.train import train
@@ -16,23 +16,20 @@ ARMS = ("gan", "aegan")
 
 def measure(options: Namespace) -> str:
     """Trains what is missing in the file of results, draws the picture, returns the table."""
-    mixture = MIXTURES["grid"]()
+    mixture, seeds = MIXTURES["grid"](), range(options.seeds)
     points = mixture.sample(NUM_TRAINING_POINTS, torch.Generator().manual_seed(0))
-    sizes = {
-        "generator_width": options.generator_width,
-        "learning_rate": options.learning_rate,
-    }
+    sizes = {"generator": options.generator_width, "learning_rate": options.learning_rate}
     stated = {"mixture": "grid", "form": "bce", "seeds": options.seeds, "steps": options.steps}
     results = Results(options.json, stated | sizes)
     for width in WIDTHS:
         for arm in ARMS:
             if results.find(arm=arm, discriminator_width=width):
                 continue
-            settings = settings_of("grid", arm, "bce", discriminator_width=width, **sizes)
-            (networks,) = train(points, settings, seeds=range(options.seeds), stops=[options.steps])
-            for source, scores in score(networks, mixture, points, options.seeds).items():
-                row = {"arm": arm, "discriminator_width": width, "samples_from": source}
-                results.add(row | scores)
+            networks, settings = prepare("grid", arm, "bce", seeds, discriminator=width, **sizes)
+            for steps in train(networks, points, settings, seeds=seeds, stops=[options.steps]):
+                row = {"arm": arm, "discriminator_width": width, "steps": steps}
+                for source, scores in score(networks, mixture, points).items():
+                    results.add(row | {"samples_from": source} | scores)
     if options.picture:
         draw(results.rows, options.picture)
     return as_table(results.rows)

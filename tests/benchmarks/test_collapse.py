@@ -1,18 +1,17 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.collapse.latents import fit, samples_from_prior
-from benchmarks.collapse.mixture_table import ARMS, FORMS, floor, settings_of
+from benchmarks.collapse.mixture_table import ARMS, FORMS, floor, prepare
 from benchmarks.collapse.mixtures import MIXTURES, grid, ring
 from benchmarks.collapse.networks import SeedNetwork, of_seed, packed
 from benchmarks.collapse.results import Results, mean_and_error
-from benchmarks.collapse.train import Batches, Networks, Trainer, flops_of_step, train
+from benchmarks.collapse.train import Batches, Trainer, flops_of_step, train
 from pipelines.base.errors import UserError
 
-SMALL = {"generator_width": 8, "discriminator_width": 6, "learning_rate": 1e-2}
+SMALL = {"generator": 8, "discriminator": 6, "learning_rate": 1e-2}
 POINTS = grid().sample(500, torch.Generator().manual_seed(0))
 
 
@@ -75,16 +74,14 @@ def test_packing_joins_samples_of_one_seed():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arm", ARMS)
 def test_seeds_trained_together_are_seeds_trained_alone(arm, form):
-    settings = replace(settings_of("grid", arm, form, **SMALL), precision=torch.float64)
-
     def weights(seeds: list[int]) -> list[torch.Tensor]:
-        trainer = Trainer(settings, 2, seeds)
-        trainer.networks.double()
+        networks, settings = prepare("grid", arm, form, seeds, **SMALL, precision=torch.float64)
+        trainer = Trainer(networks.double(), settings, len(seeds))
         batches = Batches(POINTS.double(), settings, seeds)
-        for _ in range(3):
+        for _ in range(3):  # of about .01 each
             x, z = batches.next()
             trainer.step(x, z.double())
-        return [parameter.detach() for parameter in trainer.networks.parameters()]
+        return [parameter.detach() for parameter in networks.parameters()]
 
     together, alone = weights([5, 1, 7]), weights([1])
     for of_three, of_one in zip(together, alone, strict=True):
@@ -93,34 +90,37 @@ def test_seeds_trained_together_are_seeds_trained_alone(arm, form):
 
 def test_all_arms_of_a_seed_begin_with_the_same_generator():
     generators = [
-        Networks(settings_of("grid", arm, "bce", **SMALL), 2, [3]).generator.state_dict()
+        prepare("grid", arm, "bce", [3], **SMALL)[0].generator.state_dict()
         for arm in ("gan", "aegan")
     ]
     for name, weight in generators[0].items():
         assert torch.equal(weight, generators[1][name])
 
 
-def test_training_that_stops_twice_goes_on_where_it_stopped():
-    settings = settings_of("grid", "aegan", "bce", **SMALL)
-    in_two = [
-        samples_from_prior(networks, 5, 2)
-        for networks in train(POINTS, settings, seeds=[0, 1], stops=[2, 4])
-    ]
-    (at_once,) = train(POINTS, settings, seeds=[0, 1], stops=[4])
-    assert not torch.equal(in_two[0][0], in_two[1][0])
-    assert torch.equal(in_two[1][0], samples_from_prior(at_once, 5, 2)[0])
+def test_training_that_pauses_goes_on_where_it_was():
+    def samples_at(*stops: int) -> list[torch.Tensor]:
+        networks, settings = prepare("grid", "aegan", "bce", [0, 1], **SMALL)
+        return [
+            torch.cat(samples_from_prior(networks, 5))
+            for _ in train(networks, POINTS, settings, seeds=[0, 1], stops=stops)
+        ]
+
+    after_two, after_four = samples_at(2, 4)
+    assert not torch.equal(after_two, after_four)
+    assert torch.equal(after_four, samples_at(4)[0])
 
 
 def test_the_compute_of_a_step_is_counted_by_hand():
-    settings = replace(settings_of("grid", "gan", "bce", **SMALL), batch_size=10)
+    networks, settings = prepare("grid", "gan", "bce", [0], **SMALL)
     generator = 2 * 8 + 3 * 8 * 8 + 8 * 2
     discriminator = 2 * 30 + 2 * 6 * 30 + 6
-    products = {  # forward, gradient of weights, gradient of inputs; first layers need no last
-        "G": 10 * (3 * generator - 2 * 8),
-        "D on x and x_hat": 20 * (3 * discriminator - 2 * 30),
-        "D for G": 10 * 2 * discriminator,
+    batch_size = 100
+    products = {  # forward, gradients of weights and of inputs; the last not where data come in
+        "G": batch_size * (3 * generator - 2 * 8),
+        "D on x and x_hat": 2 * batch_size * (3 * discriminator - 2 * 30),
+        "D for G": batch_size * 2 * discriminator,
     }
-    assert flops_of_step(settings, POINTS) == 2 * sum(products.values())
+    assert flops_of_step(networks, POINTS, settings) == 2 * sum(products.values())
 
 
 def test_the_fitted_density_has_as_many_components_as_held_out_codes_ask_for():
