@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.collapse import __doc__ as usage
-from benchmarks.collapse import mixture_table, weak
+from benchmarks.collapse import digits, lines, mixture_table, weak
 from benchmarks.collapse.mixtures import MIXTURES
 from pipelines.base.errors import run_stage
 
@@ -22,16 +22,28 @@ def main() -> None:
         command = commands.add_parser(name, help="modes and quality of every arm")
         command.add_argument("--arms", nargs="+", default=list(mixture_table.ARMS))
         command.add_argument("--forms", nargs="+", default=list(mixture_table.FORMS))
+        command.add_argument("--generator-width", type=int, default=400)
         command.add_argument("--discriminator-width", type=int, default=200)
-        command.set_defaults(measure=mixture_table.measure)
+        command.set_defaults(measure=mixture_table.measure, learning_rate=1e-4)
     command = commands.add_parser("weak", help="the grid with ever narrower discriminators")
+    command.add_argument("--generator-width", type=int, default=400)
     command.add_argument("--picture", type=Path, help="where the modes are drawn")
-    command.set_defaults(measure=weak.measure)
+    command.set_defaults(measure=weak.measure, learning_rate=1e-4)
+    command = commands.add_parser("lines", help="interpolation on a known manifold")
+    command.add_argument("--base-channels", type=int, default=16)
+    command.set_defaults(measure=lines.measure, learning_rate=2e-4)
+    command = commands.add_parser("digits", help="stacked MNIST")
+    command.add_argument("--mnist", type=Path, required=True, help="folder of MNIST's four files")
+    command.add_argument("--form", choices=mixture_table.FORMS, default="bce")
+    command.add_argument("--filters", type=int, default=64, help="of generator and encoder")
+    command.add_argument("--discriminator-filters", type=int, default=64)
+    command.set_defaults(measure=digits.measure, learning_rate=2e-4)
     for command in commands.choices.values():
         command.add_argument("--seeds", type=int, default=10)
         command.add_argument("--steps", type=int, default=2000)
-        command.add_argument("--generator-width", type=int, default=400)
-        command.add_argument("--learning-rate", type=float, default=1e-4)
+        command.add_argument(
+            "--learning-rate", type=float, default=command.get_default("learning_rate")
+        )
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--json", type=Path, help="where the figures go, and go on")
     options = parser.parse_args()

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.collapse import digits, lines
 from benchmarks.collapse.latents import fit, samples_from_prior
 from benchmarks.collapse.mixture_table import ARMS, FORMS, floor, prepare
 from benchmarks.collapse.mixtures import MIXTURES, grid, ring
@@ -141,3 +142,62 @@ def test_results_go_on_in_their_file_and_refuse_another_experiment(tmp_path):
 def test_mean_and_standard_error_by_hand():
     assert mean_and_error([1.0, 3.0], 1) == "2.0 ± 1.0"
     assert mean_and_error([4.0], 2) == "4.00"
+
+
+def test_a_rendered_line_is_found_again_at_its_angle():
+    angles = lines.evenly_spaced(lines.NUM_RENDERED)[::999]
+    distance, found = lines.nearest(lines.render(angles))
+    assert distance.abs().max() < 1e-5
+    torch.testing.assert_close(found, angles)
+
+
+def test_a_line_points_where_its_angle_says():
+    right, up = lines.render(torch.tensor([0.0, math.pi / 2]))[:, 0] > 0
+    assert right[15:17, 16:31].all()
+    assert right.sum() == 2 * 15
+    assert up[1:16, 15:17].all()
+    assert up.sum() == 2 * 15
+
+
+def test_both_numbers_of_the_lines_count():
+    scores = lines.references()
+    assert scores["true path"]["distance"] < 1e-5
+    assert scores["true path"]["smoothness"] < 0.02
+    assert scores["abrupt switch"]["distance"] < 1e-5
+    assert scores["abrupt switch"]["smoothness"] == pytest.approx(1 - 1 / 15, abs=1e-4)
+    assert scores["pixel blend"]["distance"] > 5e-3
+
+
+def test_the_mode_of_a_stack_is_the_number_its_digits_make():
+    class Brightness(torch.nn.Module):
+        """Takes the value of the first pixel for the digit."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 10)
+
+    images = torch.zeros(2, 3, 28, 28)
+    images[0, :, 0, 0] = torch.tensor([4.0, 0.0, 7.0])
+    images[1, :, 0, 0] = torch.tensor([0.0, 0.0, 9.0])
+    assert digits.mode_of(images, Brightness()).tolist() == [407, 9]
+
+
+def test_modes_and_divergence_of_stacks_by_hand():
+    score = digits.score(torch.tensor([407, 407, 407, 9]))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert score == {"modes": 2, "kl": pytest.approx(math.log(1000) - entropy)}
+
+
+def test_a_folder_without_mnist_is_named_with_the_cure(tmp_path):
+    with pytest.raises(UserError, match=r"holds no train-images.*; name the folder"):
+        digits.read_mnist(tmp_path, "train")
+
+
+@pytest.mark.parametrize("arm", digits.ARMS)
+def test_convolutional_networks_of_an_arm_train_on_stacks(arm):
+    stacks = torch.randint(256, (12, 3, 28, 28), dtype=torch.uint8)
+    networks = digits.Convolutional(arm, 2, 2)
+    before = networks.generator[0].weight.clone()
+    settings = digits.settings_of(arm, "bce", learning_rate=1e-3)
+    for _ in train(networks, stacks, settings, seeds=[0], stops=[1]):
+        assert not torch.equal(networks.generator[0].weight, before)
+    assert networks.generator(torch.zeros(1, digits.LATENT_DIM)).shape == (1, 3, 28, 28)
