@@ -148,7 +148,7 @@ def test_a_rendered_line_is_found_again_at_its_angle():
     angles = lines.evenly_spaced(lines.NUM_RENDERED)[::999]
     distance, found = lines.nearest(lines.render(angles))
     assert distance.abs().max() < 1e-5
-    torch.testing.assert_close(found, angles)
+    torch.testing.assert_close(found, angles, rtol=0, atol=2e-3)  # next-door lines look alike
 
 
 def test_a_line_points_where_its_angle_says():
