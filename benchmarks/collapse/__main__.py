@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from benchmarks.collapse import __doc__ as usage
 from benchmarks.collapse import digits, lines, mixture_table, weak
 from benchmarks.collapse.mixtures import MIXTURES
@@ -27,6 +25,7 @@ def main() -> None:
         command.set_defaults(measure=mixture_table.measure, learning_rate=1e-4)
     command = commands.add_parser("weak", help="the grid with ever narrower discriminators")
     command.add_argument("--generator-width", type=int, default=400)
+    command.add_argument("--widths", type=int, nargs="+", default=weak.WIDTHS)
     command.add_argument("--picture", type=Path, help="where the modes are drawn")
     command.set_defaults(measure=weak.measure, learning_rate=1e-4)
     command = commands.add_parser("lines", help="interpolation on a known manifold")
@@ -44,10 +43,8 @@ def main() -> None:
         command.add_argument(
             "--learning-rate", type=float, default=command.get_default("learning_rate")
         )
-        command.add_argument("--threads", type=int, default=1)
         command.add_argument("--json", type=Path, help="where the figures go, and go on")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     print(options.measure(options))
 
 

@@ -21,7 +21,7 @@ def measure(options: Namespace) -> str:
     sizes = {"generator": options.generator_width, "learning_rate": options.learning_rate}
     stated = {"mixture": "grid", "form": "bce", "seeds": options.seeds, "steps": options.steps}
     results = Results(options.json, stated | sizes)
-    for width in WIDTHS:
+    for width in options.widths:
         for arm in ARMS:
             if results.find(arm=arm, discriminator_width=width):
                 continue
@@ -30,9 +30,10 @@ def measure(options: Namespace) -> str:
                 row = {"arm": arm, "discriminator_width": width, "steps": steps}
                 for source, scores in score(networks, mixture, points).items():
                     results.add(row | {"samples_from": source} | scores)
+    rows = sorted(results.rows, key=lambda row: row["discriminator_width"])
     if options.picture:
-        draw(results.rows, options.picture)
-    return as_table(results.rows)
+        draw(rows, options.picture)
+    return as_table(rows)
 
 
 def as_table(rows: list[Row]) -> str:
@@ -45,7 +46,7 @@ def as_table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Modes over width, mean and standard error over seeds."""
+    """Modes over width, mean and standard error over seeds; rows by width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -65,7 +66,8 @@ def draw(rows: list[Row], file: Path) -> None:
         )
     axes.axhline(25, color="gray", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    axes.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+    widths = sorted({row["discriminator_width"] for row in rows})
+    axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
     axes.set_ylim(0, 26)
     axes.set_xlabel("maxout units in each of the image discriminator's three layers")

@@ -1,9 +1,11 @@
+import json
 import math
 
 import pytest
 import torch
 
 from benchmarks.collapse import digits, lines
+from benchmarks.collapse.__main__ import main
 from benchmarks.collapse.latents import fit, samples_from_prior
 from benchmarks.collapse.mixture_table import ARMS, FORMS, floor, prepare
 from benchmarks.collapse.mixtures import MIXTURES, grid, ring
@@ -201,3 +203,28 @@ def test_convolutional_networks_of_an_arm_train_on_stacks(arm):
     for _ in train(networks, stacks, settings, seeds=[0], stops=[1]):
         assert not torch.equal(networks.generator[0].weight, before)
     assert networks.generator(torch.zeros(1, digits.LATENT_DIM)).shape == (1, 3, 28, 28)
+
+
+def test_the_command_writes_every_row_once_and_prints_them_beside_the_floor(
+    tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "grid.json"
+    sizes = "--seeds 2 --steps 2 --generator-width 8 --discriminator-width 6"
+    command = f"collapse grid {sizes} --forms bce --arms gan aegan --json {file}"
+    monkeypatch.setattr("sys.argv", command.split())
+    for _ in range(2):
+        main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["arm"], row["samples_from"]) for row in rows] == [
+        ("gan", "prior"),
+        ("gan", "prior"),  # with as much compute as aegan
+        ("aegan", "prior"),
+        ("aegan", "fitted"),
+    ]
+    steps, more_steps = (row["steps"] for row in rows[:2])
+    assert (steps, rows[2]["steps"]) == (2, 2)
+    assert more_steps > 2
+    assert rows[1]["teraflop_per_seed"] == pytest.approx(rows[2]["teraflop_per_seed"], rel=0.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (2 + 4 + 1)
+    assert "perfect sampler" in lines[-1]
