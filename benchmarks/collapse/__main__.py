@@ -18,8 +18,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name in MIXTURES:
         command = commands.add_parser(name, help="modes and quality of every arm")
-        command.add_argument("--arms", nargs="+", default=list(mixture_table.ARMS))
-        command.add_argument("--forms", nargs="+", default=list(mixture_table.FORMS))
+        command.add_argument(
+            "--arms", nargs="+", choices=mixture_table.ARMS, default=[*mixture_table.ARMS]
+        )
+        command.add_argument(
+            "--forms", nargs="+", choices=mixture_table.FORMS, default=[*mixture_table.FORMS]
+        )
         command.add_argument("--generator-width", type=int, default=400)
         command.add_argument("--discriminator-width", type=int, default=200)
         command.set_defaults(measure=mixture_table.measure, learning_rate=1e-4)
