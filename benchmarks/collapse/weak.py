@@ -55,7 +55,9 @@ def draw(rows: list[Row], file: Path) -> None:
     series["AEGAN, fitted density"] = ("aegan", "fitted")
     for label, (arm, source) in series.items():
         found = [row for row in rows if (row["arm"], row["samples_from"]) == (arm, source)]
-        modes = torch.tensor([row["modes"] for row in found])  # [widths, seeds]
+        modes = torch.tensor(
+            [row["modes"] for row in found], dtype=torch.float64
+        )  # [widths, seeds]
         axes.errorbar(
             [row["discriminator_width"] for row in found],
             modes.mean(1),
@@ -73,4 +75,4 @@ def draw(rows: list[Row], file: Path) -> None:
     axes.set_xlabel("maxout units in each of the image discriminator's three layers")
     axes.set_ylabel("modes of 25 found")
     axes.legend(loc="lower right")
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=150)

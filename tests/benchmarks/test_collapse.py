@@ -228,3 +228,15 @@ def test_the_command_writes_every_row_once_and_prints_them_beside_the_floor(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (2 + 4 + 1)
     assert "perfect sampler" in lines[-1]
+
+
+def test_the_series_is_drawn_and_listed_by_width(tmp_path, monkeypatch, capsys):
+    file, picture = tmp_path / "weak.json", tmp_path / "weak.png"
+    sizes = "--seeds 2 --steps 1 --generator-width 8 --widths 6 3"
+    monkeypatch.setattr(
+        "sys.argv", f"collapse weak {sizes} --json {file} --picture {picture}".split()
+    )
+    main()
+    widths = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert widths == ["3"] * 3 + ["6"] * 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
