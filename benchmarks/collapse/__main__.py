@@ -26,6 +26,7 @@ def main() -> None:
         )
         command.add_argument("--generator-width", type=int, default=400)
         command.add_argument("--discriminator-width", type=int, default=200)
+        command.add_argument("--lambdas", type=float, nargs=2, help="of image and latent")
         command.set_defaults(measure=mixture_table.measure, learning_rate=1e-4)
     command = commands.add_parser("weak", help="the grid with ever narrower discriminators")
     command.add_argument("--generator-width", type=int, default=400)

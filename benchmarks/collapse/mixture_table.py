@@ -32,11 +32,18 @@ BATCH_SIZE, BETA1 = 100, 0.8  # the protocol's
 
 
 def prepare(
-    mixture: str, arm: str, form: str, seeds: Sequence[int], *, learning_rate: float, **widths: Any
+    mixture: str,
+    arm: str,
+    form: str,
+    seeds: Sequence[int],
+    *,
+    learning_rate: float,
+    lambdas: tuple[float, float] | None = None,
+    **widths: Any,
 ) -> tuple[SeedNetworks, Settings]:
     """The networks of one row of a table, and how they are trained."""
     arm_of_objective, packing = ARMS[arm]
-    image, latent = LAMBDAS[mixture]
+    image, latent = lambdas or LAMBDAS[mixture]
     loss = LossConfig(
         lambda_image_reconstruction=image,
         lambda_latent_reconstruction=latent,
@@ -69,9 +76,10 @@ def measure(options: Namespace) -> str:
         "generator": options.generator_width,
         "discriminator": options.discriminator_width,
         "learning_rate": options.learning_rate,
+        "lambdas": options.lambdas or LAMBDAS[name],
     }
     stated = {"mixture": name, "seeds": options.seeds, "steps": options.steps, "forms": FORMS}
-    stated |= {"latent_dim": LATENT_DIM[name], "lambdas": LAMBDAS[name]} | sizes
+    stated |= {"latent_dim": LATENT_DIM[name]} | sizes
     results = Results(options.json, stated, floor=floor(mixture, options.seeds))
 
     def flops(arm: str, form: str) -> int:
