@@ -6,6 +6,7 @@ Networks are the `demo` ones of `aegan.networks`, the loop is that of the mixtur
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def held_out_angles() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def paths_of(model: AEGAN, join) -> Tensor:
+def paths_of(model: AEGAN, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """Images between the codes of held-out lines, [P, T, 1, 32, 32]."""
     start, end = (model.encoder(render(angles)) for angles in held_out_angles())
     latents = join(start, end, torch.linspace(0, 1, NUM_FRAMES))

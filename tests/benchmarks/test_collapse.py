@@ -1,5 +1,6 @@
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -240,3 +241,16 @@ def test_the_series_is_drawn_and_listed_by_width(tmp_path, monkeypatch, capsys):
     widths = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert widths == ["3"] * 3 + ["6"] * 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("join", lines.PATHS.values(), ids=lines.PATHS)
+def test_a_path_of_lines_begins_and_ends_with_the_reconstructions_of_its_ends(join):
+    options = Namespace(base_channels=1, learning_rate=1e-3, steps=1)
+    data = lines.render(lines.evenly_spaced(40))
+    model = lines.train_model("aegan", data, 0, options)
+    paths = lines.paths_of(model, join)
+    assert paths.shape == (256, 16, 1, 32, 32)
+    for frame, angles in zip((0, -1), lines.held_out_angles(), strict=True):
+        with torch.no_grad():
+            expected = model.generator(model.encoder(lines.render(angles)))
+        torch.testing.assert_close(paths[:, frame], expected, rtol=0, atol=1e-4)
