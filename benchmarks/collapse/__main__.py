@@ -24,15 +24,15 @@ def main() -> None:
         command.add_argument(
             "--forms", nargs="+", choices=mixture_table.FORMS, default=[*mixture_table.FORMS]
         )
-        command.add_argument("--generator-width", type=int, default=400)
         command.add_argument("--discriminator-width", type=int, default=200)
-        command.add_argument("--lambdas", type=float, nargs=2, help="of image and latent")
         command.set_defaults(measure=mixture_table.measure, learning_rate=1e-4)
     command = commands.add_parser("weak", help="the grid with ever narrower discriminators")
-    command.add_argument("--generator-width", type=int, default=400)
     command.add_argument("--widths", type=int, nargs="+", default=weak.WIDTHS)
     command.add_argument("--picture", type=Path, help="where the modes are drawn")
     command.set_defaults(measure=weak.measure, learning_rate=1e-4)
+    for command in commands.choices.values():
+        command.add_argument("--generator-width", type=int, default=400)
+        command.add_argument("--lambdas", type=float, nargs=2, help="of image and latent")
     command = commands.add_parser("lines", help="interpolation on a known manifold")
     command.add_argument("--base-channels", type=int, default=16)
     command.set_defaults(measure=lines.measure, learning_rate=2e-4)

@@ -27,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "relativistic": {"adversarial": "relativistic", "gamma": 0.1},
 }
 LATENT_DIM = {"ring": 2, "grid": 2, "1200d": 8}
-LAMBDAS = {"ring": (0.1, 0.01), "grid": (0.1, 0.01), "1200d": (10.0, 1.0)}  # of image and latent
+LAMBDAS = {"ring": (1.0, 0.1), "grid": (1.0, 0.1), "1200d": (10.0, 1.0)}  # of image and latent
 BATCH_SIZE, BETA1 = 100, 0.8  # the protocol's
 
 

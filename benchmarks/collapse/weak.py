@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.collapse.mixture_table import prepare, score
+from benchmarks.collapse.mixture_table import LAMBDAS, prepare, score
 from benchmarks.collapse.mixtures import MIXTURES, NUM_TRAINING_POINTS
 from benchmarks.collapse.results import Results, Row, mean_and_error, table
 from benchmarks.collapse.train import train
@@ -18,7 +18,11 @@ def measure(options: Namespace) -> str:
     """Trains what is missing in the file of results, draws the picture, returns the table."""
     mixture, seeds = MIXTURES["grid"](), range(options.seeds)
     points = mixture.sample(NUM_TRAINING_POINTS, torch.Generator().manual_seed(0))
-    sizes = {"generator": options.generator_width, "learning_rate": options.learning_rate}
+    sizes = {
+        "generator": options.generator_width,
+        "learning_rate": options.learning_rate,
+        "lambdas": options.lambdas or LAMBDAS["grid"],
+    }
     stated = {"mixture": "grid", "form": "bce", "seeds": options.seeds, "steps": options.steps}
     results = Results(options.json, stated | sizes)
     for width in options.widths:
