@@ -54,12 +54,12 @@ def score(paths: Tensor) -> dict[str, float]:
     """Mean distance and smoothness of paths of images, [P, T, 1, 32, 32].
 
     Smoothness is the largest step of the angle as a share of the whole way, less what it is if all
-    steps are equal; a path whose ends have the same angle says nothing of it.
+    steps are equal; a path that leads nowhere counts as one step.
     """
     distance, angles = (values.view(paths.shape[:2]) for values in nearest(paths.flatten(0, 1)))
     steps = torch.remainder(angles.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
     way = steps.sum(1).abs()
-    largest = steps.abs().amax(1)[way > 1e-4] / way[way > 1e-4]
+    largest = torch.where(way > 1e-4, steps.abs().amax(1) / way, 1)
     return {
         "distance": float(distance.mean()),
         "smoothness": float(largest.mean()) - 1 / (paths.shape[1] - 1),

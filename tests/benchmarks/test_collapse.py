@@ -254,3 +254,8 @@ def test_a_path_of_lines_begins_and_ends_with_the_reconstructions_of_its_ends(jo
         with torch.no_grad():
             expected = model.generator(model.encoder(lines.render(angles)))
         torch.testing.assert_close(paths[:, frame], expected, rtol=0, atol=1e-4)
+
+
+def test_a_path_that_leads_nowhere_has_the_smoothness_of_a_switch():
+    still = lines.render(torch.tensor([1.0]))[None].repeat(2, 16, 1, 1, 1)
+    assert lines.score(still)["smoothness"] == pytest.approx(1 - 1 / 15)
