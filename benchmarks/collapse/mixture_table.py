@@ -133,7 +133,7 @@ def as_table(rows: list[Row], floor: Scores) -> str:
     headings = ["form", "arm", "steps", "TFLOP a seed", "samples from"]
     lines = [
         [
-            *(row["form"], row["arm"], f"{row['steps']:,}", f"{row['teraflop_per_seed']:.1f}"),
+            *(row["form"], row["arm"], f"{row['steps']:,}", f"{row['teraflop_per_seed']:.2f}"),
             *(row["samples_from"], *shown(row)),
         ]
         for row in rows
