@@ -11,7 +11,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -37,8 +37,39 @@ Count = Annotated[int, Ge(1), Le(MOST)]
 CountOrNone = Annotated[int, Ge(0), Le(MOST)]
 Weight = Annotated[float, Ge(0), Le(MOST)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Width = Annotated[int, Interval(ge=1, le=2**16)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Stands in place of a number that changes while a training goes on (docs/training.md).
+
+    `aegan.schedules` says which number at which moment; losses and optimisers only see numbers.
+    """
+
+    schedule: Literal["linear", "cosine", "exponential"]
+    start: float  # both within the setting's own bounds
+    end: float  # from `images` on; of an exponential one, its floor
+    # Images shown on the way from start to end; of an exponential one, those that halve it.
+    images: CountOrNone  # 0: all of the training, which can then not be made longer
+
+    def misfits(self) -> Iterator[str]:
+        if self.schedule == "exponential" and not self.images:
+            yield "exponential needs the images that halve it, as in images: 100000"
+        if self.schedule == "exponential" and self.end > self.start:
+            yield f"exponential falls from start, {self.start:g}, so end must be at most that"
+
+
+class _Schedulable:
+    """Beside the type of a number: a Schedule may stand in its place."""
+
+
+SCHEDULABLE = _Schedulable()
+ScheduledWeight = Annotated[Weight, SCHEDULABLE]
+ScheduledFraction = Annotated[Fraction, SCHEDULABLE]
+ScheduledProbability = Annotated[Probability, SCHEDULABLE]
 
 
 @dataclass(frozen=True)
@@ -113,27 +144,81 @@ class PreprocessConfig:
             )
 
 
+# A key of aegan.priors.PRIORS, and its size.
+_PART = r"(normal|uniform|sphere|bernoulli|categorical|label)(?:\((\d{1,5})\))?"
+
+
+def prior_parts(prior: str, latent_dim: int) -> list[tuple[str, int]]:
+    """Names and sizes of a prior's parts, in order; raises ConfigError unless they fit latent_dim.
+
+    One part may leave out its size: it takes the dimensions that the others leave.
+    """
+    found = re.findall(_PART, prior)
+    stated = sum(int(size) for _, size in found if size)
+    unsized = sum(not size for _, size in found)
+    rest = latent_dim - stated
+    said = f"model.prior is {written(prior)}"
+    if unsized > 1:
+        raise ConfigError(f"{said}; only one part may leave out its size, as in normal(2)")
+    if rest < unsized or (rest and not unsized):
+        raise ConfigError(
+            f"{said}, whose sizes make {stated}, and model.latent_dim is {latent_dim}; it must be "
+            f"{f'more than {stated}' if unsized else stated}"
+        )
+    parts = [(name, int(size or rest)) for name, size in found]
+    if [name for name, _ in parts].count("label") > 1:
+        raise ConfigError(f"{said}; an image has one class, so only one part may be label")
+    least = {"sphere": 2, "categorical": 2, "label": 2}
+    for name, size in parts:
+        if size < least.get(name, 1):
+            raise ConfigError(f"{said}; {name} must have {least.get(name, 1)} dimensions or more")
+    return parts
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The four networks."""
+    """The four networks, and the distribution of latents that they are trained for."""
 
     architecture: Architecture
-    latent_dim: Width
+    latent_dim: Width  # params.yaml may say auto: the training images' intrinsic dimension
+    prior: Annotated[
+        str,
+        Predicate(re.compile(rf"{_PART}(?: \* {_PART})*").fullmatch),
+        "normal, uniform, sphere, bernoulli, categorical or label, or a product of them, as in "
+        "categorical(10) * normal(6)",
+    ]
     base_channels: Width  # width of the generator's last stage; the others follow
+
+    def misfits(self) -> Iterator[str]:
+        prior_parts(self.prior, self.latent_dim)
+        yield from ()
+
+    @property
+    def num_classes(self) -> int:
+        """Of the images, whose class is a part of their latents; 0: it is none."""
+        return dict(prior_parts(self.prior, self.latent_dim)).get("label", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights and form of the objective (docs/method.md)."""
 
-    lambda_image_reconstruction: Weight  # weight of |x - x_tilde|
-    lambda_latent_reconstruction: Weight  # weight of (z - z_tilde)^2
-    lambda_image_adversarial: Weight
-    lambda_latent_adversarial: Weight
-    adversarial: Literal["bce", "relativistic"]
-    real_target: Annotated[float, Interval(ge=0, le=1)]  # of discriminators, in the `bce` form
+    lambda_image_reconstruction: ScheduledWeight  # weight of |x - x_tilde|
+    lambda_latent_reconstruction: ScheduledWeight  # weight of (z - z_tilde)^2, or the prior's own
+    # Of each fake: its weight in the loss of G and E, and its share in its discriminator's mean.
+    lambda_x_hat_adversarial: ScheduledWeight
+    lambda_x_tilde_adversarial: ScheduledWeight
+    lambda_z_hat_adversarial: ScheduledWeight
+    lambda_z_tilde_adversarial: ScheduledWeight
+    adversarial: Literal["bce", "relativistic", "hinge", "least_squares"]
+    # Of discriminators, in the forms `bce` and `least_squares`.
+    real_target: Annotated[float, Interval(ge=0, le=1)]
     fake_target: Annotated[float, Interval(ge=0, le=1)]
-    gamma: Weight  # weight of the R1 and R2 gradient penalties; 0 switches them off
+    # Of the R1 and R2 gradient penalties of D_x and of D_z; 0 switches them off.
+    gamma_image: ScheduledWeight
+    gamma_latent: ScheduledWeight
+    # Images that D_x judges at once (PacGAN); 1: each on its own. The arm `gan` only.
+    packing: Annotated[int, Interval(ge=1, le=64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +231,18 @@ class TrainingConfig:
     batch_size: Count  # over all workers
     update_rule: Literal["shared", "reference"]  # one batch for all updates, or the author's rounds
     precision: Precision  # of the networks' products; tf32 is float32 anywhere but on a GPU
-    learning_rate: Weight  # of encoder and generator
-    discriminator_learning_rate: Weight
-    beta1: Fraction
-    beta2: Fraction
+    learning_rate: ScheduledWeight  # of encoder and generator
+    discriminator_learning_rate: ScheduledWeight
+    beta1: ScheduledFraction
+    beta2: ScheduledFraction
     max_gradient_norm: Weight  # of each variable; 0 switches clipping off
     ema_half_life_images: Weight
     horizontal_flip: bool
+    augmentation_probability: (
+        ScheduledProbability  # of each kind of change to what D_x sees; 0: none
+    )
+    augmentation_target: Fraction  # of ADA's r_t, which the probability follows; 0: it stays
+    augmentation_images: Count  # shown while a probability that follows goes from 0 to 1
     seed: Seed
     reader: Literal["resident", "streamed"]  # whole split in memory, or row groups as they come
     log_interval_steps: Count
@@ -171,36 +261,109 @@ class TrainConfig:
     training: TrainingConfig
 
     def misfits(self) -> Iterator[str]:
-        plain = (self.loss.adversarial, self.loss.gamma) == ("bce", 0)
-        if self.training.update_rule == "reference" and not plain:
-            yield "training.update_rule: reference needs loss.adversarial: bce and loss.gamma: 0"
+        penalties = (self.loss.gamma_image, self.loss.gamma_latent) != (0, 0)
+        paired = self.loss.adversarial == "relativistic" or penalties
+        if self.training.update_rule == "reference" and paired:
+            yield (
+                "training.update_rule: reference shows real ones and fakes in turn; it needs "
+                "loss.gamma_image: 0, loss.gamma_latent: 0 and loss.adversarial: bce, hinge or "
+                "least_squares"
+            )
+        packing, batch_size = self.loss.packing, self.training.batch_size
+        if packing > 1 and self.training.arm != "gan":
+            yield (
+                f"loss.packing is {packing}, but reconstructions are judged one by one: it needs "
+                "training.arm: gan"
+            )
+        options = self.training
+        augmented = options.augmentation_probability != 0 or options.augmentation_target > 0
+        if packing > 1 and augmented:
+            yield f"loss.packing is {packing}, but augmentation changes images one by one; use one"
+        if isinstance(options.augmentation_probability, Schedule) and options.augmentation_target:
+            yield (
+                "training.augmentation_probability is a schedule, but with augmentation_target it "
+                "follows D_x: give it the number to begin with"
+            )
+        if packing > 1 and self.model.num_classes:
+            yield (
+                f"loss.packing is {packing}, but a pack has no class: take label out of model.prior"
+            )
+        if batch_size % packing:
+            yield (
+                f"training.batch_size is {batch_size}; it must be a multiple of loss.packing, "
+                f"{packing}"
+            )
 
 
-def check_batch_size(batch_size: int, *, images: int, workers: int = 1) -> None:
-    """Raise ConfigError unless the training images fill a batch, and each worker has a share."""
+def check_batch_size(batch_size: int, *, images: int, workers: int = 1, packing: int = 1) -> None:
+    """Raise ConfigError unless the training images fill a batch, and each worker has a share, of
+    whole packs.
+    """
     if images < batch_size:
         cure = f", or -S training.batch_size={1 << images.bit_length() - 1}" if images else ""
         raise ConfigError(
             f"training.batch_size is {batch_size}, but there are only {images} training images: "
             f"add images{cure}"
         )
-    if batch_size < workers:
+    if batch_size < workers * packing:
+        packs = f" times loss.packing, {packing}" if packing > 1 else ""
         raise ConfigError(
             f"training.batch_size is {batch_size}: it must be at least the number of workers, "
-            f"{workers}"
+            f"{workers}{packs}"
         )
 
 
-RENAMED = {"model.preset": "model.architecture"}  # settings that earlier versions wrote otherwise
+def check_classes(model: ModelConfig, classes: Sequence[str]) -> None:
+    """Raise ConfigError if the prior has a label of another number of classes than the images."""
+    wanted, found = model.num_classes, len(classes)
+    if wanted and not found:
+        raise ConfigError(
+            f"model.prior is {written(model.prior)}, but the images have no classes: put them into "
+            "one folder a class (docs/data.md), or take label out of model.prior"
+        )
+    if wanted and wanted != found:
+        raise ConfigError(
+            f"model.prior is {written(model.prior)}, but the images have {found} classes: write "
+            f"label({found}) and set model.latent_dim to {model.latent_dim + found - wanted}"
+        )
+
+
+# Settings that earlier versions wrote otherwise; one that was parted has several names now.
+RENAMED: dict[str, tuple[str, ...]] = {
+    "model.preset": ("model.architecture",),
+    "loss.lambda_image_adversarial": (
+        "loss.lambda_x_hat_adversarial",
+        "loss.lambda_x_tilde_adversarial",
+    ),
+    "loss.lambda_latent_adversarial": (
+        "loss.lambda_z_hat_adversarial",
+        "loss.lambda_z_tilde_adversarial",
+    ),
+    "loss.gamma": ("loss.gamma_image", "loss.gamma_latent"),
+}
+# Settings that earlier versions did not have, with the value that does what those did.
+ADDED: dict[str, Any] = {
+    "model.prior": "normal",
+    "loss.packing": 1,
+    "training.augmentation_probability": 0.0,
+    "training.augmentation_target": 0.0,
+    "training.augmentation_images": 100_000,
+}
 
 
 def with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A section as an earlier version wrote it, under the names of today."""
-    return {RENAMED.get(f"{section}.{key}", key).split(".")[-1]: v for key, v in values.items()}
+    """A section as an earlier version wrote it, as one of today."""
+    added = {name.split(".")[1]: v for name, v in ADDED.items() if name.startswith(f"{section}.")}
+    return added | {
+        name.split(".")[-1]: value
+        for key, value in values.items()
+        for name in RENAMED.get(f"{section}.{key}", (key,))
+    }
 
 
 # What says for how long a run goes on and how often it is looked at: no update depends on it, so it
-# may change while the run goes on. A schedule that depended on `num_steps` would end that.
+# may change while the run goes on. A schedule over all of the training ends that for `num_steps`:
+# such a run keeps its name, and its checkpoints refuse (`aegan.training.state`).
 CHANGEABLE = frozenset(
     {
         "num_steps",
@@ -273,7 +436,7 @@ class SearchRange:
 class TuneConfig:
     """The search for better settings of loss and optimisers (stage `tune`, docs/tuning.md)."""
 
-    search: dict[str, SearchRange]  # by the setting's name: loss.gamma, training.learning_rate, ...
+    search: dict[str, SearchRange]  # by the setting's name: loss.gamma_image, training.beta2, ...
     objective: Literal["frechet_distance", "image_reconstruction", "pareto"]
     num_trials: Count  # the settings of params.yaml are the first of them
     num_steps: Count  # of a trial that is not stopped early
@@ -300,7 +463,7 @@ class TuneConfig:
             f"{section}.{key}": hint
             for section in ("loss", "training")
             for key, hint in get_type_hints(SECTIONS[section], include_extras=True).items()
-            if _parts(hint)[0] is float
+            if parts(hint)[0] is float
         }
         for name, between in self.search.items():
             if name not in valid:
@@ -323,10 +486,16 @@ def check_search(start: TrainConfig, tune: TuneConfig) -> None:
         )
     if start.training.start_from:
         raise ConfigError("tune trains from random weights; empty training.start_from for it")
-    if start.training.update_rule == "reference" and "loss.gamma" in tune.search:
-        raise ConfigError("training.update_rule: reference has no loss.gamma to search")
+    penalties = sorted({"loss.gamma_image", "loss.gamma_latent"} & tune.search.keys())
+    if start.training.update_rule == "reference" and penalties:
+        raise ConfigError(f"training.update_rule: reference has no {penalties[0]} to search")
     for name, between in tune.search.items():
         value = operator.attrgetter(name)(start)
+        if isinstance(value, Schedule):
+            raise ConfigError(
+                f"tune.search has {name}, which is a schedule: give it a number, or take it out of "
+                "the search"
+            )
         if not between.low <= value <= between.high:
             raise ConfigError(
                 f"tune.search.{name} is {between.low:g} to {between.high:g}, but {name} itself, "
@@ -340,7 +509,7 @@ class EvaluateConfig:
 
     # Generated images, at most; half of the real ones are compared with the other half.
     num_samples: Annotated[int, Ge(2), Le(MOST)]
-    feature_weights: str  # Inception weights file; empty: fixed random features
+    feature_weights: str  # Inception weights file; empty: EfficientNet's, which are installed
     neighbours: Count  # k of precision, recall, density and coverage
     seed: Seed
 
@@ -352,7 +521,7 @@ class InterpolateConfig:
     num_pairs: Count
     # From one end to the other.
     num_frames: Annotated[int, Ge(2), "a path has two ends", Le(MOST)]
-    path: Literal["slerp", "linear"]
+    path: Literal["slerp", "linear"]  # slerp: the path of the model's prior
     seed: Seed
 
 
@@ -412,13 +581,18 @@ def check(config: Any, name: str | None = None) -> None:
     for key, hint in get_type_hints(type(config), include_extras=True).items():
         check_value(f"{name}.{key}".removeprefix("."), getattr(config, key), hint)
     for misfit in config.misfits() if hasattr(config, "misfits") else ():
-        raise ConfigError(misfit)
+        raise ConfigError(f"{name}: {misfit}" if isinstance(config, Schedule) else misfit)
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
     """Raise ConfigError, which begins with the name, unless a value is what a field may hold."""
-    kind, bounds = _parts(hint)
+    kind, bounds = parts(hint)
     said = f"{name} is {written(value)}"
+    if SCHEDULABLE in bounds and isinstance(value, Schedule):
+        check(value, name)
+        for end in ("start", "end"):
+            check_value(f"{name}.{end}", getattr(value, end), hint)
+        return
     if get_origin(kind) is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in get_args(kind)):
             raise ConfigError(f"{said}; allowed: {', '.join(map(str, get_args(kind)))}")
@@ -447,7 +621,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{said}; it must be {words}{because}")
 
 
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type, and the bounds and reasons beside it."""
     return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 

@@ -40,13 +40,15 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, *, metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file; a disk that refuses is an OSError, as with any other file."""
     from safetensors import SafetensorError  # here: a process that draws pictures loads no torch
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, file)
+        save_file(tensors, file, metadata)
     except SafetensorError as error:
         reason = re.search(r"os error (\d+)", str(error))
         if reason is None:

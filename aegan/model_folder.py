@@ -3,6 +3,7 @@
     config.json            sizes of the networks, how images become square, hashes of the weights
     ema.safetensors        averaged weights of generator and encoder
     weights.safetensors    those of the last step
+    latents.safetensors    the density of the averaged encoder's latents, if it has been fitted
 
 `format_version` in config.json grows when a field changes; every earlier version is read.
 Sizes are compared before anything of their size is allocated; nothing is unpickled.
@@ -11,6 +12,7 @@ Sizes are compared before anything of their size is allocated; nothing is unpick
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_in
 from torch import Tensor
 
-from aegan.config import ConfigError, ModelConfig, ValueRange, with_new_names
+from aegan.config import ConfigError, ModelConfig, ValueRange, check_classes, with_new_names
 from aegan.files import save_tensors, sha256_of, write_json
+from aegan.latent_density import LatentDensity, check_shapes, from_tensors, tensors_of
 from aegan.networks import AEGAN
 
 Weights = Literal["ema", "raw"]
 
 CONFIG = "config.json"
 FILES: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
-FORMAT_VERSION = 2  # 1: none was written, and model.architecture was called model.preset
+LATENTS = "latents.safetensors"
+# 1: none was written, and model.architecture was called model.preset; 2: had no model.prior and no
+# LATENTS.
+FORMAT_VERSION = 3
 FITS = ("crop", "pad")
 MAX_PARAMETERS = 2**30  # of generator and encoder: 4 GiB
 MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
@@ -54,10 +60,26 @@ def write(
     return config
 
 
+def add_latents(folder: Path, density: LatentDensity) -> None:
+    """Put the density of the averaged encoder's latents into a model's folder; raises OSError."""
+    metadata = {"classes": json.dumps(density.classes)}
+    save_tensors(tensors_of(density), folder / LATENTS, metadata=metadata)
+    config = read_description(folder / CONFIG)
+    config["sha256"][LATENTS] = sha256_of(folder / LATENTS)
+    write_json(folder / CONFIG, config)
+
+
+def files_of(description: dict[str, Any]) -> list[str]:
+    """The files of a model with this config.json, whoever wrote it."""
+    has_latents = _recorded_hash(description, LATENTS) is not None
+    return [CONFIG, *FILES.values(), *[LATENTS] * has_latents]
+
+
 def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
     """A trained model's generator and encoder, ready to use; raises ModelError.
 
-    `ema`: the averaged weights, which draw the better images; `raw`: those of the last step.
+    `ema`: the averaged weights, which draw the better images, with the density of their latents;
+    `raw`: those of the last step.
     """
     if weights not in FILES:
         raise ValueError(f"weights is {weights}; it must be one of {', '.join(FILES)}")
@@ -65,7 +87,9 @@ def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
     try:
         config = read_description(config_file)
         model = _build(config, config_file)
-        tensors = _read_weights(weights_file, model, _recorded_hash(config, weights_file))
+        tensors = _read_weights(weights_file, model, _recorded_hash(config, weights_file.name))
+        if weights == "ema" and LATENTS in files_of(config):
+            model.latent_density = _read_latents(Path(folder) / LATENTS, config, model.latent_dim)
     except OSError as error:
         reason = error.strerror or "unknown reason"
         raise ModelError(f"{error.filename or folder} cannot be read: {reason}") from None
@@ -94,7 +118,7 @@ def read_description(file: Path) -> dict[str, Any]:
             f"{file} has format_version {_shown(version)}, this version of aegan reads 1 to "
             f"{FORMAT_VERSION}: load it with the version that wrote it, or a newer one"
         )
-    if version == 1 and isinstance(config.get("model"), dict):
+    if version < FORMAT_VERSION and isinstance(config.get("model"), dict):
         config["model"] = with_new_names("model", config["model"])
     return config
 
@@ -112,6 +136,7 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     sizes = ModelConfig(
         architecture=field(networks, "architecture", str, "a name"),
         latent_dim=field(networks, "latent_dim", int, "a whole number"),
+        prior=field(networks, "prior", str, "a name"),
         base_channels=field(networks, "base_channels", int, "a whole number"),
     )
     unknown = networks.keys() - vars(sizes).keys()
@@ -126,6 +151,9 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     except ValueError:
         expected = "expected full or as in 0..4095"
         raise _damaged(file, f"value_range is {_shown(value_range)}, {expected}") from None
+    classes = field({"classes": []} | config, "classes", list, "a list of names")
+    if not all(isinstance(name, str) for name in classes):
+        raise _damaged(file, "classes holds something else than names")
     try:
         with torch.device("meta"):
             model = AEGAN(
@@ -135,43 +163,74 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
                 encoder=field(config, "has_encoder", bool, "true or false"),
                 discriminators=False,
             )
+        check_classes(sizes, classes)
     except ConfigError as error:
         raise _damaged(file, str(error)) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
     model.fit, model.value_range = fit, value_range
+    model.classes = tuple(classes) if sizes.num_classes else ()
     return model
 
 
-def _recorded_hash(config: dict[str, Any], file: Path) -> Any:
+def _recorded_hash(config: dict[str, Any], name: str) -> Any:
     """What config.json says of a file; None in a folder from before hashes were recorded."""
     hashes = config.get("sha256", {})
-    return hashes.get(file.name) if isinstance(hashes, dict) else hashes
+    return hashes.get(name) if isinstance(hashes, dict) else hashes
 
 
 def _read_weights(file: Path, model: AEGAN, recorded: Any) -> dict[str, Tensor]:
+    tensors, _ = _read_tensors(file, lambda found: _compare(found, model, file), recorded)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise _damaged(file, "weights that are not finite numbers")
+    return tensors
+
+
+def _read_latents(file: Path, config: dict[str, Any], latent_dim: int) -> LatentDensity:
+    try:
+        tensors, metadata = _read_tensors(
+            file,
+            lambda found: check_shapes(found, latent_dim=latent_dim),
+            _recorded_hash(config, LATENTS),
+        )
+        classes = json.loads(metadata.get("classes", "[]"))
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its classes are no list of names")
+        return from_tensors(tensors, classes)
+    except ModelError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from None
+
+
+Found = dict[str, tuple[str, list[int]]]  # name of a tensor => its type and shape
+
+
+def _read_tensors(
+    file: Path, check: Callable[[Found], None], recorded: Any
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, once `check` has passed what its header says, and its metadata."""
     _check_exists(file)
     with file.open("rb") as content:
         if int.from_bytes(content.read(8), "little") > MAX_HEADER_BYTES:
             raise _damaged(file, "no file of weights")
     try:
         with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-        _compare(found, model, file)
+        check(found)
         bytes_read = file.read_bytes()
         if recorded is not None and hashlib.sha256(bytes_read).hexdigest() != recorded:
             raise _damaged(file, f"its SHA-256 is not the one in {CONFIG}")
         tensors = tensors_in(bytes_read)
     except SafetensorError as error:
         raise _damaged(file, str(error)) from None
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise _damaged(file, "weights that are not finite numbers")
-    return tensors
+    return tensors, metadata
 
 
-def _compare(found: dict[str, tuple[str, list[int]]], model: AEGAN, file: Path) -> None:
+def _compare(found: Found, model: AEGAN, file: Path) -> None:
     """Refuse tensors other than those of the networks, by the first name that differs."""
     expected = {name: ("F32", list(value.shape)) for name, value in model.state_dict().items()}
     for name in sorted(found.keys() | expected.keys()):

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -23,9 +23,13 @@ from aegan.networks import AEGAN
 from aegan.pictures import to_pil
 from aegan.sampling import (
     MAX_SEED,
+    MAX_TEMPERATURE,
+    NO_DENSITY,
     InterpolationPath,
+    Latents,
     decode,
     decode_file,
+    default_latents,
     encode,
     interpolate,
     random_latents,
@@ -38,15 +42,27 @@ MAX_PIXELS = 4096 * 4096  # of one image received, and of a JPEG after its reduc
 MAX_WORK = 1 << 27  # of all images received together, as `work_of` counts: a few seconds
 MAX_LATENT = 1e6  # largest magnitude of a coordinate: beyond it float32 squares overflow
 MAX_SHOWN = 40  # characters of a request that an answer repeats
+MAX_NAMES = 50  # valid names in an answer
 
+NO_CLASSES: dict[Latents, str] = {
+    "prior": "this model's prior knows no classes",
+    "fitted": "no class of images has fitted latents",
+}
 COLUMNS = ("image", "latent")
 PARAMS: dict[str, tuple[str, ...]] = {  # operation => what else may stand beside it
-    "generate": ("count", "seed"),
+    "generate": ("count", "seed", "latents", "temperature", "label"),
     "encode": (),
     "reconstruct": (),
     "interpolate": ("num_frames", "path"),
 }
-DEFAULTS = {"count": 1, "seed": 0, "num_frames": 8, "path": "slerp"}
+DEFAULTS: dict[str, Any] = {
+    "count": 1,
+    "seed": 0,
+    "temperature": 1.0,
+    "num_frames": 8,
+    "path": "slerp",
+}
+SETTINGS = tuple(name for names in PARAMS.values() for name in names)
 FORMS = ("dataframe_records", "dataframe_split")
 
 Record = dict[str, Any]
@@ -165,7 +181,7 @@ def _read_params(params: Any) -> tuple[str, dict[str, Any]]:
     """The operation, and the other params that were given."""
     if not isinstance(params, Mapping):
         raise RequestError(f"params is {_shown(params)}; expected an object")
-    _check_names("param", params, ("operation", *DEFAULTS))
+    _check_names("param", params, ("operation", *SETTINGS))
     operation = params.get("operation")
     if "operation" not in params:
         raise RequestError(f"params.operation is missing; expected one of {', '.join(PARAMS)}")
@@ -217,8 +233,34 @@ def _generate(
         count = _whole_number(settings, "count", 1, MAX_ROWS)
         seed = _whole_number(settings, "seed", 0, MAX_SEED)
         _check_answer(model, count)
-        z = random_latents(count, model.latent_dim, seed=seed)
+        z = _draw(model, count, seed, settings)
     return to_records(images=decode(model, z), latents=z)
+
+
+def _draw(model: AEGAN, count: int, seed: int, settings: Mapping[str, Any]) -> Tensor:
+    """Random latents [count, latent_dim] of the prior or of the fitted density."""
+    allowed = get_args(Latents)
+    latents = cast(Latents, _one_of(settings, "latents", allowed, default_latents(model)))
+    density = model.latent_density
+    if latents == "fitted" and density is None:
+        raise RequestError(NO_DENSITY)
+    chosen: dict[str, Any] = {}
+    if "temperature" in settings:
+        chosen["temperature"] = temperature = settings["temperature"]
+        if latents == "prior":
+            raise RequestError("params.temperature is for latents: fitted, not for the prior")
+        if type(temperature) not in (int, float) or not 0 <= temperature <= MAX_TEMPERATURE:
+            raise RequestError(
+                f"params.temperature is {_shown(temperature)}; expected a number from 0 to "
+                f"{MAX_TEMPERATURE:g}"
+            )
+    if "label" in settings:
+        of_density = density.classes if density is not None else ()
+        classes = of_density if latents == "fitted" else model.classes
+        if not classes:
+            raise RequestError(f"params.label is given, but {NO_CLASSES[latents]}")
+        chosen["label"] = _one_of(settings, "label", classes)
+    return random_latents(model, count, seed=seed, latents=latents, **chosen)
 
 
 def _interpolate(
@@ -228,17 +270,16 @@ def _interpolate(
     pairs = len(values) - 1
     if pairs < 1:
         raise RequestError("interpolate needs two rows or more, all images or all latents")
-    path, allowed = settings.get("path", DEFAULTS["path"]), get_args(InterpolationPath)
-    if not isinstance(path, str) or path not in allowed:
-        raise RequestError(f"params.path is {_shown(path)}; {_expected(path, allowed)}")
+    path = _one_of(settings, "path", get_args(InterpolationPath), DEFAULTS["path"])
     num_frames = _whole_number(settings, "num_frames", 2, MAX_ROWS)
     _check_answer(model, pairs * num_frames)
     if column == "image":
         z = encode(model, read_images(values, model))
     else:
         z = read_latents(values, latent_dim=model.latent_dim)
-    path = cast(Literal["slerp", "linear"], path)
-    frames = interpolate(model, z[:-1], z[1:], num_frames=num_frames, path=path)
+    frames = interpolate(
+        model, z[:-1], z[1:], num_frames=num_frames, path=cast(InterpolationPath, path)
+    )
     return to_records(images=frames.flatten(0, 1))
 
 
@@ -328,6 +369,15 @@ def _whole_number(settings: Mapping[str, Any], name: str, lowest: int, highest: 
     return value
 
 
+def _one_of(
+    settings: Mapping[str, Any], name: str, allowed: Sequence[str], default: Any = None
+) -> str:
+    value = settings.get(name, default)
+    if not isinstance(value, str) or value not in allowed:
+        raise RequestError(f"params.{name} is {_shown(value)}; {_expected(value, allowed)}")
+    return value
+
+
 def _check_names(what: str, names: Iterable[Any], valid: Sequence[str]) -> None:
     for name in names:
         if name not in valid:
@@ -337,7 +387,8 @@ def _check_names(what: str, names: Iterable[Any], valid: Sequence[str]) -> None:
 def _expected(name: Any, valid: Sequence[str]) -> str:
     """The valid names, and which of them may be meant."""
     near = get_close_matches(str(name)[:MAX_SHOWN].lower(), valid, n=1)
-    return f"expected one of {', '.join(valid)}{f' (nearest: {near[0]})' if near else ''}"
+    some = ", ".join(valid[:MAX_NAMES])
+    return f"expected one of {some}{f' (nearest: {near[0]})' if near else ''}"
 
 
 def _shown(value: Any) -> str:

@@ -19,11 +19,18 @@ from aegan.arguments import as_tensor, described, type_name, whole_number
 from aegan.data.image_files import MAX_PIXELS, UnusableImageError, decode_image
 from aegan.networks import AEGAN
 from aegan.pixels import to_float, to_uint8
-from aegan.priors import Array, NormalPrior, lerp
+from aegan.priors import Array, lerp
 
 BATCH_SIZE = 256
 MAX_SEED = 2**63 - 1
 InterpolationPath = Literal["slerp", "linear"]
+Latents = Literal["prior", "fitted"]  # where random latents come from
+DEFAULT_LATENTS: Latents = "prior"  # of models that have both
+MAX_TEMPERATURE = 2.0
+NO_DENSITY = (
+    "this model has no fitted latents: it has no encoder, was trained before they were fitted, or "
+    "its raw weights were loaded; take latents: prior, or run the stage train again"
+)
 
 
 def read_images(
@@ -67,23 +74,75 @@ def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
         raise UnusableImageError(f"{path}: {error.strerror}") from None
 
 
-def random_latents(count: int, latent_dim: int, *, seed: int) -> Tensor:
-    """Prior draws z ~ N(0, I), [count, latent_dim]."""
-    count = whole_number("count", count, lowest=1)
-    latent_dim = whole_number("latent_dim", latent_dim, lowest=1)
-    seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
-    return NormalPrior(latent_dim).sample(count, torch.Generator().manual_seed(seed))
+def default_latents(model: AEGAN) -> Latents:
+    """Where a model's random latents come from if nothing else is said."""
+    return DEFAULT_LATENTS if model.latent_density else "prior"
 
 
-def sample(model: AEGAN, count: int, *, seed: int) -> Tensor:
-    """G(z) for fresh prior draws => uint8 [count, H, W, C]."""
+def random_latents(
+    model: AEGAN,
+    count: int,
+    *,
+    seed: int,
+    latents: Latents | None = None,
+    temperature: float | None = None,
+    label: int | str | None = None,
+) -> Tensor:
+    """Random latents, float32 [count, latent_dim].
+
+    `prior`: draws of the model's prior; `label` is the name or position of one of `model.classes`,
+    where the prior knows them. `fitted`: of the density of E(x) (`aegan.latent_density`), which
+    alone has a `temperature`, from 0 to 2 and usually 1 (below it likelier draws, at 0 the means of
+    its components); `label` is the name of a class of images. Raises ValueError.
+    """
     _check_model(model)
-    return decode(model, random_latents(count, model.latent_dim, seed=seed))
+    latents = default_latents(model) if latents is None else latents
+    if latents not in get_args(Latents):
+        raise ValueError(f"latents is {latents}; it must be one of {', '.join(get_args(Latents))}")
+    count = whole_number("count", count, lowest=1)
+    seed = whole_number("seed", seed, lowest=0, highest=MAX_SEED)
+    generator = torch.Generator().manual_seed(seed)
+    if latents == "prior":
+        if temperature is not None:
+            raise ValueError(
+                f"temperature is {temperature}; it is for latents: fitted, not for the prior"
+            )
+        z = model.prior.sample(count, generator)
+        if label is None:
+            return z
+        return model.prior.with_labels(z, torch.full((count,), _class_number(model, label)))
+    if model.latent_density is None:
+        raise ValueError(NO_DENSITY)
+    temperature = 1.0 if temperature is None else temperature
+    is_number = isinstance(temperature, int | float)
+    if not is_number or not 0 <= temperature <= MAX_TEMPERATURE:  # NaN compares false
+        raise ValueError(
+            f"temperature is {temperature}; expected a number from 0 to {MAX_TEMPERATURE:g}"
+        )
+    if label is not None and not isinstance(label, str):
+        raise ValueError(f"label is {label}; expected the name of a class")
+    return model.latent_density.sample(count, generator, temperature=temperature, label=label)
+
+
+def sample(
+    model: AEGAN,
+    count: int,
+    *,
+    seed: int,
+    latents: Latents | None = None,
+    temperature: float | None = None,
+    label: int | str | None = None,
+) -> Tensor:
+    """G(z) of `random_latents` with the same arguments => uint8 [count, H, W, C]."""
+    z = random_latents(
+        model, count, seed=seed, latents=latents, temperature=temperature, label=label
+    )
+    return decode(model, z)
 
 
 @torch.inference_mode()
 def encode(model: AEGAN, images: Array) -> Tensor:
-    """E(x) of uint8 [N, H, W, C] => float32 [N, latent_dim] on the CPU.
+    """E(x) of uint8 [N, H, W, C] => float32 [N, latent_dim] on the CPU, as the prior's draws are.
 
     Raises ValueError for a model without encoder.
     """
@@ -96,7 +155,8 @@ def encode(model: AEGAN, images: Array) -> Tensor:
     device = _weight(model).device
     flat = images.flatten(0, -4)
     batches = [encoder(to_float(batch.to(device))) for batch in flat.split(BATCH_SIZE)]
-    return torch.cat(batches).float().cpu().view(*images.shape[:-3], model.latent_dim)
+    latents = model.prior.given(torch.cat(batches).float().cpu())
+    return latents.view(*images.shape[:-3], model.latent_dim)
 
 
 @torch.inference_mode()
@@ -121,7 +181,8 @@ def interpolate(
 ) -> Tensor:
     """Images along paths between latents [N, latent_dim] => uint8 [N, num_frames, H, W, C].
 
-    The first and the last frame are the ends: `num_frames` is 2 or more.
+    The first and the last frame are the ends: `num_frames` is 2 or more. `slerp` is the path of
+    the model's prior: great circles of a normal one and of a sphere, straight lines of the others.
     """
     _check_model(model)
     if path not in get_args(InterpolationPath):
@@ -131,6 +192,17 @@ def interpolate(
     start = _batch("start", start, torch.float32, (model.latent_dim,))
     end = _batch("end", end, torch.float32, (model.latent_dim,))
     return decode(model, (model.prior.path if path == "slerp" else lerp)(start, end, steps))
+
+
+def _class_number(model: AEGAN, label: int | str) -> int:
+    where = model.prior.label
+    if where is None:
+        raise ValueError(f"label is {label}, but this model knows no classes (model.prior)")
+    if not isinstance(label, str):
+        return whole_number("label", label, lowest=0, highest=where.stop - where.start - 1)
+    if label not in model.classes:
+        raise ValueError(f"label is {label}; expected a name or position in model.classes")
+    return model.classes.index(label)
 
 
 def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) -> Tensor:

@@ -301,7 +301,7 @@ class Lab:
         model = replace(base.model, base_channels=shape.base_channels)
         loss = base.loss
         if shape.update_rule == "reference":  # which knows no gradient penalties
-            loss = replace(loss, adversarial="bce", gamma=0.0)
+            loss = replace(loss, adversarial="bce", gamma_image=0.0, gamma_latent=0.0)
         return replace(base, model=model, loss=loss, training=training), shards
 
     def _make_shards(self, preset: str, image_size: int) -> tuple[TrainConfig, Path]:

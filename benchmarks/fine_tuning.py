@@ -22,10 +22,11 @@ from aegan.config import TrainConfig
 from aegan.data import designed_faces
 from aegan.data.dataset import read_manifest
 from aegan.files import write_json
+from aegan.metrics.features import installed_features
 from aegan.training import loop, start
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
-from aegan.training.validation import validate
+from aegan.training.validation import Judge
 from benchmarks.machine import describe
 from pipelines.base import params
 from tests.shards import write_shards
@@ -63,7 +64,7 @@ def compare(folder: Path) -> list[Row]:
     write_shards(old, {"train": faces(LARGE), "validation": faces(100, start=LARGE)})
     some = new_kind(SMALL + 2 * JUDGES)
     write_shards(new, {"train": some[:SMALL], "validation": some[SMALL : SMALL + JUDGES]})
-    judges = torch.from_numpy(some[SMALL + JUDGES :])
+    judge = Judge(torch.from_numpy(some[SMALL + JUDGES :]), features=installed_features())
 
     first = shortened(config, num_steps=FIRST_STEPS, interval=FIRST_STEPS)
     train(first, old, folder / "first")
@@ -83,7 +84,7 @@ def compare(folder: Path) -> list[Row]:
                 export_model(RunFolder(run_folder).checkpoint(step), run_folder / "model")
                 for weights in ("ema", "raw"):
                     networks = aegan.load(run_folder / "model", weights=weights)
-                    scores = validate(networks, judges, seed=0)
+                    scores = judge.scores(networks, seed=0)
                     rows.append({"way": way, "seed": seed, "steps": step, "weights": weights})
                     rows[-1] |= {key.removeprefix("validation_"): scores[key] for key in scores}
     return rows

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 import aegan
 from aegan.config import Arm, ComputeConfig, TrainConfig
 from aegan.data.dataset import load_images
+from aegan.metrics.features import installed_features
 from aegan.training.state import export_model
-from aegan.training.validation import validate
+from aegan.training.validation import Judge
 from pipelines.base import params
 from pipelines.base.errors import run_stage
 from pipelines.train import RUNS, SHARDS, train
@@ -31,7 +32,9 @@ COLUMNS, SCALE, HEADING = 8, 2, 28
 
 def main() -> None:
     config = params.load(TrainConfig)
-    validation = torch.from_numpy(load_images(SHARDS, "validation"))
+    judge = Judge(
+        torch.from_numpy(load_images(SHARDS, "validation")), features=installed_features()
+    )
     pictures, scores = [], {}
     for arm, heading in ARMS.items():
         one = replace(config, training=replace(config.training, arm=arm))
@@ -39,7 +42,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             export_model(run.checkpoint(config.training.num_steps), Path(folder))
             model = aegan.load(folder)
-        scores[arm] = validate(model, validation, seed=0)
+        scores[arm] = judge.scores(model, seed=0)
         samples = aegan.sample(model, COLUMNS * COLUMNS, seed=0)
         pictures.append(_with_heading(aegan.grid(samples, columns=COLUMNS), heading))
     gap = np.full((pictures[0].shape[0], HEADING // 2, 3), 255, np.uint8)

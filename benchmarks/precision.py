@@ -21,10 +21,11 @@ import aegan
 from aegan.config import Precision
 from aegan.data.dataset import load_images
 from aegan.files import write_json
+from aegan.metrics.features import installed_features
 from aegan.training.loop import train
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
-from aegan.training.validation import validate
+from aegan.training.validation import Judge
 from benchmarks.machine import describe
 from benchmarks.speed import configuration, make_shards
 
@@ -49,6 +50,7 @@ def main() -> None:
         config, preprocessing = configuration("demo", folder)
         shards = make_shards(preprocessing, folder, options.images)
         validation = torch.from_numpy(load_images(shards, "validation"))
+        judge = Judge(validation, features=installed_features())
         for seed in range(options.seeds):
             for precision in precisions:
                 run = folder / f"{precision}-{seed}"
@@ -68,7 +70,7 @@ def main() -> None:
                 )
                 export_model(RunFolder(run).checkpoint(options.steps), run / "model")
                 model = aegan.load(run / "model")
-                scores[precision].append(validate(model, validation, seed=0))
+                scores[precision].append(judge.scores(model, seed=0))
                 print(precision, seed, scores[precision][-1], flush=True)
                 if seed == 0:
                     samples = aegan.sample(model, COLUMNS * COLUMNS, seed=0)

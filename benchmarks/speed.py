@@ -32,6 +32,7 @@ from aegan.config import (
 )
 from aegan.files import write_json
 from aegan.networks.layers import winograd_from
+from aegan.priors import make_prior
 from aegan.training.ema import update_ema
 from aegan.training.loop import train
 from aegan.training.run_folder import RunFolder
@@ -115,7 +116,7 @@ def _round_of(
 ) -> Callable[..., None]:
     training = replace(config.training, update_rule=form.rule, precision=form.precision)
     # The author's rule knows neither gradient penalties nor relativistic losses.
-    author = replace(config.loss, adversarial="bce", gamma=0.0)
+    author = replace(config.loss, adversarial="bce", gamma_image=0.0, gamma_latent=0.0)
     config = replace(
         config, training=training, loss=config.loss if form.rule == "shared" else author
     )
@@ -144,7 +145,7 @@ def batch(
     generator = torch.Generator().manual_seed(0)
     size, side = config.training.batch_size, sizes["image_size"]
     x = torch.rand(size, side, side, sizes["image_channels"], generator=generator) * 2 - 1
-    z = torch.randn(size, config.model.latent_dim, generator=generator)
+    z = make_prior(config.model.prior, config.model.latent_dim).sample(size, generator)
     x = x.permute(0, 3, 1, 2)
     return (x.contiguous() if plain else x).to(device), z.to(device)
 

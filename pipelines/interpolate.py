@@ -16,6 +16,7 @@ from aegan.config import InterpolateConfig, Split
 from aegan.data import dataset
 from aegan.files import write_json
 from aegan.pictures import enlarge, grid, save_animation, save_png
+from aegan.sampling import Latents
 from pipelines.base import locks, params
 from pipelines.base.errors import run_stage
 from pipelines.base.files import new_folder
@@ -58,6 +59,12 @@ CAPTIONS = {  # name: title, caption
     "samples": (
         "Random samples",
         "Images the generator made from random latent vectors, none picked by hand.",
+    ),
+    "fitted_samples": (
+        "Random samples of fitted latents",
+        "The same generator, but latent vectors drawn like those of the training images (from a "
+        "density that was fitted to them after training). Better than the samples above? Then "
+        "encoded images do not fill the latent space, and the generator knows only where they are.",
     ),
 }
 HELD_OUT = {"unseen": "real image the model was never trained on", "image": "held-out image"}
@@ -116,12 +123,16 @@ def real_images(
 
 
 def draw_samples(model: aegan.AEGAN, folder: Path, config: InterpolateConfig) -> None:
-    samples = aegan.sample(model, NUM_SAMPLES, seed=config.seed).numpy()
-    save_png(tiles(samples, columns=10), folder / "samples.png")
+    pictures: dict[Latents, str] = {"prior": "samples.png"}
+    if model.latent_density is not None:
+        pictures["fitted"] = "fitted_samples.png"
+    for latents, name in pictures.items():
+        samples = aegan.sample(model, NUM_SAMPLES, seed=config.seed, latents=latents)
+        save_png(tiles(samples.numpy(), columns=10), folder / name)
 
 
 def draw_random(model: aegan.AEGAN, folder: Path, config: InterpolateConfig) -> None:
-    latents = aegan.random_latents(2 * config.num_pairs, model.latent_dim, seed=config.seed + 1)
+    latents = aegan.random_latents(model, 2 * config.num_pairs, seed=config.seed + 1)
     start, end = latents.chunk(2)
     save_png(path_grid(model, start, end, config), folder / "random.png")
     save_moving(model, start, end, folder / "random.webp", config)

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from aegan.config import SPLITS, PreprocessConfig, Split, TrainingConfig, check_batch_size
+from aegan.data import intrinsic_dimension
 from aegan.files import sha256_of_json, write_json
 from aegan.pictures import grid, save_png
 from pipelines.base import identity, locks, params
@@ -94,12 +95,15 @@ def preprocess(
             of_files, warnings = _of_files(config, parts)
             statistics |= of_files
             statistics["warnings"] += warnings
+            statistics["intrinsic_dimension"] = _add_dimension(folder)
             write_json(reports / "statistics.json", statistics)
             _draw(kept.sheet, reports / "contact_sheet.png")
     log.info(
         "kept %d of %d files: %d train, %d validation, %d test",
         *(statistics[key] for key in ("kept", "files", *SPLITS)),
     )
+    if (dimension := statistics["intrinsic_dimension"]) is not None:
+        log.info("about %g numbers describe a training image: its intrinsic dimension", dimension)
     if reasons:
         told = summary(reasons, statistics["files"])
         log.info("%s, see %s", told, artifacts / "quarantine.csv")
@@ -460,6 +464,15 @@ def _of_files(config: PreprocessConfig, parts: list[Path]) -> tuple[dict[str, An
             f"preprocess.value_range: 0..{2**bits - 1}"
         )
     return statistics, warnings
+
+
+def _add_dimension(shards: Path) -> float | None:
+    """Estimate the training images' intrinsic dimension and note it in the manifest."""
+    dimension = intrinsic_dimension.of_shards(shards)
+    rounded = None if dimension is None else round(dimension, 1)
+    manifest = read_json(shards / "manifest.json", stage="preprocess")
+    write_json(shards / "manifest.json", manifest | {"intrinsic_dimension": rounded})
+    return rounded
 
 
 def _draw(images: list[np.ndarray], file: Path) -> None:

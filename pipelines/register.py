@@ -74,6 +74,12 @@ def collect() -> tracking.Record:
     }
     if start := run.get("start"):
         identity |= {"start_from": start["address"], "start_sha256": start["sha256"]}
+    for stage, measured_in in (
+        ("train", run.get("features")),
+        ("evaluate", scores.get("features")),
+    ):
+        if measured_in:
+            identity[f"{stage}/features"] = measured_in
     code = code_sha256(code_of(["pipelines.registry.model_from_code"]))
     settings = {**params.read(), **run["params"]}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]

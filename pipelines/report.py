@@ -60,6 +60,10 @@ CURVES = {  # column of curves.csv: title, what to look for
         "Distance between a latent vector and what the encoder reads off the image made from it. "
         "It should fall: every vector then has an image of its own.",
     ),
+    "label_prediction": (
+        "Classes",
+        "How badly the encoder tells the classes of training images. It should fall.",
+    ),
     "image_discriminator": (
         "Image discriminator",
         "The error of the judge of images. It should settle; near zero means it always wins and "
@@ -95,8 +99,23 @@ CURVES = {  # column of curves.csv: title, what to look for
     ),
     "validation_frechet_distance": (
         "Distance of samples",
-        "How far random samples are from held-out images as a whole (Fréchet distance on fixed "
-        "random features), at every checkpoint. The lower, the more alike and the more varied.",
+        "How far random samples are from held-out images as a whole (Fréchet distance of "
+        "features), at every checkpoint. The lower, the more alike and the more varied.",
+    ),
+    "validation_kernel_distance": (
+        "Distance of samples, unbiased",
+        "The same without a share that a finite number of images causes (kernel distance): 0 where "
+        "nothing tells samples from held-out images.",
+    ),
+    "augmentation_probability": (
+        "Augmentation",
+        "How often the judge of images sees them changed. It rises while the judge is too sure of "
+        "the training images.",
+    ),
+    "image_overfitting": (
+        "Sureness of the image judge",
+        "How much more often it takes a training image for real than not; near 1, it knows them by "
+        "heart. It should settle at training.augmentation_target.",
     ),
     "images_per_second": ("Images a second", "The speed of training."),
     "image_gradient_penalty": (
@@ -281,13 +300,18 @@ def draw_curves(file: Path) -> list[dict[str, Any]]:
                 points[name].append((float(row["step"]), float(value)))
     return [
         {
-            "title": CURVES.get(name, (name.replace("_", " ").capitalize(), ""))[0],
-            "explanation": CURVES.get(name, ("", ""))[1],
+            "title": CURVES[name][0] if name in CURVES else _title(name),
+            "explanation": CURVES[name][1] if name in CURVES else "",
             "last": values[-1][1],
             "drawing": draw_curve(np.array(values)),
         }
         for name, values in points.items()
     ]
+
+
+def _title(name: str) -> str:
+    """`training.learning_rate`, which was scheduled, => Learning rate"""
+    return name.rpartition(".")[2].replace("_", " ").capitalize()
 
 
 def draw_curve(points: np.ndarray) -> Markup:

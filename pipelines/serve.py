@@ -72,16 +72,17 @@ def load(address: str) -> tuple[aegan.AEGAN, dict[str, Any]]:
             model = aegan.load(folder)
         except aegan.ModelError as error:
             raise UserError(str(error)) from None
+        served = [model_folder.CONFIG, model_folder.FILES["ema"]]
+        served += [model_folder.LATENTS] * (model.latent_density is not None)
         return model, {
             "model": address if registered else folder.name,
-            "sha256": {
-                name: sha256_of(folder / name)
-                for name in (model_folder.CONFIG, model_folder.FILES["ema"])
-            },
+            "sha256": {name: sha256_of(folder / name) for name in served},
             "latent_dim": model.latent_dim,
+            "classes": model.classes,
             "image_size": model.image_size,
             "image_channels": model.image_channels,
             "has_encoder": model.encoder is not None,
+            "has_fitted_latents": model.latent_density is not None,
         }
 
 

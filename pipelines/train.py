@@ -22,7 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from aegan.config import ComputeConfig, TrainConfig, check_batch_size
+from aegan import schedules
+from aegan.config import ComputeConfig, TrainConfig, check_batch_size, check_classes
 from aegan.data.dataset import read_manifest
 from aegan.training import checkpoint
 from aegan.training.checkpoint import CheckpointError
@@ -60,7 +61,7 @@ def main() -> None:
     checks.before_training()
     with locks.hold("train"):
         folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
-        publish(folder, TRAIN)
+        publish(folder, TRAIN, shards=SHARDS)
     if folder.stop.exists():  # asked to stop, but it was the end anyway
         raise KeyboardInterrupt
 
@@ -114,6 +115,9 @@ def _train(
         store.fetch(folder)
     done = _step_to_go_on_from(folder, store)
     facts = _facts(config, compute, manifest, start, name)
+    fixed = schedules.fixed_num_steps(config)
+    if fixed and (newest := checkpoint.latest(folder.checkpoints)):
+        checkpoint.check_num_steps(checkpoint.read_state(newest), fixed)
     if done is not None and done > num_steps:
         raise UserError(
             f"training.num_steps is {num_steps}, but {folder.path} was trained for {done} steps "
@@ -127,10 +131,12 @@ def _train(
         return
     if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
         checks.require(checks.places(compute, machine()))
+    check_classes(config.model, manifest.get("classes", []))
     check_batch_size(
         config.training.batch_size,
         images=manifest["splits"]["train"]["rows"],
         workers=compute.num_workers,
+        packing=config.loss.packing,
     )
     if done == num_steps:
         log.info("run %s is trained, but lacks a last piece: making it anew", name)

@@ -25,9 +25,11 @@ from aegan.config import (
     TrainConfig,
     TuneConfig,
     check_batch_size,
+    check_classes,
     check_search,
 )
 from aegan.files import sha256_of_json, write_json
+from aegan.metrics.features import installed_features
 from aegan.training.run_folder import DRIVER_LOCK
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
@@ -79,6 +81,7 @@ def tune(
             raise UserError(
                 f"there are no {split} images to tune on: set preprocess.{split}_fraction"
             )
+    check_classes(start.model, manifest.get("classes", []))
     check_batch_size(start.training.batch_size, images=manifest["splits"]["train"]["rows"])
     if not os.environ.get("RAY_ADDRESS"):  # of a cluster Ray alone knows what it has
         here = machine()
@@ -111,6 +114,7 @@ def _tune(
         device=share.device,
         threads=compute.threads_per_worker or share.cpus,
         micro_batch_size=compute.micro_batch_size,
+        features=installed_features(),
     )
     record = tuner.Record(search=folder.name, experiment=experiment)
     log.info(
@@ -161,6 +165,7 @@ def _tune(
         }
     comparison = {
         "objectives": list(task.objectives),
+        "features": task.features,
         "num_steps": config.num_steps,
         "winner": {"trial": winner.number, "settings": winner.settings},
         "start": trials[0].settings,
@@ -195,7 +200,8 @@ def search_name(start: TrainConfig, config: TuneConfig, dataset_sha256: str) -> 
     """A name that changes with data, parameters, search space and code, and with nothing else."""
     code = code_sha256(ROOT / file for file in CODE)
     versions = [version(package) for package in ("ray", "optuna")]
-    content = [run_name(start, dataset_sha256), asdict(config), code, versions]
+    judged_in = installed_features()
+    content = [run_name(start, dataset_sha256), asdict(config), code, versions, judged_in]
     return f"tune-{sha256_of_json(content)[:12]}"
 
 

@@ -96,18 +96,21 @@ class PlainUpdates:
             x_hat, z_hat = G(z), E(x)
             x_tilde, z_tilde = G(z_hat), E(x_hat)
         values = {}
-        for name, network, optimizer, real, fakes in (
-            ("image", D_x, self.image_discriminator, x, (x_hat, x_tilde)),
-            ("latent", D_z, self.latent_discriminator, z, (z_hat, z_tilde)),
-        ):
+        images, latents = self._shares()
+        for name, network, optimizer, real, fakes, gamma in (
+            ("image", D_x, self.image_discriminator, x,
+             ((x_hat, images["hat"]), (x_tilde, images["tilde"])), weights.gamma_image),
+            ("latent", D_z, self.latent_discriminator, z,
+             ((z_hat, latents["hat"]), (z_tilde, latents["tilde"])), weights.gamma_latent),
+        ):  # fmt: skip
             loss = bce(network(real), weights.real_target)
-            loss = loss + sum(bce(network(fake), weights.fake_target) for fake in fakes) / 2
+            loss = loss + sum(at * bce(network(fake), weights.fake_target) for fake, at in fakes)
             values[f"{name}_discriminator"] = loss.detach()
-            if weights.gamma > 0:  # R1 and R2
-                on_fakes = sum(squared_gradient_norm(network, fake) for fake in fakes) / 2
+            if gamma > 0:  # R1 and R2
+                on_fakes = sum(at * squared_gradient_norm(network, fake) for fake, at in fakes)
                 penalty = (squared_gradient_norm(network, real) + on_fakes) / 2
                 values[f"{name}_gradient_penalty"] = penalty.detach()
-                loss = loss + weights.gamma * penalty
+                loss = loss + gamma * penalty
             self._step(optimizer, loss)
         return values | self.of_encoder_generator(x, z)
 
@@ -118,9 +121,10 @@ class PlainUpdates:
             images = {"real": lambda: x, "hat": lambda: G(z), "tilde": lambda: G(E(x))}[kind]()
             latents = {"real": lambda: z, "hat": lambda: E(x), "tilde": lambda: E(G(z))}[kind]()
         target = self.weights.real_target if kind == "real" else self.weights.fake_target
-        on_images = bce(self.model.image_discriminator(images), target)
+        on_images, on_latents = (2 * shares.get(kind, 0.5) for shares in self._shares())
+        on_images = on_images * bce(self.model.image_discriminator(images), target)
         self._step(self.image_discriminator, on_images)
-        on_latents = bce(self.model.latent_discriminator(latents), target)
+        on_latents = on_latents * bce(self.model.latent_discriminator(latents), target)
         self._step(self.latent_discriminator, on_latents)
         return {f"discriminators_{kind}": (on_images + on_latents).detach()}
 
@@ -142,10 +146,10 @@ class PlainUpdates:
             "latent_reconstruction": (z_tilde - z).square().mean(),
         }
         factors = {
-            "x_hat_adversarial": weights.lambda_image_adversarial,
-            "x_tilde_adversarial": weights.lambda_image_adversarial,
-            "z_hat_adversarial": weights.lambda_latent_adversarial,
-            "z_tilde_adversarial": weights.lambda_latent_adversarial,
+            "x_hat_adversarial": weights.lambda_x_hat_adversarial,
+            "x_tilde_adversarial": weights.lambda_x_tilde_adversarial,
+            "z_hat_adversarial": weights.lambda_z_hat_adversarial,
+            "z_tilde_adversarial": weights.lambda_z_tilde_adversarial,
             "image_reconstruction": weights.lambda_image_reconstruction,
             "latent_reconstruction": weights.lambda_latent_reconstruction,
         }
@@ -153,6 +157,13 @@ class PlainUpdates:
         for network in discriminators:
             network.requires_grad_(True)
         return {name: value.detach() for name, value in values.items()}
+
+    def _shares(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What the fakes weigh in a discriminator's mean: of images, of latents."""
+        weights = self.weights
+        images = weights.lambda_x_hat_adversarial, weights.lambda_x_tilde_adversarial
+        latents = weights.lambda_z_hat_adversarial, weights.lambda_z_tilde_adversarial
+        return tuple({"hat": h / (h + t), "tilde": t / (h + t)} for h, t in (images, latents))
 
     def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()

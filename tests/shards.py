@@ -15,8 +15,13 @@ def write_shards(
     folder: Path,
     images_by_split: dict[str, np.ndarray],
     factors: dict[str, dict[str, np.ndarray]] | None = None,
+    *,
+    classes: tuple[str, ...] = (),
 ) -> Path:
-    """One shard per split of uint8 [N, H, W, C]; `factors[split][name]` is float [N]."""
+    """One shard per split of uint8 [N, H, W, C]; `factors[split][name]` is float [N].
+
+    With classes, image after image is of the next one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _, height, width, channels = next(iter(images_by_split.values())).shape
     names = sorted(next(iter(factors.values()))) if factors else []
@@ -28,7 +33,9 @@ def write_shards(
             "image_id": pa.array([hashlib.sha256(row).hexdigest() for row in rows], pa.string()),
             "image": pa.array(rows, pa.binary(height * width * channels)),
             "split": pa.array([split] * len(rows), pa.string()),
-            "label": pa.array([None] * len(rows), pa.int64()),
+            "label": pa.array(
+                [i % len(classes) if classes else None for i in range(len(rows))], pa.int64()
+            ),
             "source": pa.array([f"{split}/{i}.png" for i in range(len(rows))], pa.string()),
         }
         for name in names:
@@ -60,7 +67,7 @@ def write_shards(
         "source": "test",
         "source_sha256": "0" * 64,
         "factors": names,
-        "classes": [],
+        "classes": list(classes),
         "splits": splits,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig
+from aegan.config import LossConfig, ModelConfig, TrainConfig, TrainingConfig, with_new_names
 from pipelines.base import params
 from tests.shards import write_shards
 
@@ -21,25 +21,34 @@ SMALL = {
 
 
 def tiny_config(
-    *, architecture: str = "demo", loss: dict[str, Any] | None = None, **training: Any
+    *,
+    architecture: str = "demo",
+    prior: str = "normal",
+    loss: dict[str, Any] | None = None,
+    **training: Any,
 ) -> TrainConfig:
     """The project's own parameters, shrunk; keywords override those of `training`."""
     model = replace(
-        params.load(ModelConfig, PARAMS), architecture=architecture, latent_dim=4, base_channels=4
-    )  # fmt: skip
-    plain = {"adversarial": "bce", "gamma": 0.0}
+        params.load(ModelConfig, PARAMS),
+        architecture=architecture,
+        latent_dim=4,
+        prior=prior,
+        base_channels=4,
+    )
+    plain = {"adversarial": "bce", "gamma_image": 0.0, "gamma_latent": 0.0}
+    changed = with_new_names("loss", loss or {})  # `gamma` stands for both
     return TrainConfig(
         model=model,
-        loss=replace(params.load(LossConfig, PARAMS), **(plain | (loss or {}))),
+        loss=replace(params.load(LossConfig, PARAMS), **(plain | changed)),
         training=replace(params.load(TrainingConfig, PARAMS), **(SMALL | training)),
     )
 
 
-def tiny_shards(folder: Path, *, train: int = 40) -> Path:
+def tiny_shards(folder: Path, *, train: int = 40, classes: tuple[str, ...] = ()) -> Path:
     """Random 16x16 images: `train` to learn from, 12 to validate, 12 to test."""
     random = np.random.default_rng(0)
     sizes = {"train": train, "validation": 12, "test": 12}
     images = {
         split: random.integers(0, 256, (rows, 16, 16, 3), np.uint8) for split, rows in sizes.items()
     }
-    return write_shards(folder, images)
+    return write_shards(folder, images, classes=classes)

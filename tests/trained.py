@@ -16,7 +16,7 @@ from aegan.pictures import save_png
 from tests.shards import write_shards
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ModelConfig(architecture="demo", latent_dim=8, base_channels=4)
+CONFIG = ModelConfig(architecture="demo", latent_dim=8, prior="normal", base_channels=4)
 RUN_NAME = "0123456789abcdef"
 START = 1_700_000_000.0  # seconds since 1970
 
@@ -43,9 +43,11 @@ def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     manifest = json.loads((root / "artifacts/shards/manifest.json").read_text())
     loss = {"lambda_image_reconstruction": 10.0, "adversarial": "bce"}
     run = {"run_name": RUN_NAME, "dataset_sha256": manifest["dataset_sha256"]}
+    run |= {"features": "made-up features"}
     run |= {"params": {"loss": loss}, "step": 40, "chosen_step": 20, "git_commit": "f" * 40}
     _write_json(root / "artifacts/train/run.json", run)
-    scores = {"frechet_distance": {"ema": 1.5, "raw": 2.5, "floor": 0.5}}
+    scores: dict[str, Any] = {"frechet_distance": {"ema": 1.5, "raw": 2.5, "floor": 0.5}}
+    scores["features"] = "other made-up features"
     scores["reconstruction_mae"] = {"ema": 0.25, "raw": float("nan"), "floor": 0.0}
     _write_json(root / "artifacts/evaluate/metrics.json", scores)
     (root / "artifacts/train/curves.csv").write_text("step,image_reconstruction\n20,0.5\n40,0.25\n")

@@ -1,6 +1,7 @@
 """Parquet shards -> uint8 images. The only reader of the data contract in docs/architecture.md."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aegan.config import Split
+from aegan.config import ConfigError, Split
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -41,6 +42,57 @@ def read_row_group(file: Path, group: int, shape: tuple[int, ...]) -> np.ndarray
     size = int(np.prod(shape))
     pixels = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
     return pixels.reshape(-1, *shape)
+
+
+def load_labels(folder: Path, split: Split) -> np.ndarray:
+    """Classes of a split's images in shard order, int64 [N]; raises ConfigError if one has none."""
+    shards = read_manifest(folder)["splits"][split]["shards"]
+    files = [folder / shard["file"] for shard in shards]
+    groups = [
+        read_labels(file, group)
+        for file in files
+        for group in range(pq.read_metadata(file).num_row_groups)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *groups])
+
+
+def read_labels(file: Path, group: int) -> np.ndarray:
+    """Classes of one row group, int64 [N], as positions in the manifest's `classes`."""
+    column = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
+    if column.null_count:
+        raise ConfigError(
+            "model.prior has a label, but there are images without a class: put each into its "
+            "class's folder (docs/data.md), or take label out of model.prior"
+        )
+    labels: np.ndarray = column.to_numpy()
+    return labels
+
+
+def spread(
+    folder: Path, split: Split, *, count: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """At most `count` random images from all over a split, some of a row group at a time.
+
+    Yields uint8 [N, H, W, C] and int64 [N], their classes (-1: none).
+    """
+    manifest = read_manifest(folder)
+    shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
+    groups = [
+        (file, group)
+        for file in (folder / shard["file"] for shard in manifest["splits"][split]["shards"])
+        for group in range(pq.read_metadata(file).num_row_groups)
+    ]
+    rows = manifest["splits"][split]["rows"]
+    random = np.random.default_rng(seed)
+    chosen = np.sort(random.permutation(rows)[:count])
+    start = 0
+    for file, group in groups:
+        images = read_row_group(file, group, shape)
+        own = chosen[(start <= chosen) & (chosen < start + len(images))] - start
+        start += len(images)
+        if len(own):
+            labels = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
+            yield images[own], labels.fill_null(-1).to_numpy()[own]
 
 
 def load_columns(folder: Path, split: Split, columns: list[str]) -> dict[str, np.ndarray]:

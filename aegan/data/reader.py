@@ -8,30 +8,49 @@ does not depend on how many workers share it.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from aegan.data.dataset import load_images, read_manifest, read_row_group
+from aegan.data.dataset import (
+    load_images,
+    load_labels,
+    read_labels,
+    read_manifest,
+    read_row_group,
+)
+from aegan.data.node_memory import once_per_node
 
 GPU_SHARE = 0.5  # of its free memory that training images may take
 WINDOW_ROW_GROUPS = 8  # how many row groups the streamed reader shuffles together
 
-ReadBatch = Callable[[int], Tensor]  # number of a batch => this worker's share, uint8 [N, H, W, C]
+# Number of a batch => this worker's share, uint8 [N, H, W, C], or of the images' classes int64 [N].
+ReadBatch = Callable[[int], Tensor]
+Column = Literal["image", "label"]
 
 
 def resident_reader(
-    folder: Path, *, batch_size: int, share: slice, seed: int, device: torch.device
+    folder: Path,
+    *,
+    batch_size: int,
+    share: slice,
+    seed: int,
+    device: torch.device,
+    column: Column = "image",
 ) -> ReadBatch:
     """Keeps the whole training split in memory and shuffles it whole.
 
-    On a GPU where it fits, else on the host, read ahead of the GPU. `share` is what this worker
-    keeps of each batch. There must be images for one.
+    On a GPU where it fits, else on the host, once for all workers there, read ahead of the GPU.
+    `share` is what this worker keeps of each batch. There must be images for one. A reader of the
+    labels gives those of the images that a reader of the images gives.
     """
-    images = torch.from_numpy(load_images(folder, "train"))
+    load = load_images if column == "image" else load_labels
+    images = torch.from_numpy(once_per_node(lambda: load(folder, "train")))
     batches_per_epoch = len(images) // batch_size
     fits = device.type != "cuda" or images.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
     if fits:
@@ -79,7 +98,13 @@ class _Window:
 
 
 def streamed_reader(
-    folder: Path, *, batch_size: int, share: slice, seed: int, device: torch.device
+    folder: Path,
+    *,
+    batch_size: int,
+    share: slice,
+    seed: int,
+    device: torch.device,
+    column: Column = "image",
 ) -> ReadBatch:
     """Holds three windows of row groups at most: row groups are shuffled, then rows in a window.
 
@@ -89,6 +114,7 @@ def streamed_reader(
     """
     manifest = read_manifest(folder)
     shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
+    read_group = partial(read_row_group, shape=shape) if column == "image" else read_labels
     groups, sizes = _row_groups(folder, manifest["splits"]["train"]["shards"])
     batches_per_epoch = sum(sizes) // batch_size
     thread = ThreadPoolExecutor(1, thread_name_prefix="shards")  # reads ahead
@@ -106,7 +132,7 @@ def streamed_reader(
         return windows
 
     def load(window: _Window) -> Tensor:
-        images = np.concatenate([read_row_group(*group, shape) for group in window.groups])
+        images = np.concatenate([read_group(*group) for group in window.groups])
         order = _random(seed, window.epoch, 1 + window.start).permutation(len(images))
         return torch.from_numpy(images[order])
 

@@ -15,7 +15,7 @@ class Metric(NamedTuple):
 
 _HALVES = "two halves of the real test images"
 _NEAREST = "the most similar training image instead of the reconstruction"
-_PRIOR = "as many draws of the prior N(0, I)"
+_PRIOR = "as many draws of the prior"
 _PIXELS = "the same number of principal components of the pixels"
 
 METRICS: dict[str, Metric] = {
@@ -31,31 +31,39 @@ METRICS: dict[str, Metric] = {
     "latent_reconstruction_mse": Metric(
         "lower",
         "Mean squared error of E(G(z)): can the encoder tell which latent made an image?",
-        "an encoder that always answers 0",
+        "an encoder that always answers the prior's mean",
     ),
     "latent_mean_error": Metric(
-        "lower", "How far the means of E(x)'s dimensions are from 0, on average.", _PRIOR
+        "lower", "How far the means of E(x)'s dimensions are from the prior's, on average.", _PRIOR
     ),
     "latent_std_error": Metric(
-        "lower", "How far the spreads of E(x)'s dimensions are from 1, on average.", _PRIOR
+        "lower",
+        "How far the spreads of E(x)'s dimensions are from the prior's, on average.",
+        _PRIOR,
     ),
     "latent_skewness_error": Metric(
-        "lower", "How lopsided E(x)'s dimensions are, on average; a normal curve has 0.", _PRIOR
+        "lower", "How much more or less lopsided E(x)'s dimensions are than the prior's.", _PRIOR
     ),
     "latent_kurtosis_error": Metric(
-        "lower", "How far E(x)'s tails are from a normal curve's (excess kurtosis 0).", _PRIOR
+        "lower", "How far E(x)'s tails are from the prior's (excess kurtosis).", _PRIOR
     ),
     "latent_correlation": Metric(
-        "lower", "How strongly E(x)'s dimensions depend on each other, on average.", _PRIOR
+        "lower", "How much E(x)'s dimensions depend on each other beyond the prior's.", _PRIOR
     ),
     "latent_mmd": Metric(
-        "lower", "Kernel distance between E(x) and the prior N(0, I): one figure for all.", _PRIOR
+        "lower", "Kernel distance between E(x) and the prior: one figure for all.", _PRIOR
     ),
     "frechet_distance": Metric(
         "lower", "Distance between samples and real images: means and covariances.", _HALVES
     ),
     "kernel_distance": Metric(
         "lower", "Distance between samples and real images without assuming normality.", _HALVES
+    ),
+    "frechet_distance_random": Metric(
+        "lower", "A second opinion: the Fréchet distance in features of random weights.", _HALVES
+    ),
+    "kernel_distance_random": Metric(
+        "lower", "A second opinion: the kernel distance in features of random weights.", _HALVES
     ),
     "precision": Metric("higher", "Share of samples that look like some real image.", _HALVES),
     "recall": Metric("higher", "Share of real images that look like some sample.", _HALVES),

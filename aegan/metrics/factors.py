@@ -42,12 +42,12 @@ def unembed(targets: Array, specs: Sequence[Factor]) -> Array:
     return np.where(circular, turns, first.clip(0, 1))
 
 
-def recovery(
-    train: Array, train_factors: Array, test: Array, test_factors: Array, specs: Sequence[Factor]
-) -> dict[str, dict[str, float]]:
-    """R^2 per factor of `linear` and `nonlinear` regressions from codes [N, D], fitted on train.
+def read_codes(
+    train: Array, train_factors: Array, test: Array, specs: Sequence[Factor]
+) -> dict[str, Array]:
+    """Factors that `linear` and `nonlinear` regressions read off codes [N, D], fitted on train.
 
-    1: all of the factor is in the code; 0: no more than its mean.
+    As the regressions give them: embedded, [N, 2F].
     """
     from sklearn.kernel_ridge import KernelRidge
     from sklearn.linear_model import Ridge
@@ -58,16 +58,25 @@ def recovery(
         "linear": Ridge(alpha=1.0),
         "nonlinear": KernelRidge(kernel="rbf", alpha=0.1, gamma=0.3 / train.shape[1]),
     }
-    fitted_to, wanted = embed(train_factors, specs), embed(test_factors, specs)
+    fitted_to = embed(train_factors, specs)
     center = fitted_to.mean(0)  # kernel ridge has no intercept
-    scores = {}
+    readings = {}
     for name, regression in regressions.items():
         model = make_pipeline(StandardScaler(), regression).fit(train, fitted_to - center)
-        errors = np.square(wanted - center - model.predict(test)).sum(0)
-        spread = np.square(wanted - wanted.mean(0)).sum(0)
-        r2 = 1 - errors.reshape(2, -1).sum(0) / spread.reshape(2, -1).sum(0)
-        scores[name] = {spec.name: float(value) for spec, value in zip(specs, r2, strict=True)}
-    return scores
+        readings[name] = np.asarray(center + model.predict(test))
+    return readings
+
+
+def r_squared(readings: Array, factors: Array, specs: Sequence[Factor]) -> dict[str, float]:
+    """Share of each factor's variance in [N, F] that embedded readings [N, 2F] explain.
+
+    1: all of the factor is in the code; 0: no more than its mean.
+    """
+    wanted = embed(factors, specs)
+    errors = np.square(wanted - readings).sum(0)
+    spread = np.square(wanted - wanted.mean(0)).sum(0)
+    r2 = 1 - errors.reshape(2, -1).sum(0) / spread.reshape(2, -1).sum(0)
+    return {spec.name: float(value) for spec, value in zip(specs, r2, strict=True)}
 
 
 class FactorReader:

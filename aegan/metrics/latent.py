@@ -1,27 +1,34 @@
-"""How close encoded images are to the prior N(0, I)."""
+"""How close encoded images are to the prior."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aegan.priors import Prior
 
-def gaussianity(z: Tensor) -> dict[str, float]:
+
+def departures(z: Tensor, prior: Prior) -> dict[str, float]:
     """Mean departures of the moments of latents [N, D] from the prior's, and `mmd`; N >= 4."""
     from scipy import stats
 
-    values = z.double().numpy()
+    values, expected = z.double().numpy(), prior.moments()
     std = values.std(0, ddof=1)
-    varied = values[:, std > 1e-6]  # a constant dimension has no shape; its std says enough
-    correlation = np.atleast_2d(np.corrcoef(varied, rowvar=False))
-    pairs = correlation[~np.eye(len(correlation), dtype=bool)]
+    varied = std > 1e-6  # a constant dimension has no shape; its std says enough
+    shaped = values[:, varied]
+    correlation = np.atleast_2d(np.corrcoef(shaped, rowvar=False))
+    pairs = (correlation - expected.correlation[np.ix_(varied, varied)])[
+        ~np.eye(len(correlation), dtype=bool)
+    ]
     return {
-        "mean_error": _mean_size(values.mean(0)),
-        "std_error": _mean_size(std - 1),
-        "skewness_error": _mean_size(stats.skew(varied, bias=False)),
-        "kurtosis_error": _mean_size(stats.kurtosis(varied, bias=False)),
+        "mean_error": _mean_size(values.mean(0) - expected.mean),
+        "std_error": _mean_size(std - expected.std),
+        "skewness_error": _mean_size(stats.skew(shaped, bias=False) - expected.skewness[varied]),
+        "kurtosis_error": _mean_size(
+            stats.kurtosis(shaped, bias=False) - expected.kurtosis[varied]
+        ),
         "correlation": _mean_size(pairs),
-        "mmd": mmd_to_normal(z),
+        "mmd": mmd(z, prior),
     }
 
 
@@ -30,15 +37,14 @@ def _mean_size(values: NDArray[np.float64]) -> float:
     return float(np.abs(values).mean()) if values.size else 0.0
 
 
-def mmd_to_normal(z: Tensor) -> float:
-    """Unbiased squared MMD between latents [N, D] and N(0, I), kernel exp(-|a - b|^2 / (2 D)).
+def mmd(z: Tensor, prior: Prior) -> float:
+    """Unbiased squared MMD between latents [N, D] and the prior, kernel exp(-|a - b|^2 / (2 D)).
 
-    The prior's side is integrated, not sampled. With y, y' ~ N(0, I):
-    E k(z, y) = (D / (D + 1))^(D/2) exp(-|z|^2 / (2 (D + 1))), E k(y, y') = (D / (D + 2))^(D/2).
+    The prior's side is integrated, not sampled.
     """
     z = z.double()
     count, dim = z.shape
     among = torch.exp(-torch.cdist(z, z).square() / (2 * dim))
     among_mean = (among.sum() - count) / (count * (count - 1))
-    to_prior = (dim / (dim + 1)) ** (dim / 2) * torch.exp(-z.square().sum(1) / (2 * (dim + 1)))
-    return float(among_mean - 2 * to_prior.mean() + (dim / (dim + 2)) ** (dim / 2))
+    to_prior = prior.kernel_mean(z, dim).mean()
+    return float(among_mean - 2 * to_prior + prior.kernel_among(dim))

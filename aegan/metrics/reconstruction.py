@@ -14,8 +14,8 @@ MAX_PSNR = 20 * math.log10(510)  # decibels: what half a gray level everywhere g
 SEARCH_SIZE = 16  # pixels: nearest images are looked up at this size
 
 
-def reconstruction_errors(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
-    """`mae` on [-1, 1], `psnr` in decibels and `ssim`, means over two uint8 [N, H, W, C].
+def reconstruction_errors(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+    """`mae` on [-1, 1], `psnr` in decibels and `ssim`, [N] each, of two uint8 [N, H, W, C].
 
     The ratio of an image to an exact copy, infinite, is counted as MAX_PSNR.
     """
@@ -24,7 +24,7 @@ def reconstruction_errors(images: Tensor, reconstructions: Tensor) -> dict[str, 
         structural_similarity_index_measure,
     )
 
-    sums = torch.zeros(3, dtype=torch.float64)
+    errors = []
     pairs = zip(images.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE), strict=True)
     for images_batch, reconstructions_batch in pairs:
         x, x_tilde = to_float(images_batch), to_float(reconstructions_batch)
@@ -34,8 +34,8 @@ def reconstruction_errors(images: Tensor, reconstructions: Tensor) -> dict[str, 
             structural_similarity_index_measure(x_tilde, x, data_range=2.0, reduction="none"),
         )
         mae = (x - x_tilde).abs().mean(dim=(1, 2, 3))
-        sums += torch.stack([mae, psnr.clamp_max(MAX_PSNR), ssim]).double().sum(dim=1)
-    return dict(zip(["mae", "psnr", "ssim"], (sums / len(images)).tolist(), strict=True))
+        errors.append(torch.stack([mae, psnr.clamp_max(MAX_PSNR), ssim]))
+    return dict(zip(["mae", "psnr", "ssim"], torch.cat(errors, dim=1), strict=True))
 
 
 def nearest_images(images: Tensor, candidates: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 An architecture is a module of this package with four functions, which take the sizes by keyword:
 
     generator             z [N, latent_dim] => x [N, C, H, W] in [-1, 1]
-    encoder               x => z
-    image_discriminator   x => logit [N, 1]
+    encoder               x => [N, latent_dim], from which model.prior makes latents
+    image_discriminator   x => logit [N, 1]; layers in sequence, the last one linear
     latent_discriminator  z => logit [N, 1]
 
 A new one is such a file, an entry in ARCHITECTURES and its name in `aegan.config.Architecture`.
@@ -16,8 +16,10 @@ from typing import Literal
 from torch import nn
 
 from aegan.config import Architecture, ImageChannels, ImageSize, ModelConfig, check, check_value
+from aegan.latent_density import LatentDensity
 from aegan.networks import demo, paper
-from aegan.priors import NormalPrior
+from aegan.networks.projection import Projection
+from aegan.priors import make_prior
 
 ARCHITECTURES: dict[Architecture, ModuleType] = {"demo": demo, "paper": paper}
 
@@ -38,17 +40,20 @@ class AEGAN(nn.Module):
         image_channels: int,
         encoder: bool = True,
         discriminators: bool = True,
+        packing: int = 1,  # images that the image discriminator judges at once, as more channels
     ) -> None:
         # The encoder comes last: every arm then starts from the same generator and discriminators.
         super().__init__()
         check(config)
         check_value("image_size", image_size, ImageSize)
         check_value("image_channels", image_channels, ImageChannels)
-        self.prior = NormalPrior(config.latent_dim)
+        self.prior = make_prior(config.prior, config.latent_dim)
+        self.latent_density: LatentDensity | None = None  # of E(x), fitted after training
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels
         self.fit: Literal["crop", "pad"] = "crop"  # how an image becomes square
+        self.classes: tuple[str, ...] = ()  # names, where the prior has a label
         self.value_range = "full"  # and how samples deeper than 8 bits become grey levels
         sizes = {
             "image_size": image_size,
@@ -60,6 +65,10 @@ class AEGAN(nn.Module):
         self.generator = make.generator(**sizes)
         self.image_discriminator = self.latent_discriminator = None
         if discriminators:
-            self.image_discriminator = make.image_discriminator(**sizes)
+            packed = sizes | {"image_channels": packing * image_channels}
+            network = make.image_discriminator(**packed)
+            if config.num_classes:
+                network = Projection(network, num_classes=config.num_classes)
+            self.image_discriminator = network
             self.latent_discriminator = make.latent_discriminator(**sizes)
         self.encoder = make.encoder(**sizes) if encoder else None

@@ -162,6 +162,20 @@ def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
+def check_num_steps(state: dict[str, Any], num_steps: int | None) -> None:
+    """Refuse another number of steps where a schedule spans them all; raises ConfigChangedError.
+
+    `num_steps` is None if no schedule does.
+    """
+    before = state.get("fixed_num_steps")  # not in checkpoints from before there were schedules
+    if before != num_steps:
+        raise ConfigChangedError(
+            f"training.num_steps is {num_steps}, but a schedule with images: 0 spans all of the "
+            f"{before} steps that this run began with: set it to {before}, or state the schedule's "
+            "images, or take another training.seed for a run of its own"
+        )
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
@@ -43,6 +43,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     tensor = torch.tensor([float(flag)], device=device)
     dist.all_reduce(tensor)
     return tensor.item() > 0
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over ranks; every rank must call it."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
 
 
 def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegan.config import TrainConfig, check, check_batch_size
-from aegan.data.dataset import load_images, read_manifest
+from aegan import schedules
+from aegan.augment import ADJUST_INTERVAL_STEPS, DRAWS
+from aegan.config import TrainConfig, check, check_batch_size, check_classes
+from aegan.data.dataset import load_images, load_labels, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
 from aegan.pictures import grid, is_sound_png, save_png
 from aegan.pixels import to_float
@@ -27,7 +29,7 @@ from aegan.training.ema import ema_decay, update_ema
 from aegan.training.run_folder import Row, RunFolder, append_row
 from aegan.training.state import TrainingState
 from aegan.training.updates import ROUND, Updates
-from aegan.training.validation import selected_by, validate
+from aegan.training.validation import Judge, selected_by
 
 VALIDATION_IMAGES = 512  # how many judge a checkpoint
 STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
@@ -73,29 +75,48 @@ def train(
     manifest = read_manifest(shards)
     check(config)
     check_batch_size(
-        options.batch_size, images=manifest["splits"]["train"]["rows"], workers=world_size
+        options.batch_size,
+        images=manifest["splits"]["train"]["rows"],
+        workers=world_size,
+        packing=config.loss.packing,
     )
+    check_classes(config.model, manifest.get("classes", []))
+    if config.model.num_classes:
+        load_labels(shards, "train")  # refuses images without one
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
 
-    # Load the data. A global batch is the same for any number of workers; each keeps its share.
-    share = slice(*(options.batch_size * r // world_size for r in (rank, rank + 1)))
+    # Load the data. A global batch is the same for any number of workers; each keeps its share,
+    # which is of whole packs.
+    packing = config.loss.packing
+    packs = options.batch_size // packing
+    share = slice(*(packs * r // world_size * packing for r in (rank, rank + 1)))
     reader = resident_reader if options.reader == "resident" else streamed_reader
-    read_images = reader(
-        shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
+    open_reader = partial(
+        reader, shards, batch_size=options.batch_size, share=share, seed=options.seed, device=device
     )
+    read_images = open_reader()
+    read_labels = open_reader(column="label") if config.model.num_classes else None
     validation = _validation_images(shards, rank)
 
-    def read_batch(number: int) -> tuple[Tensor, Tensor]:
-        """x [N, C, H, W] in [-1, 1] and z [N, latent_dim]."""
+    def read_batch(number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [N, C, H, W] in [-1, 1]; z [N, latent_dim], which may hold x's classes; and draws for
+        the augmentation, if any.
+        """
         generator = torch.Generator().manual_seed(_seed(options.seed, state.attempt, number))
         z = state.model.prior.sample(options.batch_size, generator)
         mirrored = torch.rand(options.batch_size, 1, 1, 1, generator=generator) < 0.5
         x = to_float(read_images(number))
         if options.horizontal_flip:
             x = torch.where(mirrored[share].to(device), x.flip(3), x)
-        return x, z[share].to(device)
+        z = z[share].to(device)
+        if read_labels is not None:
+            z = state.model.prior.with_labels(z, read_labels(number))
+        draws = None
+        if state.augmentation.is_on:
+            draws = torch.rand(options.batch_size, *DRAWS, generator=generator)[share].to(device)
+        return x, z, draws
 
     # Construct networks and optimisers; resume, or keep the starting point.
     state = TrainingState(config, manifest, device)
@@ -108,6 +129,8 @@ def train(
             "(aegan.training.start.begin writes it)"
         )
     distributed.from_rank_0(partial(_begin, state, config, folder, anew=newest is None), device)
+    judge = Judge(validation, features=state.features, device=device)
+    distributed.from_rank_0(judge.get_ready, device)
 
     # Train.
     updates = Updates(
@@ -118,6 +141,12 @@ def train(
     while state.step < options.num_steps:
         step = state.step
         torch.manual_seed(_seed(options.seed, state.attempt, step, rank + 1))  # networks' noise
+
+        # Set what is scheduled.
+        images_shown = step * options.batch_size
+        now = schedules.at(config, images_shown)
+        state.set_rates(now.training)
+        updates.weights = now.loss
 
         # Update the networks.
         if options.update_rule == "shared":
@@ -131,11 +160,12 @@ def train(
             fresh = read_batch(first_batch + len(ROUND) + position)
             state.log.add(updates.of_encoder_generator(*fresh))
 
-        # Update the averages.
-        images_shown = step * options.batch_size
+        # Update the averages, and what D_x sees.
         decay = ema_decay(options.batch_size, options.ema_half_life_images, images_shown)
         update_ema(state.ema, state.model, decay)
         state.step += 1
+        if state.augmentation.is_adaptive and state.step % ADJUST_INTERVAL_STEPS == 0:
+            state.augmentation.adjust(ADJUST_INTERVAL_STEPS * options.batch_size)
 
         # Every so often: look at the losses, save pictures, keep the state.
         last = state.step == options.num_steps
@@ -168,13 +198,13 @@ def train(
         elapsed = time.perf_counter() - clock
         speed = (state.step - clock_step) * options.batch_size / elapsed
         state.seconds += elapsed
-        row = _row(state, speed, means)
+        row = _row(state, config, speed, means)
         if row_due:
             state.log.append(row)
         keep = partial(
             _keep,
-            *(state, row, config, folder, validation),
-            judge=judge_due,
+            *(state, row, config, folder, judge),
+            judge_due=judge_due,
             pictures=pictures_due and not last,  # of the end, see below
             log=row_due,
             save=save_due and not last,
@@ -187,7 +217,7 @@ def train(
             return Outcome(finished=False, step=state.step)
 
     # The end: a row, a score and pictures, due or not; only a run that goes on forgets them.
-    end = partial(_end, state, config, folder, validation, speed)
+    end = partial(_end, state, config, folder, judge, speed)
     ending = distributed.from_rank_0(end, device)
     if ending is not None:
         report(_reported(ending))
@@ -229,9 +259,9 @@ def _keep(
     row: Row,
     config: TrainConfig,
     folder: RunFolder,
-    validation: Tensor,
+    judge: Judge,
     *,
-    judge: bool,
+    judge_due: bool,
     pictures: bool,
     log: bool,
     save: bool,
@@ -239,9 +269,10 @@ def _keep(
     """Keep what is due at this moment; returns the row, to which scores were added."""
     clock = time.perf_counter()
     if pictures:
-        _save_pictures(state, validation, folder)
-    if judge and len(validation):  # but not an early stop: the best one must not depend on stops
-        row |= validate(state.ema, validation, seed=config.training.seed)
+        _save_pictures(state, judge.images, folder)
+    # But not an early stop: the best one must not depend on stops.
+    if judge_due and len(judge.images):
+        row |= judge.scores(state.ema, seed=config.training.seed)
     state.seconds += time.perf_counter() - clock
     row["seconds"] = state.seconds
     if log:
@@ -252,18 +283,18 @@ def _keep(
 
 
 def _end(
-    state: TrainingState, config: TrainConfig, folder: RunFolder, validation: Tensor, speed: float
+    state: TrainingState, config: TrainConfig, folder: RunFolder, judge: Judge, speed: float
 ) -> Row | None:
     """Complete a finished run; returns its last row, or None if it was complete already."""
-    log = state.log
+    log, validation = state.log, judge.images
     if log.ending is not None and all(map(is_sound_png, _pictures(state, validation, folder))):
         return None
     _save_pictures(state, validation, folder)
     if log.ending is None:
         logged = bool(log.rows) and log.rows[-1]["step"] == state.step
-        row = dict(log.rows[-1]) if logged else _row(state, speed, log.means())
+        row = dict(log.rows[-1]) if logged else _row(state, config, speed, log.means())
         if selected_by(config.training.arm) not in row and len(validation):
-            row |= validate(state.ema, validation, seed=config.training.seed)
+            row |= judge.scores(state.ema, seed=config.training.seed)
         log.ending = row
         _save(state, config, folder)
         folder.write_rows(training_log.all_rows(log.as_json()))
@@ -281,9 +312,10 @@ def _save(state: TrainingState, config: TrainConfig, folder: RunFolder) -> None:
     )
 
 
-def _row(state: TrainingState, speed: float, means: Row) -> Row:
+def _row(state: TrainingState, config: TrainConfig, speed: float, means: Row) -> Row:
     timing = {"time": time.time(), "seconds": state.seconds, "images_per_second": speed}
-    return {"step": state.step, **timing, **means}
+    scheduled = schedules.values_at(config, (state.step - 1) * config.training.batch_size)
+    return {"step": state.step, **timing, **means, **scheduled}
 
 
 def _reported(row: Row) -> Row:
@@ -305,7 +337,7 @@ def _seed(*key: int) -> int:
 def _save_pictures(state: TrainingState, validation: Tensor, folder: RunFolder) -> None:
     """8x8 grids: fixed prior draws; validation images, if any, beside their reconstructions."""
     samples, *reconstructions = _pictures(state, validation, folder)
-    latents = random_latents(64, state.model.latent_dim, seed=0)
+    latents = random_latents(state.model, 64, seed=0)
     save_png(grid(decode(state.ema, latents).numpy(), columns=8), samples)
     for file in reconstructions:
         real = validation[:32]

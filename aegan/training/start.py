@@ -53,6 +53,8 @@ def read(folder: Path, config: TrainConfig, manifest: dict[str, Any]) -> Start:
     here |= {key: manifest[key] for key in ("image_size", "image_channels")}
     there = {f"model.{key}": value for key, value in description["model"].items()}
     there |= {key: description[key] for key in ("image_size", "image_channels")}
+    if config.model.num_classes:
+        here["classes"], there["classes"] = manifest["classes"], description["classes"]
     problems = [
         f"{key} is {there.get(key)} there and {value} here"
         for key, value in here.items()
@@ -118,6 +120,7 @@ def _of_model(folder: Path) -> tuple[dict[str, Any], Files]:
         description = {
             "model": dict(found["model"]),
             "networks": ["generator", *["encoder"] * bool(found["has_encoder"])],
+            "classes": found.get("classes", []),
             **{key: found[key] for key in ("image_size", "image_channels")},
         }
         hashes = dict(found.get("sha256", {}))  # none in a folder from before they were recorded
@@ -139,6 +142,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], Files]:
         description = {
             "model": with_new_names("model", state["config"]["model"]),
             "networks": _networks(state["config"]["training"]["arm"]),
+            "classes": state.get("classes", []),
             **{key: state[key] for key in ("image_size", "image_channels")},
         }
     except (ValueError, KeyError, TypeError):

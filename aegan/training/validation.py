@@ -1,11 +1,15 @@
 """The quick scores that choose among checkpoints; `pipelines/evaluate.py` does the full account."""
 
-from torch import Tensor
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
 
 from aegan.config import Arm
 from aegan.losses import OBJECTIVES
-from aegan.metrics.features import extract, random_features
+from aegan.metrics.features import extract, feature_extractor
 from aegan.metrics.frechet import frechet_distance
+from aegan.metrics.kernel import kernel_distance
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
 
@@ -16,16 +20,44 @@ def selected_by(arm: Arm) -> str:
     return f"validation_{'frechet_distance' if realism else 'image_reconstruction'}"
 
 
-def validate(model: AEGAN, images: Tensor, *, seed: int) -> dict[str, float]:
-    """Scores of a model on validation images, uint8 [N, H, W, C]; lower is better for each."""
-    extractor = random_features(model.image_channels)
-    samples = sample(model, len(images), seed=seed)
-    scores = {
-        "validation_frechet_distance": frechet_distance(
-            extract(extractor, samples), extract(extractor, images)
-        )
-    }
-    if model.encoder is not None:
-        difference = reconstruct(model, images).float() - images.float()
-        scores["validation_image_reconstruction"] = float(difference.abs().mean() / 127.5)
-    return scores
+class Judge:
+    """Scores models by the same images, uint8 [N, H, W, C], against as many samples.
+
+    Distances are measured in features of one name (`aegan.metrics.features`), computed on `device`;
+    they cannot be compared with distances in other features.
+    """
+
+    def __init__(
+        self, images: Tensor, *, features: str, device: torch.device | str = "cpu"
+    ) -> None:
+        self.images, self._name, self._device = images, features, device
+
+    def get_ready(self) -> None:
+        """Look at the images, if any; raises ConfigError if the features' weights are missing."""
+        if len(self.images):
+            _ = self.real_features
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        """[N, D], of the images."""
+        return self.features_of(self.images)
+
+    def features_of(self, images: Tensor) -> Tensor:
+        """uint8 [M, H, W, C] => [M, D]."""
+        return extract(self._extractor, images)
+
+    @cached_property
+    def _extractor(self) -> nn.Module:
+        return feature_extractor(self._name, self.images.shape[3]).to(self._device)
+
+    def scores(self, model: AEGAN, *, seed: int) -> dict[str, float]:
+        """`validation_<score>` of a model; lower is better for each."""
+        samples = self.features_of(sample(model, len(self.images), seed=seed))
+        scores = {
+            "validation_frechet_distance": frechet_distance(self.real_features, samples),
+            "validation_kernel_distance": kernel_distance(self.real_features, samples),
+        }
+        if model.encoder is not None:
+            difference = reconstruct(model, self.images).float() - self.images.float()
+            scores["validation_image_reconstruction"] = float(difference.abs().mean() / 127.5)
+        return scores

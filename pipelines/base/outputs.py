@@ -16,7 +16,7 @@ from pipelines.base.names import shown
 RAW, SHARDS = Path("artifacts/raw"), Path("artifacts/shards")
 PREPROCESS, TRAIN = Path("artifacts/preprocess"), Path("artifacts/train")
 INTERPOLATE, TUNE = Path("artifacts/interpolate"), Path("artifacts/tune")
-PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples")
+PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples", "fitted_samples")
 PLOTS = ("slices", "parallel_coordinates", "importance")
 FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a stage writes there
     RAW: ("manifest.json", "files-[0-9]*.parquet"),
@@ -24,7 +24,8 @@ FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a st
     PREPROCESS: ("quarantine.csv", "statistics.json", "contact_sheet.png"),
     TRAIN: (
         *(str(NAMES.facts), "metrics.json", "curves.csv", str(NAMES.samples / "step-[0-9]*.png")),
-        *("model/config.json", "model/weights.safetensors", "model/ema.safetensors"),
+        "model/config.json",
+        *(f"model/{name}.safetensors" for name in ("weights", "ema", "latents")),
     ),
     INTERPOLATE: (
         "index.json",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -12,10 +13,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aegan import config, files
-from aegan.config import SECTIONS, ConfigError, written
+from aegan.config import SCHEDULABLE, SECTIONS, ConfigError, Schedule, written
 from pipelines.base.errors import UserError
+from pipelines.base.files import read_json
+from pipelines.base.outputs import SHARDS
 
 PARAMS_FILE = Path("params.yaml")
+AUTO = "auto"
+DIMENSION = "intrinsic_dimension"  # the manifest's key
 GONE = ("compute.compile", "compute.cuda_graphs")  # settings of earlier versions, off by default
 Section = TypeVar("Section")
 
@@ -28,7 +33,33 @@ def load(section: type[Section], path: Path = PARAMS_FILE) -> Section:
     All sections are checked: what is wrong in the last stage's is said before the first one works.
     `TrainConfig` is the three that a training needs: networks, objective, optimisation.
     """
-    return next(found for found in _checked(read(path)) if type(found) is section)
+    values = read(path)
+    trains = section in (config.ModelConfig, config.TrainConfig)
+    sections = _checked(_with_latent_dim(values, unknown=None if trains else 1))
+    return next(found for found in sections if type(found) is section)
+
+
+def _with_latent_dim(values: dict[str, Any], *, unknown: int | None) -> dict[str, Any]:
+    """The sections with a number in place of `model.latent_dim: auto`.
+
+    It is the intrinsic dimension that preprocess has found, rounded up (docs/data.md). Before, it
+    is `unknown`; None: UserError.
+    """
+    model = values["model"]
+    if not isinstance(model, dict) or model.get("latent_dim") != AUTO:
+        return values
+    found = unknown
+    if unknown is None:
+        dimension = read_json(SHARDS / "manifest.json", stage="preprocess").get(DIMENSION)
+        if not isinstance(dimension, int | float):
+            raise UserError(
+                "params.yaml: model.latent_dim is auto, but preprocess has not estimated the "
+                "images' intrinsic dimension (it takes 200 training images): run it again, or "
+                "write a number"
+            )
+        found = math.ceil(dimension)
+        _say_once(f"model.latent_dim: auto is {found}, for an intrinsic dimension of {dimension}")
+    return values | {"model": model | {"latent_dim": found}}
 
 
 def _checked(values: dict[str, Any]) -> list[Any]:
@@ -60,12 +91,16 @@ def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
 
 
 def _parse(name: str, values: Any, kind: type) -> Any:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     if not isinstance(values, dict):
         raise UserError(f"params.yaml: {name} must hold the keys {', '.join(hints)}")
-    for key in values:
-        if (new := config.RENAMED.get(f"{name}.{key}")) is not None:
-            raise UserError(f"params.yaml: {name}.{key} is called {new} now: rename it there")
+    renamed = [
+        f"{name}.{key} is called {' and '.join(config.RENAMED[f'{name}.{key}'])} now"
+        for key in values
+        if f"{name}.{key}" in config.RENAMED
+    ]
+    if renamed:
+        raise UserError(f"params.yaml: {'; '.join(renamed)}: rename it there")
     values = {key: value for key, value in values.items() if not _is_gone(f"{name}.{key}", value)}
     _check_keys(f"params.yaml: keys of {name}", values, list(hints))
     return kind(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
@@ -96,8 +131,11 @@ def _check_keys(where: str, found: dict[str, Any], expected: list[str]) -> None:
         raise UserError(f"{where}: {'; '.join(told)}")
 
 
-def _convert(key: str, value: Any, kind: Any) -> Any:
+def _convert(key: str, value: Any, hint: Any) -> Any:
     """Sections within a section, and whole numbers where any will do; the rest as it is."""
+    kind, bounds = config.parts(hint)
+    if SCHEDULABLE in bounds and isinstance(value, dict):
+        kind = Schedule
     if dataclasses.is_dataclass(kind):
         return _parse(key, value, cast(type, kind))
     if get_origin(kind) is dict and isinstance(value, dict):
@@ -133,13 +171,13 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
             document[name][key] = value
     text = StringIO()
     yaml.dump(document, text)
-    _checked(YAML(typ="safe").load(text.getvalue()))
+    _checked(_with_latent_dim(YAML(typ="safe").load(text.getvalue()), unknown=1))
     files.write_text(path, text.getvalue())
     return changed
 
 
 def write_overlay(values: dict[str, Any], file: Path, *, comment: str) -> None:
-    """Write settings by their dotted names, `loss.gamma`, as an overlay of params.yaml."""
+    """Write settings by their dotted names, `loss.gamma_image`, as an overlay of params.yaml."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         section, _, key = name.partition(".")

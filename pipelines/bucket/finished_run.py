@@ -14,11 +14,13 @@ from typing import Any
 
 from aegan import files
 from aegan.config import TrainConfig
+from aegan.latent_density import NoDensityError
 from aegan.pictures import is_sound_png
 from aegan.training import checkpoint, training_log
 from aegan.training.checkpoint import CheckpointError
+from aegan.training.latents import fit_latents
 from aegan.training.run_folder import RunFolder
-from aegan.training.state import export_model
+from aegan.training.state import export_model, judged_in
 from aegan.training.validation import selected_by
 from pipelines.base.errors import UserError
 from pipelines.base.files import new_folder
@@ -30,6 +32,7 @@ DETERMINED = ("run_name", "dataset_sha256", "code_sha256")  # the same in every 
 
 CURVES = (  # that dvc.yaml draws: DVC stops at a column that is not there
     *("image_reconstruction", "latent_reconstruction", "validation_image_reconstruction"),
+    "label_prediction",
     *("x_hat_adversarial", "x_tilde_adversarial", "z_hat_adversarial", "z_tilde_adversarial"),
     *("image_discriminator", "image_gradient_penalty"),
     *("latent_discriminator", "latent_gradient_penalty", "validation_frechet_distance"),
@@ -99,8 +102,10 @@ def write_facts(facts: dict[str, Any], folder: RunFolder, store: RunStore | None
     files.write_json(folder.facts, facts)
 
 
-def publish(folder: RunFolder, output: Path) -> None:
+def publish(folder: RunFolder, output: Path, *, shards: Path) -> None:
     """Copy what the later stages use out of the run's folder: best model, curves, pictures.
+
+    The model gets the density of the training images' latents.
 
     All figures come from the newest checkpoint. Raises UserError.
     """
@@ -118,6 +123,7 @@ def publish(folder: RunFolder, output: Path) -> None:
         "seconds": rows[-1]["seconds"],
         "images_per_second": statistics.median(row["images_per_second"] for row in rows),
         "rollbacks": state["attempt"],
+        "features": judged_in(state),
     }
     # Losses are those of the last step, scores those of the chosen one.
     losses = {key: value for key, value in rows[-1].items() if key not in ("time", "seconds")}
@@ -137,6 +143,7 @@ def publish(folder: RunFolder, output: Path) -> None:
                 f"{error}, and it is the best one: put it back from a copy, or delete "
                 f"{folder.path} to train anew"
             ) from None
+        _fit_latents(temporary / "model", shards, training)
         published.samples.mkdir()
         for picture in filter(is_sound_png, folder.pictures()):
             shutil.copy(picture, published.samples)
@@ -145,6 +152,19 @@ def publish(folder: RunFolder, output: Path) -> None:
         files.write_json(temporary / "metrics.json", {**losses, **scores, **summary})
     kind = "no validation images, so last" if best is None else "best"
     log.info("trained %d steps; %s checkpoint: step %d, in %s", last_step, kind, chosen, output)
+
+
+def _fit_latents(model: Path, shards: Path, training: dict[str, Any]) -> None:
+    """Add the density of E(x), where there is an encoder and images enough."""
+    try:
+        density = fit_latents(
+            model, shards, mirrored=training["horizontal_flip"], seed=training["seed"]
+        )
+    except NoDensityError as error:
+        log.warning("no latents are fitted: %s", error)
+        return
+    if density:
+        log.info("fitted the training images' latents: %d components", len(density.weights))
 
 
 def _write_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -32,6 +32,9 @@ SIGNATURE = ModelSignature(
             ParamSpec("operation", DataType.string, None),
             ParamSpec("count", DataType.long, None),
             ParamSpec("seed", DataType.long, None),
+            ParamSpec("latents", DataType.string, None),
+            ParamSpec("temperature", DataType.double, None),
+            ParamSpec("label", DataType.string, None),
             ParamSpec("num_frames", DataType.long, None),
             ParamSpec("path", DataType.string, None),
         ]

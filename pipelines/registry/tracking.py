@@ -188,9 +188,16 @@ def fetch_model(uri: str, folder: Path) -> Path:
         repository, model = get_artifact_repository(place), folder / "model"
         model.mkdir()
         with _no_larger_files(MAX_FILE_BYTES):
-            for name in (model_folder.CONFIG, *model_folder.FILES.values()):
+
+            def download(name: str) -> None:
                 # One file, as it is called here: a listing would be the store's to write.
                 repository._download_file(f"artifacts/model/{name}", str(model / name))
+
+            download(model_folder.CONFIG)
+            description = model_folder.read_description(model / model_folder.CONFIG)
+            for name in model_folder.files_of(description):
+                if name != model_folder.CONFIG:
+                    download(name)
     if recorded and hash_files([model]) != recorded:
         raise UserError(
             f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "

@@ -16,13 +16,13 @@ from filelock import FileLock
 import aegan
 from aegan.config import ComputeConfig, ConfigError, Split, TrainConfig, TuneConfig
 from aegan.data.dataset import load_images, read_manifest
-from aegan.metrics.features import extract, random_features
+from aegan.metrics.features import installed_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.training import checkpoint, loop
 from aegan.training.checkpoint import CheckpointError
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
-from aegan.training.validation import validate
+from aegan.training.validation import Judge
 from pipelines.base.errors import UserError
 from pipelines.base.run_name import run_name
 from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, uses_gpu
@@ -38,7 +38,7 @@ NEIGHBOURS = 5
 SIGNIFICANT_DIGITS = 3  # of a setting that was searched: nobody should read more into it
 PREFIX = "validation_"
 
-Settings = dict[str, float]  # by dotted name, loss.gamma
+Settings = dict[str, float]  # by dotted name, loss.gamma_image
 Scores = dict[str, float]  # lower is better for each
 Ended = Literal["finished", "stopped", "diverged", "failed"]
 
@@ -54,6 +54,7 @@ class Task:
     device: str
     threads: int
     micro_batch_size: int  # as in the section `compute`
+    features: str  # in which all are judged
 
     def resolved(self) -> "Task":
         """The same for a process that works in another folder."""
@@ -175,6 +176,11 @@ def train(
 ) -> None:
     """Train to the end in this process, going on from the newest checkpoint."""
     torch.set_num_threads(task.threads)
+    if (features := installed_features()) != task.features:
+        raise ConfigError(
+            f"this node judges in {features}, the search in {task.features}: install the same "
+            "packages on every node"
+        )
     folder = task.run_folder(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     # Wait for the process of a search that was killed, which would write there too.
@@ -209,16 +215,16 @@ def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
         export_model(newest, Path(folder))
         model = aegan.load(folder)
     images = torch.from_numpy(load_images(task.shards, split, limit=IMAGES[split]))
+    judging = Judge(images, features=task.features)
     # The seed of the loop's own validation: its scores and these agree.
     seed = config.training.seed
-    scores = validate(model, images, seed=seed)
-    extractor = random_features(model.image_channels)
     neighbourhood = precision_recall_density_coverage(
-        extract(extractor, images),
-        extract(extractor, aegan.sample(model, len(images), seed=seed)),
+        judging.real_features,
+        judging.features_of(aegan.sample(model, len(images), seed=seed)),
         neighbours=NEIGHBOURS,
     )
-    return {**scores_in(scores), "uncovered": 1 - neighbourhood["coverage"]}
+    uncovered = 1 - neighbourhood["coverage"]
+    return {**scores_in(judging.scores(model, seed=seed)), "uncovered": uncovered}
 
 
 def scores_in(row: Mapping[str, float]) -> Scores:

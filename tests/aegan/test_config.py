@@ -109,7 +109,7 @@ def first(bound: Any, *keys: str) -> Any:
             "compute.gpus_per_worker is 2; it must be above 0 and at most 1: a worker trains on "
             "one GPU, use more workers",
         ),
-        ("loss", {"gamma": -0.0}, "loss.gamma is -0.0; write 0.0"),
+        ("loss", {"gamma_image": -0.0}, "loss.gamma_image is -0.0; write 0.0"),
         ("preprocess", {"image_channels": 2}, "preprocess.image_channels is 2; allowed: 1, 3"),
         (
             "preprocess",
@@ -157,8 +157,8 @@ def first(bound: Any, *keys: str) -> Any:
         ("interpolate", {"num_pairs": 0}, "interpolate.num_pairs is 0; it must be 1 or more"),
         (
             "tune",
-            {"search": {"loss.gamma": 3}},
-            "tune.search.loss.gamma is 3; expected SearchRange",
+            {"search": {"loss.gamma_image": 3}},
+            "tune.search.loss.gamma_image is 3; expected SearchRange",
         ),
     ],
 )
@@ -173,9 +173,57 @@ def test_parts_of_a_training_are_checked_by_their_sections_names():
         check(replace(START, model=replace(START.model, latent_dim=0)))
     rule = replace(START.training, update_rule="reference")
     with pytest.raises(
-        ConfigError, match=r"reference needs loss\.adversarial: bce and loss\.gamma: 0"
+        ConfigError,
+        match=r"reference shows .*needs loss\.gamma_image: 0, loss\.gamma_latent: 0 and",
     ):
         check(replace(START, training=rule))
+
+
+@pytest.mark.parametrize(
+    ("training", "loss", "sentence"),
+    [
+        (
+            {},
+            {"packing": 2},
+            "loss.packing is 2, but reconstructions are judged one by one: .* gan",
+        ),
+        (
+            {"arm": "gan"},
+            {"packing": 3},
+            "training.batch_size is 8; it must be a multiple of loss.packing, 3",
+        ),
+        (
+            {"update_rule": "reference"},
+            {"adversarial": "relativistic"},
+            "reference shows real ones and fakes in turn; it needs .*: bce, hinge or least_squares",
+        ),
+    ],
+)
+def test_terms_that_do_not_go_together_are_named(training, loss, sentence):
+    with pytest.raises(ConfigError, match=f"{sentence}$"):
+        check(tiny_config(loss=loss, **training))
+    check(tiny_config(arm="gan", loss={"packing": 4}))
+    check(tiny_config(update_rule="reference", loss={"adversarial": "hinge"}))
+
+
+def test_a_section_of_an_earlier_version_means_what_it_meant():
+    before = {"lambda_image_adversarial": 2.0, "lambda_latent_adversarial": 0.5, "gamma": 1.0}
+    assert config.with_new_names("loss", {**before, "real_target": 0.9}) == {
+        "packing": 1,
+        "lambda_x_hat_adversarial": 2.0,
+        "lambda_x_tilde_adversarial": 2.0,
+        "lambda_z_hat_adversarial": 0.5,
+        "lambda_z_tilde_adversarial": 0.5,
+        "gamma_image": 1.0,
+        "gamma_latent": 1.0,
+        "real_target": 0.9,
+    }
+    today = vars(SECTIONS["loss"])
+    assert config.with_new_names("loss", today) == today
+    assert config.with_new_names("model", {"preset": "demo"}) == {
+        "architecture": "demo",
+        "prior": "normal",
+    }
 
 
 def test_every_architecture_that_can_be_named_is_there():
@@ -216,13 +264,19 @@ def test_the_projects_own_search_is_valid():
         (only("loss.adversarial", 1, 2), r"has loss.adversarial; valid: "),
         (only("training.seed", 1, 2), r"has training.seed; valid: "),
         (only("gamma", 1, 2), r"has gamma; valid: "),
-        (only("loss.gamma", 2, 1), "low must be less than high"),
-        (only("loss.gamma", 1, 1, scale="linear"), "low must be less than high"),
-        (only("loss.gamma", 1, math.inf), r"loss.gamma.high is Infinity; it must be at most"),
-        (only("loss.gamma", math.nan, 1), r"loss.gamma.low is NaN; it must be 0 or more"),
+        (only("loss.gamma_image", 2, 1), "low must be less than high"),
+        (only("loss.gamma_image", 1, 1, scale="linear"), "low must be less than high"),
+        (
+            only("loss.gamma_image", 1, math.inf),
+            r"loss.gamma_image.high is Infinity; it must be at most",
+        ),
+        (
+            only("loss.gamma_image", math.nan, 1),
+            r"loss.gamma_image.low is NaN; it must be 0 or more",
+        ),
         (only("training.beta1", 0.5, 1.5), r"training.beta1.high is 1.5; it must be below 1"),
-        (only("loss.gamma", 0, 1), "with scale: log both must be above 0"),
-        (only("loss.gamma", 2, 3), "is 1: widen the range"),
+        (only("loss.gamma_image", 0, 1), "with scale: log both must be above 0"),
+        (only("loss.gamma_image", 2, 3), "is 1: widen the range"),
         ({"num_trials": 0}, "tune.num_trials is 0; it must be 1 or more"),
         ({"grace_steps": 10_000}, "it must be at most tune.num_steps, 600"),
         ({"reduction_factor": 1}, "must be 2 or more"),
@@ -237,6 +291,22 @@ def test_a_search_without_sense_is_named_with_what_would_make_sense(changes, mes
 
     with pytest.raises(ConfigError, match=message):
         check_all(replace(TUNE, **changes))
+
+
+def test_what_is_scheduled_is_not_searched():
+    schedule = config.Schedule(schedule="linear", start=2.0, end=1.0, images=100)
+    start = replace(START, loss=replace(START.loss, gamma_image=schedule))
+    with pytest.raises(
+        ConfigError, match=r"^tune.search has loss.gamma_image, which is a schedule: give it a "
+    ):
+        check_search(start, replace(TUNE, **only("loss.gamma_image", 0.1, 2)))
+
+
+@pytest.mark.parametrize("name", ["loss.gamma_image", "loss.gamma_latent"])
+def test_the_authors_rule_has_no_penalty_to_search(name):
+    start = tiny_config(update_rule="reference")
+    with pytest.raises(ConfigError, match=f"^training.update_rule: reference has no {name} to"):
+        check_search(start, replace(TUNE, **only(name, 0.1, 2)))
 
 
 @pytest.mark.parametrize("objective", ["image_reconstruction", "pareto"])

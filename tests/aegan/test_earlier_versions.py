@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import aegan
-from aegan.training import start
+from aegan.metrics.features import RANDOM_FEATURES
+from aegan.training import checkpoint, start
 from aegan.training.loop import train
 from tests.tiny import tiny_config, tiny_shards
 
@@ -35,6 +36,8 @@ def test_a_run_goes_on_from_its_checkpoint(version, tmp_path):
     shards = tiny_shards(tmp_path / "shards")
     outcome = train(config, shards=shards, run_folder=run_folder, device=torch.device("cpu"))
     assert outcome.finished
+    state = checkpoint.read_state(run_folder / "checkpoints/step-00000006")
+    assert state["features"] == RANDOM_FEATURES  # as all of its scores
     steps = [line.split(",")[0] for line in (run_folder / "metrics.jsonl").open()]
     assert steps == [f'{{"step": {step}' for step in range(1, 7)]
 

@@ -30,7 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def build(*, channels: int = 3, encoder: bool = True) -> aegan.AEGAN:
     torch.manual_seed(0)
-    config = ModelConfig(architecture="demo", latent_dim=LATENT_DIM, base_channels=4)
+    config = ModelConfig(
+        architecture="demo", latent_dim=LATENT_DIM, prior="normal", base_channels=4
+    )
     model = aegan.AEGAN(
         config, image_size=16, image_channels=channels, encoder=encoder, discriminators=False
     )
@@ -123,12 +125,12 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
         "count is 0; expected a whole number, 1 or more",
     ),
     "a negative count": (
-        lambda model: aegan.random_latents(-1, 8, seed=0),
+        lambda model: aegan.random_latents(model, -1, seed=0),
         "count is -1; expected a whole number, 1 or more",
     ),
-    "latents of no length": (
-        lambda model: aegan.random_latents(1, 0, seed=0),
-        "latent_dim is 0; expected a whole number, 1 or more",
+    "a size instead of a model": (
+        lambda model: aegan.random_latents(8, 1, seed=0),  # type: ignore[arg-type]
+        "model is a int; expected what aegan.load returns",
     ),
     "a seed that is a float": (
         lambda model: aegan.sample(model, 1, seed=0.5),  # type: ignore[arg-type]
@@ -216,7 +218,7 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
     ),
     "networks of no size": (
         lambda model: aegan.AEGAN(
-            ModelConfig(architecture="demo", latent_dim=0, base_channels=4),
+            ModelConfig(architecture="demo", latent_dim=0, prior="normal", base_channels=4),
             image_size=16,
             image_channels=3,
         ),
@@ -224,7 +226,7 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
     ),
     "networks of no kind": (
         lambda model: aegan.AEGAN(
-            ModelConfig(architecture="large", latent_dim=4, base_channels=4),  # type: ignore[arg-type]
+            ModelConfig(architecture="large", latent_dim=4, prior="normal", base_channels=4),  # type: ignore[arg-type]
             image_size=16,
             image_channels=3,
         ),
@@ -277,7 +279,7 @@ def test_every_function_takes_what_the_others_return(model: aegan.AEGAN, tmp_pat
     assert torch.equal(
         aegan.reconstruct(model, read), aegan.decode(model, aegan.encode(model, read))
     )
-    latents = aegan.random_latents(2, model.latent_dim, seed=3)
+    latents = aegan.random_latents(model, 2, seed=3)
     frames = aegan.interpolate(model, latents, latents.flip(0), num_frames=4)
     aegan.save_animation(frames[0], str(folder / "path.webp"), frames_per_second=12.5)
     with Image.open(folder / "path.webp") as animation:
@@ -346,7 +348,7 @@ def test_the_examples_of_the_library_run(
 def test_networks_of_every_allowed_side_make_and_read_images_of_it(
     architecture: Any, image_size: int
 ) -> None:
-    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=1)
+    config = ModelConfig(architecture=architecture, latent_dim=5, prior="normal", base_channels=1)
     model = aegan.AEGAN(config, image_size=image_size, image_channels=3)
     with torch.no_grad():
         x = model.generator(torch.zeros(1, 5))
@@ -362,7 +364,7 @@ def test_networks_of_every_allowed_side_make_and_read_images_of_it(
 def test_a_side_of_3_x_2_to_the_n_has_the_layers_of_the_next_power_of_two(
     architecture: Any, image_size: int
 ) -> None:
-    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=4)
+    config = ModelConfig(architecture=architecture, latent_dim=5, prior="normal", base_channels=4)
     shapes = []
     for side in (image_size, image_size // 3 * 4):
         with torch.device("meta"):
@@ -381,7 +383,7 @@ def test_a_side_of_3_x_2_to_the_n_has_the_layers_of_the_next_power_of_two(
 def test_fast_networks_of_a_side_of_3_x_2_to_the_n_equal_the_plain_ones(
     architecture: Any, image_size: int
 ) -> None:
-    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=4)
+    config = ModelConfig(architecture=architecture, latent_dim=5, prior="normal", base_channels=4)
     fast = aegan.AEGAN(config, image_size=image_size, image_channels=3).double().eval()
     plain = copy.deepcopy(fast)
     make_plain(plain)
@@ -404,7 +406,7 @@ def test_fast_networks_of_a_side_of_3_x_2_to_the_n_equal_the_plain_ones(
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-5, 3000))
 def test_a_side_that_no_networks_have_is_refused(image_size: int) -> None:
-    config = ModelConfig(architecture="demo", latent_dim=5, base_channels=1)
+    config = ModelConfig(architecture="demo", latent_dim=5, prior="normal", base_channels=1)
     allowed = [n * 2**k for n in (1, 3) for k in range(4, 11) if n * 2**k <= 1024]
     with torch.device("meta"):
         if image_size in allowed:

@@ -224,7 +224,7 @@ json_values = st.recursive(
     max_leaves=4,
 )
 KEYS = ("image_size", "image_channels", "fit", "has_encoder", "model", "sha256")
-MODEL_KEYS = ("architecture", "latent_dim", "base_channels")
+MODEL_KEYS = ("architecture", "latent_dim", "prior", "base_channels")
 on_one_folder = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

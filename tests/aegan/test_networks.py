@@ -10,7 +10,9 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", ["demo", "paper"])
 
 
 def build(architecture: str, *, image_size: int = 16, channels: int = 3, width: int = 4) -> AEGAN:
-    config = ModelConfig(architecture=architecture, latent_dim=5, base_channels=width)
+    config = ModelConfig(
+        architecture=architecture, latent_dim=5, prior="normal", base_channels=width
+    )
     return AEGAN(config, image_size=image_size, image_channels=channels)
 
 
@@ -28,7 +30,7 @@ def test_shapes_and_ranges_fit_together_at_every_size(architecture, image_size, 
 
 
 def test_the_paper_architecture_at_64_pixels_has_the_layers_of_the_paper():
-    config = ModelConfig(architecture="paper", latent_dim=16, base_channels=64)
+    config = ModelConfig(architecture="paper", latent_dim=16, prior="normal", base_channels=64)
     model = AEGAN(config, image_size=64, image_channels=3)
     generator = [layer.weight.shape for layer in model.generator.convolutions]
     assert [shape[0] for shape in generator] == [256, 128, 128, 64, 64, 3]

@@ -5,6 +5,7 @@ import io
 import json
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 import aegan
 from aegan import operations
+from tests.latents import add_density, small_density
 from tests.trained import write_model
 
 MODEL_SIZE, LATENT_DIM = 16, 8
@@ -26,6 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> aegan.AEGAN:
     return aegan.load(write_model(tmp_path_factory.mktemp("trained") / "model"))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> aegan.AEGAN:
+    folder = write_model(tmp_path_factory.mktemp("fitted") / "model")
+    return aegan.load(add_density(folder, small_density(LATENT_DIM)))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,62 @@ def test_generate_gives_the_library_s_samples_and_their_latents(model: aegan.AEG
     assert torch.equal(images, aegan.sample(model, 3, seed=5))
     again = ask(model, "generate", latents=[record["latent"] for record in records])
     assert again == records
+
+
+def test_generate_draws_fitted_latents_as_the_library_does(fitted: aegan.AEGAN) -> None:
+    given: dict[str, Any] = {"latents": "fitted", "temperature": 0.5, "label": "dogs"}
+    params = {"operation": "generate", "count": 3, "seed": 5} | given
+    records = operations.operate(fitted, [], params)
+    images = torch.stack([pixels(record) for record in records])
+    assert torch.equal(images, aegan.sample(fitted, 3, seed=5, **given))
+    assert operations.operate(fitted, [], params | {"temperature": 1}) != records
+    prior = operations.operate(fitted, [], params_without(params, *given) | {"latents": "prior"})
+    expected = aegan.sample(fitted, 3, seed=5, latents="prior")
+    assert torch.equal(torch.stack([pixels(record) for record in prior]), expected)
+
+
+def params_without(params: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"latents": "Fitted"}, r'latents is "Fitted"; .* prior, fitted \(nearest: fitted\)'),
+        ({"latents": None}, "params.latents is null; expected one of prior, fitted"),
+        ({"latents": "prior", "temperature": 1}, "params.temperature is for latents: fitted"),
+        (
+            {"latents": "prior", "label": "cats"},
+            "params.label is given, but this model's prior knows no classes",
+        ),
+        ({"temperature": True}, "params.temperature is true; expected a number from 0 to 2"),
+        ({"temperature": "1"}, 'params.temperature is "1"; expected a number'),
+        ({"temperature": 2.5}, "params.temperature is 2.5; expected a number"),
+        ({"temperature": 10**400}, "params.temperature is 1000.*; expected a number"),
+        ({"label": "cat"}, r'params.label is "cat"; expected one of cats, dogs \(nearest: cats\)'),
+        ({"label": ["cats"]}, "params.label is a list"),
+        ({"operation": "encode"}, "params.latents belongs to generate, not to encode"),
+    ],
+)
+def test_a_wrong_request_for_fitted_latents_is_answered_with_what_is_wrong(
+    fitted: aegan.AEGAN, given: dict[str, Any], message: str
+) -> None:
+    params = {"operation": "generate", "latents": "fitted"} | given
+    with pytest.raises(operations.RequestError, match=message):
+        operations.operate(fitted, [], params)
+
+
+def test_a_label_is_refused_where_the_images_had_none(tmp_path: Path) -> None:
+    density = small_density(LATENT_DIM, classes=())
+    model = aegan.load(add_density(write_model(tmp_path / "model"), density))
+    params = {"operation": "generate", "latents": "fitted", "label": "cats"}
+    with pytest.raises(operations.RequestError, match="no class of images has fitted latents"):
+        operations.operate(model, [], params)
+
+
+def test_a_model_without_fitted_latents_says_so(model: aegan.AEGAN) -> None:
+    with pytest.raises(operations.RequestError, match="this model has no fitted latents"):
+        operations.operate(model, [], {"operation": "generate", "latents": "fitted"})
 
 
 def test_encode_and_reconstruct_agree_with_the_library(model: aegan.AEGAN) -> None:

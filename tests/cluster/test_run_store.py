@@ -281,7 +281,7 @@ def command(bucket: str, clone: Path, shards: Path, config: TrainConfig = CONFIG
     folder = driver.train(
         config, compute, shards=shards, runs=clone / "runs", run_workers=run_workers
     )
-    publish(folder, clone / "artifacts/train")
+    publish(folder, clone / "artifacts/train", shards=shards)
     return folder.path
 
 

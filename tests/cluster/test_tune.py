@@ -129,7 +129,7 @@ def test_a_search_that_was_killed_and_moved_goes_on_and_training_then_uses_its_w
         trials = list(csv.DictReader(file))
     assert [int(trial["trial"]) for trial in trials] == list(range(NUM_TRIALS))
     assert {trial["ended"] for trial in trials} <= {"finished", "stopped", "diverged"}
-    assert float(trials[0]["loss.gamma"]) == YAML().load(PARAMS)["loss"]["gamma"]
+    assert float(trials[0]["loss.gamma_image"]) == YAML().load(PARAMS)["loss"]["gamma_image"]
     for how in ("finished", "stopped"):  # the verdicts before the kill still stand
         assert ended(first, how) <= {int(row["trial"]) for row in trials if row["ended"] == how}
     assert "Traceback" not in first + second
@@ -178,7 +178,7 @@ def test_an_interrupted_search_ends_at_once_and_leaves_nothing_running(project: 
 
 def test_settings_that_cannot_train_end_in_one_clear_line(project: Path) -> None:
     training = {"learning_rate": 1e12, "max_rollbacks": 0}
-    search = {"loss.gamma": {"low": 0.05, "high": 10.0, "scale": "log"}}
+    search = {"loss.gamma_image": {"low": 0.05, "high": 10.0, "scale": "log"}}
     change(project, {"training": training, "tune": {"num_trials": 2, "search": search}})
     output = finish(start(project, "tune"), expected=1)
     assert "error: no trial was trained to the end: each of them diverged" in output

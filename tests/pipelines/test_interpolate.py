@@ -14,6 +14,7 @@ from aegan.config import InterpolateConfig
 from aegan.pictures import enlarge, save_animation
 from pipelines.base.errors import UserError
 from pipelines.interpolate import ANIMATION_FRAMES, GRID_TILE, interpolate, path_grid
+from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
 from tests.trained import write_model
@@ -81,6 +82,18 @@ def test_the_index_names_every_file_in_the_folder(drawn: Path) -> None:
     assert all(picture["title"] and picture["caption"] for picture in pictures)
 
 
+def test_samples_of_fitted_latents_are_drawn_beside_those_of_the_prior(project: Path) -> None:
+    add_density(project / "model", small_density(8))
+    out, model = draw(project), aegan.load(project / "model")
+    for name, latents in (("samples", "prior"), ("fitted_samples", "fitted")):
+        samples = aegan.sample(model, 100, seed=CONFIG.seed, latents=latents).numpy()
+        shown = tiles(out / f"{name}.png").reshape(100, GRID_TILE, GRID_TILE, 3)
+        assert np.array_equal(shown, enlarge(samples, size=GRID_TILE))
+    pictures = json.loads((out / "index.json").read_text())["pictures"]
+    assert pictures[-1]["name"] == "fitted_samples"
+    draw(project)  # and may be replaced
+
+
 def test_a_row_leads_from_a_held_out_image_and_its_reconstruction_to_those_of_another(
     drawn: Path,
 ) -> None:
@@ -130,7 +143,7 @@ def test_the_seed_decides_every_byte(drawn: Path, project: Path) -> None:
 
 def test_the_linear_path_has_the_same_ends_and_another_middle(drawn: Path) -> None:
     model = aegan.load(drawn.parent / "model")
-    start, end = aegan.random_latents(8, model.latent_dim, seed=3).chunk(2)
+    start, end = aegan.random_latents(model, 8, seed=3).chunk(2)
     middle = CONFIG.num_frames // 2
     curved, straight = (
         tiles_of(path_grid(model, start, end, replace(CONFIG, path=path)))

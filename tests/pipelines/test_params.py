@@ -1,9 +1,18 @@
+import json
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from aegan.config import ComputeConfig, DataConfig, LossConfig, TrainingConfig
+from aegan.config import (
+    ComputeConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    Schedule,
+    TrainConfig,
+    TrainingConfig,
+)
 from pipelines.base import identity, params
 from pipelines.base.errors import UserError
 
@@ -55,9 +64,61 @@ def test_a_mistake_in_the_last_stages_section_is_said_before_the_first_works(fil
         params.load(DataConfig, file)
 
 
+def test_a_latent_of_automatic_length_has_the_images_dimension(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    edit(file, "latent_dim: 16", "latent_dim: auto")
+    params.load(DataConfig)  # before there are images
+    with pytest.raises(UserError, match=r"manifest.json not found: run the stage preprocess first"):
+        params.load(TrainConfig)
+    manifest = file.parent / "artifacts/shards/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    for dimension, latent_dim in ((7.6, 8), (8, 8), (23.2, 24)):
+        manifest.write_text(json.dumps({"intrinsic_dimension": dimension}))
+        assert params.load(TrainConfig).model.latent_dim == latent_dim
+        assert params.load(ModelConfig).latent_dim == latent_dim
+    for shards in ({}, {"intrinsic_dimension": None}):
+        manifest.write_text(json.dumps(shards))
+        with pytest.raises(UserError, match="latent_dim is auto, but preprocess has not estimated"):
+            params.load(TrainConfig)
+        params.load(DataConfig)
+
+
 def test_numbers_in_scientific_notation_are_numbers(file):
     edit(file, "learning_rate: 5.0e-4\n  disc", "learning_rate: 2e-4\n  disc")
     assert params.load(TrainingConfig, file).learning_rate == 0.0002
+
+
+def test_a_schedule_stands_in_place_of_a_number(file):
+    edit(
+        file,
+        "learning_rate: 5.0e-4\n  disc",
+        "learning_rate: {schedule: cosine, start: 5e-4, end: 0, images: 100000}\n  disc",
+    )
+    rate = params.load(TrainingConfig, file).learning_rate
+    assert rate == Schedule(schedule="cosine", start=5e-4, end=0.0, images=100_000)
+    assert type(rate.end) is float  # whole numbers serve here too
+    overlay = file.with_name("overlay.yaml")
+    overlay.write_text("training:\n  beta2: {schedule: linear, start: 0.9, end: 0.99, images: 0}\n")
+    assert params.apply_overlay(overlay, file) == [
+        'training.beta2: 0.99 -> {"schedule": "linear", "start": 0.9, "end": 0.99, "images...'
+    ]
+    assert params.load(TrainingConfig, file).beta2.start == 0.9
+
+
+def test_settings_of_an_earlier_version_that_were_parted_are_said_in_one_line(file):
+    text = file.read_text()
+    for kind in ("x", "z"):
+        text = text.replace(f"  lambda_{kind}_tilde_adversarial: 1.0\n", "")
+    text = text.replace("lambda_x_hat_adversarial", "lambda_image_adversarial")
+    text = text.replace("lambda_z_hat_adversarial: 1", "lambda_latent_adversarial: 1")
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        params.load(DataConfig, file)
+    assert str(error.value) == (
+        "params.yaml: loss.lambda_image_adversarial is called loss.lambda_x_hat_adversarial and "
+        "loss.lambda_x_tilde_adversarial now; loss.lambda_latent_adversarial is called "
+        "loss.lambda_z_hat_adversarial and loss.lambda_z_tilde_adversarial now: rename it there"
+    )
 
 
 def test_a_whole_number_serves_where_a_fraction_is_expected(file):
@@ -68,8 +129,16 @@ def test_a_whole_number_serves_where_a_fraction_is_expected(file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("gamma: ", "gama: ", "keys of loss: unknown: gama; missing: gamma; valid: lambda_"),
-        ("\n  gamma: ", "\n  gamma: lots # ", "loss.gamma is 'lots'; expected float"),
+        (
+            "gamma_image: 1",
+            "gama: 1",
+            "keys of loss: unknown: gama; missing: gamma_image; valid: l",
+        ),
+        (
+            "\n  gamma_image: ",
+            "\n  gamma_image: lots # ",
+            "loss.gamma_image is 'lots'; expected float",
+        ),
         ("adversarial: bce", "adversarial: hing", "loss.adversarial is 'hing'; allowed: bce, rel"),
         ("num_steps: ", "num_steps: -1.5 # ", "training.num_steps is -1.5; expected int"),
         ("horizontal_flip: true", "horizontal_flip: 1", "horizontal_flip is 1; expected bool"),
@@ -77,7 +146,11 @@ def test_a_whole_number_serves_where_a_fraction_is_expected(file):
         ("loss:", "loss: [", "not valid YAML"),
         ("adversarial: bce", "adversarial: [a]", r'loss.adversarial is \["a"\]; allowed: bce, rel'),
         ("adversarial: bce", "adversarial:", "loss.adversarial is empty; allowed: bce"),
-        ("\n  gamma: ", "\n  gamma: {a: true} # ", 'loss.gamma is {"a": true}; expected float'),
+        (
+            "gamma_image: 1.0",
+            "gamma_image: {a: 1}",
+            "keys of loss.gamma_image: unknown: a; missing: sch",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_what_would_be_right(file, old, new, message):
@@ -91,11 +164,19 @@ def test_a_mistake_is_named_with_what_would_be_right(file, old, new, message):
     ("old", "new", "message"),
     [
         ("neighbours: 5", "neighbours: 0", "evaluate.neighbours is 0; it must be 1 or more"),
-        ("gamma: 1.0", "gamma: .nan", "loss.gamma is NaN; it must be 0 or more"),
-        ("gamma: 1.0", f"gamma: {10**400}", r"loss.gamma is 10+\.\.\.; it must be at most 10+$"),
-        ("gamma: 1.0", f"gamma: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+        ("gamma_image: 1.0", "gamma_image: .nan", "loss.gamma_image is NaN; it must be 0 or more"),
+        (
+            "gamma_image: 1.0",
+            f"gamma_image: {10**400}",
+            r"loss.gamma_image is 10+\.\.\.; it must be at most 10+$",
+        ),
+        ("gamma_image: 1.0", f"gamma_image: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
         ("latent_dim: 16", "latent_dim: true", "model.latent_dim is true; expected int"),
-        ("update_rule: shared", "update_rule: reference", "reference needs loss.adversarial: bce"),
+        (
+            "update_rule: shared",
+            "update_rule: reference",
+            "reference shows real ones and fakes in turn",
+        ),
         ("loss:", "loss: [", r"not valid YAML: [^\n]*$"),
     ],
 )
@@ -128,17 +209,17 @@ def test_a_missing_file_says_where_to_run(tmp_path):
 def test_an_overlay_changes_its_values_and_keeps_every_comment(file, tmp_path):
     comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("loss:\n  gamma: 2.0\n")
-    before = params.load(LossConfig, file).gamma
-    assert params.apply_overlay(overlay, file) == [f"loss.gamma: {before} -> 2.0"]
-    assert params.load(LossConfig, file).gamma == 2.0
+    overlay.write_text("loss:\n  gamma_image: 2.0\n")
+    before = params.load(LossConfig, file).gamma_image
+    assert params.apply_overlay(overlay, file) == [f"loss.gamma_image: {before} -> 2.0"]
+    assert params.load(LossConfig, file).gamma_image == 2.0
     assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
 
 
 def test_an_overlay_with_a_mistake_changes_nothing(file, tmp_path):
     before = file.read_text()
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("loss:\n  gamma: 2.0\n  lambda: 1.0\n")
+    overlay.write_text("loss:\n  gamma_image: 2.0\n  lambda: 1.0\n")
     with pytest.raises(UserError, match="unknown: lambda; valid:"):
         params.apply_overlay(overlay, file)
     assert file.read_text() == before
@@ -160,5 +241,8 @@ def test_a_run_is_named_by_the_code_and_the_parameters_that_dvc_tracks():
     code = set(identity.code_of(roots, without=identity.NOT_IN_WEIGHTS))
     assert code <= files
     more = {str(file.relative_to(ROOT)) for file in files - code if file.name != "__init__.py"}
-    assert more == {"aegan/training/run_folder.py"}  # in a folder whose other files all count
+    assert more == {
+        "aegan/training/run_folder.py",  # in a folder whose other files all count
+        *("aegan/training/latents.py", "aegan/latent_density.py"),  # fitted to finished weights
+    }
     assert train["params"] == ["model", "loss", "training"]

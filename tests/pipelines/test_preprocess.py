@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aegan.config import SPLITS, ConfigError, DataConfig, PreprocessConfig
-from aegan.data import dataset, designed_faces
+from aegan.data import dataset, designed_faces, intrinsic_dimension
 from pipelines import download as download_stage
 from pipelines import preprocess as preprocess_stage
 from pipelines.base.errors import UserError
@@ -212,6 +212,20 @@ def test_the_shards_are_those_of_the_contract(faces):
             assert metadata[b"height"] == metadata[b"width"] == b"16"
             assert metadata[b"channels"] == b"3"
             assert metadata[b"preprocess_sha256"].decode() == manifest["preprocess_sha256"]
+
+
+def test_the_images_dimension_stands_in_statistics_and_manifest_if_there_are_enough(
+    faces, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(intrinsic_dimension, "MIN_IMAGES", 100)
+    (tmp_path / "raw").symlink_to(faces / "raw")
+    statistics = run(tmp_path / "raw", tmp_path)
+    expected = round(intrinsic_dimension.of_shards(tmp_path / "shards"), 1)
+    manifest = dataset.read_manifest(tmp_path / "shards")
+    assert statistics["intrinsic_dimension"] == manifest["intrinsic_dimension"] == expected
+    of_few = dataset.read_manifest(faces / "shards")
+    assert of_few["intrinsic_dimension"] is None
+    assert manifest["dataset_sha256"] == of_few["dataset_sha256"]
 
 
 def test_statistics_count_every_file_and_describe_the_training_images(faces):

@@ -26,6 +26,7 @@ from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.registry import mlflow_store, tracking
+from tests.latents import add_density, small_density
 from tests.trained import ROOT, RUN_NAME, START, write_project
 
 CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
@@ -40,6 +41,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         root = write_project(tmp_path_factory.mktemp("project"))
+        add_density(root / "artifacts/train/model", small_density(8))
         patch.chdir(root)
         register.register(CONFIG)
         yield root
@@ -69,6 +71,10 @@ def test_registering_points_the_alias_at_a_version_that_answers(
     image = np.array(Image.open(io.BytesIO(base64.b64decode(record["image"]))))
     model = aegan.load("artifacts/train/model")
     np.testing.assert_array_equal(image, aegan.sample(model, 1, seed=3)[0])
+    fitted: dict[str, Any] = {"latents": "fitted", "temperature": 0.5, "label": "dogs"}
+    [record] = service.predict([], params={"operation": "generate", "seed": 3, **fitted})
+    expected = aegan.random_latents(model, 1, seed=3, **fitted)
+    np.testing.assert_array_equal(np.float32(record["latent"]), expected[0])
 
 
 def test_the_run_holds_parameters_curves_machine_and_scores(registered: Path, store: Any) -> None:
@@ -96,6 +102,9 @@ def test_the_run_holds_the_version_of_data_and_code(registered: Path, store: Any
     assert len(run.data.tags["dvc_lock_sha256"]) == 64
     assert version.tags["run_name"] == RUN_NAME
     assert version.tags["evaluate/frechet_distance/ema"] == "1.5"
+    for tags in (run.data.tags, version.tags):  # figures of other features cannot be compared
+        assert tags["train/features"] == "made-up features"
+        assert tags["evaluate/features"] == "other made-up features"
     profile = json.loads(run.inputs.dataset_inputs[0].dataset.profile)
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     assert profile["shards"] == {shard["file"]: shard["sha256"] for shard in shards}
@@ -124,11 +133,13 @@ def test_the_stored_model_needs_nothing_pickled_and_pins_what_it_needs(
 
 
 def test_a_model_loads_from_the_registry_as_from_its_folder(registered: Path) -> None:
-    latents = aegan.random_latents(2, 8, seed=0)
-    expected = aegan.decode(tracking.load_model("artifacts/train/model"), latents)
+    model = tracking.load_model("artifacts/train/model")
+    latents = aegan.random_latents(model, 2, seed=0)
+    expected = aegan.decode(model, latents)
     loaded = tracking.load_model("models:/aegan@candidate")
     assert torch.equal(aegan.decode(loaded, latents), expected)
     assert loaded.encoder is not None
+    assert loaded.latent_density is not None
 
 
 def test_the_same_content_is_registered_once_and_other_content_again(

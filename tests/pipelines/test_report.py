@@ -20,6 +20,7 @@ from aegan.pictures import save_png
 from pipelines.base.errors import UserError
 from pipelines.interpolate import interpolate
 from pipelines.report import MAX_MOMENTS, build, draw_curves, in_words, read_quarantine, verdict
+from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
 from tests.trained import write_model
@@ -65,7 +66,9 @@ def write_inputs(root: Path, *, encoder: bool = True) -> Path:
         for name in METRICS
         if not name.startswith("factor_")
     }
-    figures |= {"features": "made-up features", "split": "test", "num_images": 8, "note": ""}
+    figures["recall"]["standard_error"] = {"ema": 0.0625, "raw": 0.03, "floor": 0.001}
+    figures |= {"features": "made-up features", "features_random": "made-up random ones"}
+    figures |= {"split": "test", "num_images": 8, "note": ""}
     figures["not_measured"] = {
         name: "no factors known" for name in METRICS if name.startswith("factor_")
     }
@@ -162,6 +165,31 @@ def test_every_measured_metric_stands_there_with_its_explanation(page: str) -> N
     text = Parsed(page).text
     for name, metric in METRICS.items():
         assert (metric.explanation in text) == (not name.startswith("factor_"))
+
+
+def test_a_figure_stands_with_its_error_where_that_is_known(page: str) -> None:
+    text = Parsed(page).text
+    assert text.count("0.25 ± 0.06") == text.count("0.5 ± 0.03") == 1
+    assert text.count("0.125 ± 0.001") == 1
+    assert text.count("±") == 4  # and what it means
+
+
+def test_figures_and_samples_of_fitted_latents_are_shown_where_there_are_any(
+    project: Path, page: str
+) -> None:
+    assert "fitted" not in Parsed(page).text
+    file = project / "artifacts/evaluate/metrics.json"
+    figures = json.loads(file.read_text())
+    figures["precision"]["fitted"] = 0.7654
+    figures["fitted_latents"] = {"components": 12}
+    write_json(file, figures)
+    add_density(project / "artifacts/train/model", small_density(8))
+    config = InterpolateConfig(num_pairs=1, num_frames=3, path="slerp", seed=0)
+    folder = project / "artifacts"
+    interpolate(folder / "train/model", project / "shards", folder / "interpolate", config)
+    text = Parsed(report(project)).text
+    for statement in ("0.765", "(12 components)", "The same generator, but latent vectors drawn"):
+        assert statement in text
 
 
 def test_the_page_loads_nothing(page: str) -> None:

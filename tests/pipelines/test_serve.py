@@ -28,6 +28,7 @@ from PIL import Image
 import aegan
 from pipelines import serve
 from pipelines.serving import endpoint
+from tests.latents import add_density, small_density
 from tests.trained import write_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,7 +109,8 @@ def serving(model: Path, folder: Path, code: str = "") -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("served") / "model")
+    folder = write_model(tmp_path_factory.mktemp("served") / "model")
+    return add_density(folder, small_density(LATENT_DIM))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,10 @@ def test_all_operations_are_answered_as_the_library_does(server: Server, folder:
     generated = answer["predictions"]
     assert status == 200
     assert torch.equal(pixels(generated), aegan.sample(model, 3, seed=7))
+    options = {"latents": "fitted", "temperature": 0.5}
+    _, fitted = server.ask_for("generate", [], count=3, seed=7, **options)
+    expected = aegan.sample(model, 3, seed=7, latents="fitted", temperature=0.5)
+    assert torch.equal(pixels(fitted["predictions"]), expected)
     latents = [{"latent": record["latent"]} for record in generated]
     assert server.ask_for("generate", latents) == (200, answer)
     images = [{"image": record["image"]} for record in generated]
@@ -168,7 +174,8 @@ def test_version_says_what_is_served_and_nothing_of_the_machine(
     assert status == 200
     assert answer["model"] == "model"
     assert answer["latent_dim"] == LATENT_DIM
-    assert set(answer["sha256"]) == {"config.json", "ema.safetensors"}
+    assert set(answer["sha256"]) == {"config.json", "ema.safetensors", "latents.safetensors"}
+    assert answer["has_fitted_latents"] is True
     assert str(folder.parent) not in json.dumps(answer)
     assert server.ask(b"", "/ping", "GET") == (200, {"status": "ok"})
     assert server.ask(b"", "/health", "GET") == (200, {"status": "ok"})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from aegan.config import ComputeConfig, RegisterConfig, TrainConfig
+from aegan.config import ComputeConfig, RegisterConfig, Schedule, TrainConfig
 from aegan.training import checkpoint, loop, training_log
 from aegan.training.run_folder import RunFolder, step_name
 from pipelines import register
@@ -60,7 +60,7 @@ class Project:
         folder = train(
             config, COMPUTE, shards=self.shards, runs=self.folder / "runs", run_workers=run_workers
         )
-        publish(folder, self.folder / "artifacts/train")
+        publish(folder, self.folder / "artifacts/train", shards=self.shards)
         return folder.path
 
     @property
@@ -301,6 +301,31 @@ def test_fewer_steps_than_were_trained_are_refused_with_the_way_out_and_no_resum
     assert "set it to 10 or more" in str(error.value)
     project.train()
     assert project.published() == finished.published()
+
+
+def test_a_schedule_over_all_of_a_training_is_published_and_refuses_other_ends_without_a_worker(
+    shards, tmp_path
+):
+    project = Project(tmp_path / "project", shards)
+    schedule = Schedule(schedule="linear", start=5e-4, end=1e-4, images=0)
+    options = replace(CONFIG.training, num_steps=4, learning_rate=schedule)
+    config = replace(CONFIG, training=options)
+    project.train(config)
+    curves = csv.DictReader(
+        (project.folder / "artifacts/train/curves.csv").read_text().splitlines()
+    )
+    rates = {row["step"]: float(row["training.learning_rate"]) for row in curves}
+    assert rates == {"2": pytest.approx(4e-4), "3": pytest.approx(3e-4), "4": pytest.approx(2e-4)}
+    for num_steps in (3, 5):
+        other = replace(config, training=replace(options, num_steps=num_steps))
+        with pytest.raises(UserError, match=f"^training.num_steps is {num_steps}, but a schedule"):
+            train(
+                *(other, COMPUTE),
+                shards=shards,
+                runs=project.folder / "runs",
+                run_workers=lambda *_, **__: pytest.fail("workers were started"),
+            )
+    project.train(config)  # which is complete
 
 
 def test_fewer_steps_than_first_asked_for_but_not_yet_trained_are_a_resume(interrupted, tmp_path):

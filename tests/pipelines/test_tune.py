@@ -18,6 +18,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from aegan.config import LossConfig, SearchRange, TrainingConfig, TuneConfig
+from aegan.metrics.features import LEARNED_FEATURES
 from aegan.training import loop
 from pipelines import tune
 from pipelines.base import params
@@ -56,6 +57,7 @@ def make_task(shards: Path, runs: Path, *, objective: str = "frechet_distance") 
         device="cpu",
         threads=1,
         micro_batch_size=0,
+        features=LEARNED_FEATURES,
     )
 
 
@@ -82,15 +84,15 @@ def make_trial(number: int, score: float, **changes: Any) -> Trial:
 
 def test_a_trial_changes_its_settings_and_seed_and_nothing_else(shards, tmp_path):
     task = make_task(shards, tmp_path)
-    config = task.config({"loss.gamma": 0.5, "training.learning_rate": 1e-3}, seed=7)
-    assert (config.loss.gamma, config.training.learning_rate, config.training.seed) == (
+    config = task.config({"loss.gamma_image": 0.5, "training.learning_rate": 1e-3}, seed=7)
+    assert (config.loss.gamma_image, config.training.learning_rate, config.training.seed) == (
         0.5,
         1e-3,
         7,
     )
     back = task.config({}, seed=START.training.seed)
     assert replace(config, loss=back.loss, training=back.training) == back
-    assert replace(config.loss, gamma=1.0) == back.loss
+    assert replace(config.loss, gamma_image=1.0) == back.loss
 
 
 @pytest.mark.parametrize(
@@ -100,9 +102,13 @@ def test_a_trial_changes_its_settings_and_seed_and_nothing_else(shards, tmp_path
         (
             "{low: 0.05,",
             "{lo: 0.05,",
-            r"tune.search.loss.gamma: unknown: lo; missing: low",
+            r"tune.search.loss.gamma_image: unknown: lo; missing: low",
         ),
-        ("{low: 0.05,", "{low: little,", "tune.search.loss.gamma.low is 'little'; expected float"),
+        (
+            "{low: 0.05,",
+            "{low: little,",
+            "tune.search.loss.gamma_image.low is 'little'; expected float",
+        ),
         ("  search:", "  search: all\n  them:", "tune.search is 'all'|unknown"),
     ],
 )
@@ -137,12 +143,12 @@ def test_the_searchs_name_changes_with_data_parameters_and_space_only():
     name = tune.search_name(short, CONFIG, "data")
     longer = replace(START, training=replace(START.training, num_steps=9999))
     assert tune.search_name(shortened(longer, num_steps=6, interval=2), CONFIG, "data") == name
-    wider = {**CONFIG.search, "loss.gamma": SearchRange(low=0.01, high=99, scale="log")}
+    wider = {**CONFIG.search, "loss.gamma_image": SearchRange(low=0.01, high=99, scale="log")}
     others = [
         tune.search_name(short, CONFIG, "other data"),
         tune.search_name(short, replace(CONFIG, search=wider), "data"),
         tune.search_name(short, replace(CONFIG, num_trials=99), "data"),
-        tune.search_name(replace(short, loss=replace(short.loss, gamma=2.0)), CONFIG, "data"),
+        tune.search_name(replace(short, loss=replace(short.loss, gamma_image=2.0)), CONFIG, "data"),
     ]
     assert len({name, *others}) == 5
 
@@ -193,7 +199,7 @@ def make_empty(path: Path) -> None:
 def test_a_trial_reports_every_checkpoint_and_never_needs_the_test_images(shards, tmp_path):
     task = make_task(shutil.copytree(shards, tmp_path / "shards"), tmp_path / "runs")
     (task.shards / "test-00000.parquet").unlink()
-    config, reports = task.config({"loss.gamma": 0.5}, seed=0), []
+    config, reports = task.config({"loss.gamma_image": 0.5}, seed=0), []
     run_trial(task, config, reports.append)
     assert [report["step"] for report in reports] == [2, 4, 6]
     at_the_end = judge(task, config, "validation")
@@ -234,6 +240,15 @@ def test_settings_that_cannot_train_are_reported_instead_of_tried_again(shards, 
     run_trial(task, task.config({}, seed=0), reports.append)
     [report] = reports
     assert "training.batch_size is 0" in report["error"]
+    assert report["frechet_distance"] == math.inf
+
+
+def test_a_node_with_other_features_than_the_search_judges_no_trial(shards, tmp_path):
+    task = replace(make_task(shards, tmp_path), features="random_vgg_seed0")
+    reports: list[dict[str, Any]] = []
+    run_trial(task, task.config({}, seed=0), reports.append)
+    [report] = reports
+    assert "the search in random_vgg_seed0: install the same packages" in report["error"]
     assert report["frechet_distance"] == math.inf
 
 
@@ -296,15 +311,15 @@ def make_comparison(settings: dict[str, float], *, better: bool = True) -> dict[
 
 
 def test_the_winner_is_an_overlay_that_sets_exactly_its_values(tmp_path):
-    settings = rounded({"loss.gamma": 1.23456e-5, "training.learning_rate": 0.00123456})
-    assert settings == {"loss.gamma": 1.23e-5, "training.learning_rate": 0.00123}
+    settings = rounded({"loss.gamma_image": 1.23456e-5, "training.learning_rate": 0.00123456})
+    assert settings == {"loss.gamma_image": 1.23e-5, "training.learning_rate": 0.00123}
     params.write_overlay(settings, tmp_path / "tuned.yaml", comment="two\nlines")
     assert (tmp_path / "tuned.yaml").read_text().startswith("# two\n# lines\nloss:\n")
     file = tmp_path / "params.yaml"
     shutil.copy(PARAMS, file)
     assert len(params.apply_overlay(tmp_path / "tuned.yaml", file)) == 2
     before, after = (params.load(LossConfig, path) for path in (PARAMS, file))
-    assert after == replace(before, gamma=1.23e-5)
+    assert after == replace(before, gamma_image=1.23e-5)
     assert params.load(TrainingConfig, file).learning_rate == 0.00123
 
 
@@ -348,7 +363,7 @@ def test_a_trial_is_nested_in_its_search_once_however_often_it_is_recorded(tmp_p
     trial: dict[str, Any] = {
         "search": "tune-0",
         "experiment": "aegan",
-        "params": {"loss.gamma": 0.5},
+        "params": {"loss.gamma_image": 0.5},
         "points": [tracking.Point("train/loss", 1.0, 2, 1_700_000_000.0)],
         "tags": {"ended": "finished"},
     }
@@ -373,7 +388,7 @@ def test_a_trial_is_nested_in_its_search_once_however_often_it_is_recorded(tmp_p
     for name in ("trial 000", "trial 001"):
         assert runs[name].data.tags["mlflow.parentRunId"] == parent
         assert runs[name].info.status == "FINISHED"
-        assert runs[name].data.params == {"loss.gamma": "0.5"}
+        assert runs[name].data.params == {"loss.gamma_image": "0.5"}
         assert runs[name].data.metrics == {"train/loss": 1.0}
 
 
