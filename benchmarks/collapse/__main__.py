@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks.collapse import __doc__ as usage
 from benchmarks.collapse import digits, lines, mixture_table, weak
 from benchmarks.collapse.mixtures import MIXTURES
+from benchmarks.collapse.objectives import FORMS
 from pipelines.base.errors import run_stage
 
 
@@ -21,9 +22,7 @@ def main() -> None:
         command.add_argument(
             "--arms", nargs="+", choices=mixture_table.ARMS, default=[*mixture_table.ARMS]
         )
-        command.add_argument(
-            "--forms", nargs="+", choices=mixture_table.FORMS, default=[*mixture_table.FORMS]
-        )
+        command.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS])
         command.add_argument("--discriminator-width", type=int, default=200)
         command.set_defaults(measure=mixture_table.measure, learning_rate=1e-4)
     command = commands.add_parser("weak", help="the grid with ever narrower discriminators")
@@ -38,7 +37,7 @@ def main() -> None:
     command.set_defaults(measure=lines.measure, learning_rate=2e-4)
     command = commands.add_parser("digits", help="stacked MNIST")
     command.add_argument("--mnist", type=Path, required=True, help="folder of MNIST's four files")
-    command.add_argument("--form", choices=mixture_table.FORMS, default="bce")
+    command.add_argument("--form", choices=FORMS, default="bce")
     command.add_argument("--filters", type=int, default=64, help="of generator and encoder")
     command.add_argument("--discriminator-filters", type=int, default=64)
     command.set_defaults(measure=digits.measure, learning_rate=2e-4)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aegan.config import Arm, LossConfig
+from aegan.config import Arm
 from aegan.losses import OBJECTIVES
 from aegan.networks.layers import ChannelNorm
 from aegan.priors import NormalPrior
-from benchmarks.collapse.mixture_table import FORMS
+from benchmarks.collapse.objectives import FORMS, loss_of
 from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
 from benchmarks.collapse.train import Settings, train
 from pipelines.base.errors import UserError
@@ -164,18 +164,9 @@ def sampled_modes(
 
 def settings_of(arm: Arm, form: str, *, learning_rate: float) -> Settings:
     """How an arm is trained."""
-    loss = LossConfig(
-        lambda_image_reconstruction=10.0,
-        lambda_latent_reconstruction=5.0,
-        lambda_image_adversarial=1.0,
-        lambda_latent_adversarial=1.0,
-        real_target=0.95,
-        fake_target=0.05,
-        **FORMS[form],
-    )
     return Settings(
         arm=arm,
-        loss=loss,
+        loss=loss_of(**FORMS[form], lambdas=(10.0, 5.0)),
         latent_dim=LATENT_DIM,
         batch_size=BATCH_SIZE,
         learning_rate=learning_rate,

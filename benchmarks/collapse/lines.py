@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aegan.config import Arm, LossConfig, ModelConfig
+from aegan.config import Arm, ModelConfig
 from aegan.networks import AEGAN
 from aegan.priors import lerp, slerp
+from benchmarks.collapse.objectives import loss_of
 from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
 from benchmarks.collapse.train import Settings, train
 
@@ -100,22 +101,15 @@ def train_model(arm: Arm, data: Tensor, seed: int, options: Namespace) -> AEGAN:
     """One arm, one seed."""
     torch.manual_seed(seed)
     config = ModelConfig(
-        architecture="demo", latent_dim=LATENT_DIM, base_channels=options.base_channels
+        architecture="demo",
+        latent_dim=LATENT_DIM,
+        prior="normal",
+        base_channels=options.base_channels,
     )
     model = AEGAN(config, image_size=IMAGE_SIZE, image_channels=1)
-    loss = LossConfig(
-        lambda_image_reconstruction=10.0,
-        lambda_latent_reconstruction=5.0,
-        lambda_image_adversarial=1.0,
-        lambda_latent_adversarial=1.0,
-        adversarial="bce",
-        real_target=0.95,
-        fake_target=0.05,
-        gamma=1.0,
-    )
     settings = Settings(
         arm=arm,
-        loss=loss,
+        loss=loss_of("bce", gamma=1.0, lambdas=(10.0, 5.0)),
         latent_dim=LATENT_DIM,
         batch_size=BATCH_SIZE,
         learning_rate=options.learning_rate,

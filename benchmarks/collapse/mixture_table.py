@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aegan.config import Arm, LossConfig
+from aegan.config import Arm
 from benchmarks.collapse.latents import samples_from_fit, samples_from_prior
 from benchmarks.collapse.mixtures import MIXTURES, NUM_SAMPLES, NUM_TRAINING_POINTS, Mixture
 from benchmarks.collapse.networks import SeedNetworks, Widths
+from benchmarks.collapse.objectives import FORMS, loss_of
 from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
 from benchmarks.collapse.train import Settings, flops_of_step, train
 
@@ -21,10 +22,6 @@ ARMS: dict[str, tuple[Arm, int]] = {  # of the table => of the objective, sample
     "aae": ("aae", 1),
     "egan": ("egan", 1),
     "aegan": ("aegan", 1),
-}
-FORMS: dict[str, dict[str, Any]] = {
-    "bce": {"adversarial": "bce", "gamma": 0.0},
-    "relativistic": {"adversarial": "relativistic", "gamma": 0.1},
 }
 LATENT_DIM = {"ring": 2, "grid": 2, "1200d": 8}
 LAMBDAS = {"ring": (1.0, 0.1), "grid": (1.0, 0.1), "1200d": (10.0, 1.0)}  # of image and latent
@@ -43,19 +40,9 @@ def prepare(
 ) -> tuple[SeedNetworks, Settings]:
     """The networks of one row of a table, and how they are trained."""
     arm_of_objective, packing = ARMS[arm]
-    image, latent = lambdas or LAMBDAS[mixture]
-    loss = LossConfig(
-        lambda_image_reconstruction=image,
-        lambda_latent_reconstruction=latent,
-        lambda_image_adversarial=1.0,
-        lambda_latent_adversarial=1.0,
-        real_target=0.95,
-        fake_target=0.05,
-        **FORMS[form],
-    )
     settings = Settings(
         arm=arm_of_objective,
-        loss=loss,
+        loss=loss_of(**FORMS[form], lambdas=lambdas or LAMBDAS[mixture]),
         latent_dim=LATENT_DIM[mixture],
         packing=packing,
         batch_size=BATCH_SIZE,

@@ -48,7 +48,10 @@ class Trainer:
         networks, options = self.networks, {"objective": self.objective}
         options["weights"] = self.settings.loss
         with self._autocast():
-            fakes = make_fakes(networks.generator, networks.encoder, x, z, self.objective)
+            fakes = make_fakes(
+                *(networks.generator, networks.encoder, x, z, self.objective),
+                prior=networks.prior,
+            )
         if self.settings.packing > 1:
             x, x_hat = (
                 packed(rows, self.num_seeds, self.settings.packing) for rows in (x, fakes.x_hat)

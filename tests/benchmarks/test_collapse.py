@@ -8,9 +8,10 @@ import torch
 from benchmarks.collapse import digits, lines
 from benchmarks.collapse.__main__ import main
 from benchmarks.collapse.latents import fit, samples_from_prior
-from benchmarks.collapse.mixture_table import ARMS, FORMS, floor, prepare
+from benchmarks.collapse.mixture_table import ARMS, floor, prepare
 from benchmarks.collapse.mixtures import MIXTURES, grid, ring
 from benchmarks.collapse.networks import SeedNetwork, of_seed, packed
+from benchmarks.collapse.objectives import FORMS
 from benchmarks.collapse.results import Results, mean_and_error
 from benchmarks.collapse.train import Batches, Trainer, flops_of_step, train
 from pipelines.base.errors import UserError
