@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-COMMANDS = [path.stem for path in sorted(FOLDER.glob("*.py")) if "argparse" in path.read_text()]
+COMMANDS = [
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in sorted(FOLDER.rglob("*.py"))
+    if "ArgumentParser(" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,150 @@
+"""The known manifold of Berthelot et al. 2018 (ACAI): interpolations between images of lines.
+
+A line of length 15 from the centre of a 32x32 image, at an angle that is uniform on the circle.
+Networks are the `demo` ones of `aegan.networks`, the loop is that of the mixtures.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aegan.config import Arm, ModelConfig
+from aegan.networks import AEGAN
+from aegan.priors import lerp, slerp
+from benchmarks.collapse.objectives import loss_of
+from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
+from benchmarks.collapse.train import Settings, train
+
+IMAGE_SIZE, LENGTH, WIDTH = 32, 15, 2
+NUM_RENDERED = 10_000  # an image's angle is that of the nearest of these, evenly spaced
+NUM_TRAINING, NUM_PATHS, NUM_FRAMES = 20_000, 256, 16
+ARMS: tuple[Arm, ...] = ("ae", "aae", "egan", "aegan")
+PATHS = {"linear": lerp, "spherical": slerp}
+LATENT_DIM, BATCH_SIZE = 64, 64
+
+
+def render(angles: Tensor) -> Tensor:
+    """Antialiased lines, [N] => [N, 1, 32, 32], -1 (background) to 1."""
+    offsets = torch.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2  # of pixels' centres
+    right, down = offsets[None, None, :], offsets[None, :, None]
+    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    along, across = right * cos - down * sin, (right * sin + down * cos).abs()
+    inside = (WIDTH / 2 + 0.5 - across).clamp(0, 1)
+    inside = inside * (along + 0.5).clamp(0, 1) * (LENGTH + 0.5 - along).clamp(0, 1)
+    return 2 * inside[:, None] - 1
+
+
+def evenly_spaced(count: int) -> Tensor:
+    """Angles, [count]."""
+    return torch.arange(count) * (2 * math.pi / count)
+
+
+def nearest(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine distance to the nearest rendered line, and its angle; both [N]."""
+    angles = evenly_spaced(NUM_RENDERED)
+    rendered = F.normalize(render(angles).flatten(1))
+    similarity, index = (F.normalize(images.flatten(1)) @ rendered.T).max(1)
+    return 1 - similarity, angles[index]
+
+
+def score(paths: Tensor) -> dict[str, float]:
+    """Mean distance and smoothness of paths of images, [P, T, 1, 32, 32].
+
+    Smoothness is the largest step of the angle as a share of the whole way, less what it is if all
+    steps are equal; a path that leads nowhere counts as one step.
+    """
+    distance, angles = (values.view(paths.shape[:2]) for values in nearest(paths.flatten(0, 1)))
+    steps = torch.remainder(angles.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
+    way = steps.sum(1).abs()
+    largest = torch.where(way > 1e-4, steps.abs().amax(1) / way, 1)
+    return {
+        "distance": float(distance.mean()),
+        "smoothness": float(largest.mean()) - 1 / (paths.shape[1] - 1),
+    }
+
+
+def references() -> dict[str, dict[str, float]]:
+    """Scores of what needs no learning: the manifold itself, a pixel blend, an abrupt switch."""
+    start, end = held_out_angles()
+    way = torch.remainder(end - start + math.pi, 2 * math.pi) - math.pi
+    t = torch.linspace(0, 1, NUM_FRAMES)
+    true = render((start[:, None] + way[:, None] * t).flatten()).unflatten(0, (-1, NUM_FRAMES))
+    first, last = render(start)[:, None], render(end)[:, None]
+    t = t[:, None, None, None]
+    return {
+        "true path": score(true),
+        "pixel blend": score(torch.lerp(first, last, t)),
+        "abrupt switch": score(torch.where(t < 0.5, first, last)),
+    }
+
+
+def held_out_angles() -> tuple[Tensor, Tensor]:
+    """Of the two ends of each path."""
+    generator = torch.Generator().manual_seed(1)
+    start, end = 2 * math.pi * torch.rand(2, NUM_PATHS, generator=generator)
+    return start, end
+
+
+@torch.no_grad()
+def paths_of(model: AEGAN, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Images between the codes of held-out lines, [P, T, 1, 32, 32]."""
+    start, end = (model.encoder(render(angles)) for angles in held_out_angles())
+    latents = join(start, end, torch.linspace(0, 1, NUM_FRAMES))
+    return model.generator(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+
+
+def train_model(arm: Arm, data: Tensor, seed: int, options: Namespace) -> AEGAN:
+    """One arm, one seed."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        architecture="demo",
+        latent_dim=LATENT_DIM,
+        prior="normal",
+        base_channels=options.base_channels,
+    )
+    model = AEGAN(config, image_size=IMAGE_SIZE, image_channels=1)
+    settings = Settings(
+        arm=arm,
+        loss=loss_of("bce", gamma=1.0, lambdas=(10.0, 5.0)),
+        latent_dim=LATENT_DIM,
+        batch_size=BATCH_SIZE,
+        learning_rate=options.learning_rate,
+        beta1=0.5,
+    )
+    for _ in train(model, data, settings, seeds=[seed], stops=[options.steps]):
+        pass
+    return model
+
+
+def measure(options: Namespace) -> str:
+    """Trains what is missing in the file of results; returns the table."""
+    names = ("seeds", "steps", "base_channels", "learning_rate")
+    results = Results(
+        options.json, {name: getattr(options, name) for name in names}, references=references()
+    )
+    angles = torch.rand(NUM_TRAINING, generator=torch.Generator().manual_seed(0))
+    data = render(2 * math.pi * angles)
+    for arm in ARMS:
+        if results.find(arm=arm):
+            continue
+        models = [train_model(arm, data, seed, options) for seed in range(options.seeds)]
+        for name, join in PATHS.items():
+            scores = per_seed(score(paths_of(model, join)) for model in models)
+            results.add({"arm": arm, "path": name} | scores)
+    return as_table(results.rows, results.report["references"])
+
+
+def as_table(rows: list[Row], references: dict[str, dict[str, float]]) -> str:
+    """One line a row, then the references."""
+
+    def shown(scores: Scores) -> list[str]:
+        per_mille = [1000 * value for value in scores["distance"]]
+        return [mean_and_error(per_mille, 2), mean_and_error(scores["smoothness"], 3)]
+
+    lines = [[row["arm"], row["path"], *shown(row)] for row in rows]
+    lines += [[name, "", *shown(per_seed([scores]))] for name, scores in references.items()]
+    return table(["arm", "path", "mean distance (1e-3)", "smoothness"], lines)
