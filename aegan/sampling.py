@@ -25,7 +25,7 @@ BATCH_SIZE = 256
 MAX_SEED = 2**63 - 1
 InterpolationPath = Literal["slerp", "linear"]
 Latents = Literal["prior", "fitted"]  # where random latents come from
-DEFAULT_LATENTS: Latents = "prior"  # of models that have both
+DEFAULT_LATENTS: Latents = "fitted"  # of models that have both: docs/method.md has the figures
 MAX_TEMPERATURE = 2.0
 NO_DENSITY = (
     "this model has no fitted latents: it has no encoder, was trained before they were fitted, or "

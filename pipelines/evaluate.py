@@ -74,7 +74,7 @@ UNTRAINED_SAMPLER = (
 )
 COLUMNS = 8  # of the picture
 
-SECOND_OPINION = "_random"  # ends the names of distances in random features
+SECOND_OPINION = "_random"  # ends the names of figures in random features
 
 Scores = dict[str, float]  # metric, or metric/factor => value
 Figures = dict[str, Figure]  # the same with their errors
@@ -299,10 +299,14 @@ class Measure:
     ) -> Scores:
         """Of the test images at some places from the samples at the same places."""
         pairs = {ending: (real[at], features[ending][at]) for ending, real in self.features.items()}
-        scores = precision_recall_density_coverage(*pairs[""], neighbours=self.config.neighbours)
+        scores: Scores = {}
         for ending, both in pairs.items():
-            scores[f"frechet_distance{ending}"] = frechet_distance(*both)
-            scores[f"kernel_distance{ending}"] = kernel_distance(*both)
+            found = {
+                "frechet_distance": frechet_distance(*both),
+                "kernel_distance": kernel_distance(*both),
+                **precision_recall_density_coverage(*both, neighbours=self.config.neighbours),
+            }
+            scores |= {f"{name}{ending}": score for name, score in found.items()}
         if readings is not None:
             places = at.numpy()
             scores |= factor_distances(self.readings[places], readings[places], self.real.factors)

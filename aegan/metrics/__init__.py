@@ -18,6 +18,15 @@ _NEAREST = "the most similar training image instead of the reconstruction"
 _PRIOR = "as many draws of the prior"
 _PIXELS = "the same number of principal components of the pixels"
 
+_SECOND_OPINIONS: tuple[tuple[str, Better, str], ...] = (
+    ("frechet_distance", "lower", "the Fréchet distance"),
+    ("kernel_distance", "lower", "the kernel distance"),
+    ("precision", "higher", "precision"),
+    ("recall", "higher", "recall"),
+    ("density", "higher", "density"),
+    ("coverage", "higher", "coverage"),
+)
+
 METRICS: dict[str, Metric] = {
     "reconstruction_mae": Metric(
         "lower", "Mean absolute error of G(E(x)) on unseen images; pixels span [-1, 1].", _NEAREST
@@ -59,18 +68,18 @@ METRICS: dict[str, Metric] = {
     "kernel_distance": Metric(
         "lower", "Distance between samples and real images without assuming normality.", _HALVES
     ),
-    "frechet_distance_random": Metric(
-        "lower", "A second opinion: the Fréchet distance in features of random weights.", _HALVES
-    ),
-    "kernel_distance_random": Metric(
-        "lower", "A second opinion: the kernel distance in features of random weights.", _HALVES
-    ),
     "precision": Metric("higher", "Share of samples that look like some real image.", _HALVES),
     "recall": Metric("higher", "Share of real images that look like some sample.", _HALVES),
     "density": Metric(
         "higher", "How many real images samples resemble; robust precision.", _HALVES
     ),
     "coverage": Metric("higher", "Share of real images with a sample close by.", _HALVES),
+    **{
+        f"{name}_random": Metric(
+            better, f"A second opinion: {words} in features of random weights.", _HALVES
+        )
+        for name, better, words in _SECOND_OPINIONS
+    },
     "sliced_wasserstein": Metric(
         "lower", "Difference of small patches at every scale: colours, edges, texture.", _HALVES
     ),

@@ -133,6 +133,11 @@ def constant_fakes(**values: float) -> Fakes:
     return Fakes(**fakes, **outputs)
 
 
+def only_x_hat(x_hat: torch.Tensor) -> Fakes:
+    none = dict.fromkeys(("z_hat", "x_tilde", "z_tilde", "z_hat_output", "z_tilde_output"))
+    return Fakes(x_hat=x_hat, **none)
+
+
 def bce(logit: float, target: float) -> float:
     return target * math.log1p(math.exp(-logit)) + (1 - target) * math.log1p(math.exp(logit))
 
@@ -336,7 +341,7 @@ def test_fakes_weigh_in_a_discriminators_mean_as_their_lambdas_say(lambdas, shar
 @pytest.mark.parametrize("form", FORMS)
 def test_a_fake_of_weight_0_is_as_good_as_not_judged(model, batch, form):
     x, z = batch
-    fakes = make_fakes(model.generator, model.encoder, x, z, OBJECTIVES["aegan"])
+    fakes = fakes_of(model, x, z)
     weights = replace(
         CONFIG.loss, adversarial=form, lambda_x_tilde_adversarial=0.0, gamma_image=0.5,
         lambda_z_tilde_adversarial=0.0, gamma_latent=0.5,
@@ -364,7 +369,7 @@ def test_the_turns_of_the_authors_rule_add_up_to_twice_the_shared_loss(model, ba
     weights = replace(
         CONFIG.loss, adversarial=form, lambda_x_tilde_adversarial=0.3, lambda_z_hat_adversarial=0.6
     )
-    fakes = make_fakes(model.generator, model.encoder, x, z, objective).detach()
+    fakes = make_fakes(model.generator, model.encoder, x, z, objective, prior=model.prior).detach()
     shown = {
         "real": (x, z),
         "hat": (fakes.x_hat, fakes.z_hat),
@@ -401,7 +406,7 @@ def test_packing_shows_the_image_discriminator_neighbours_of_one_kind_as_channel
 @pytest.mark.parametrize("form", FORMS)
 def test_the_losses_of_packs_equal_those_worked_out_by_hand(form):
     x, z = packs(1.0, 3.0, -1.0, 0.0), torch.zeros(4, 4)
-    fakes = Fakes(x_hat=packs(0.0, 1.0, 2.0, 4.0), z_hat=None, x_tilde=None, z_tilde=None)
+    fakes = only_x_hat(packs(0.0, 1.0, 2.0, 4.0))
     weights = replace(CONFIG.loss, adversarial=form, packing=2)
     real, fake = (2.0, -0.5), (0.5, 3.0)  # Logits: the mean of a pack
 
@@ -436,7 +441,7 @@ def test_the_losses_of_packs_equal_those_worked_out_by_hand(form):
 
 def test_the_penalty_of_a_pack_is_its_whole_squared_gradient_norm():
     x, z = packs(1.0, 3.0), torch.zeros(2, 4)
-    fakes = Fakes(x_hat=packs(0.5, 2.0), z_hat=None, x_tilde=None, z_tilde=None)
+    fakes = only_x_hat(packs(0.5, 2.0))
 
     def squares(images, latents):  # its gradient is twice the images
         return images.square().flatten(1).sum(1, keepdim=True), None

@@ -300,7 +300,7 @@ def test_a_run_is_judged_to_its_end_in_the_features_that_it_began_with(
         assert rows[8]["validation_frechet_distance"] == pytest.approx(score, rel=1e-4)
         facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
         (tmp_path / name / "run.json").write_text(json.dumps(facts))
-        publish(RunFolder(tmp_path / name), tmp_path / "published" / name)
+        publish(RunFolder(tmp_path / name), tmp_path / "published" / name, shards=shards)
         for file in ("run.json", "metrics.json"):
             published = json.loads((tmp_path / "published" / name / file).read_text())
             assert published["features"] == features

@@ -29,6 +29,8 @@ from tests.shards import write_shards
 CONFIG = EvaluateConfig(num_samples=40, feature_weights="", neighbours=5, seed=0)
 MODEL = ModelConfig(architecture="demo", latent_dim=4, prior="normal", base_channels=4)
 
+NEIGHBOURLY = ("precision", "recall", "density", "coverage")
+
 
 def write_model(
     folder: Path,
@@ -149,7 +151,7 @@ def test_samples_of_fitted_latents_stand_beside_those_of_the_prior(tmp_path: Pat
     of_samples = {name for name in METRICS if "fitted" in figures[name]}
     assert of_samples == {
         *("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"),
-        *("frechet_distance_random", "kernel_distance_random"),
+        *(f"{name}_random" for name in ("frechet_distance", "kernel_distance", *NEIGHBOURLY)),
         *("sliced_wasserstein", "ms_ssim", "factor_marginal_distance", "factor_joint_distance"),
     }
     assert figures["frechet_distance"]["fitted"] != figures["frechet_distance"]["ema"]
