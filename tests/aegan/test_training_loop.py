@@ -298,7 +298,8 @@ def test_a_run_is_judged_to_its_end_in_the_features_that_it_began_with(
         score = judged_by(tmp_path / name, 8, features, shards)["validation_frechet_distance"]
         rows = {row["step"]: row for row in log_at(tmp_path / name, 8)}
         assert rows[8]["validation_frechet_distance"] == pytest.approx(score, rel=1e-4)
-        facts = {"params": {"training": {"batch_size": 8, "arm": "aegan"}}, "dataset_sha256": "0"}
+        training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": False, "seed": 0}
+        facts = {"params": {"training": training}, "dataset_sha256": "0"}
         (tmp_path / name / "run.json").write_text(json.dumps(facts))
         publish(RunFolder(tmp_path / name), tmp_path / "published" / name, shards=shards)
         for file in ("run.json", "metrics.json"):
