@@ -215,9 +215,9 @@ def test_a_task_that_a_file_crashes_ends_the_run_in_one_line_with_the_cure(bucke
     (tmp_path / "sitecustomize.py").write_text(FAULTY_DECODER)
     output = finish(start(project, "preprocess", PYTHONPATH=f"{tmp_path}:{ROOT}"), expected=1)
     assert "Traceback" not in output
-    last = output.splitlines()[-1]
-    assert last.startswith("error: decoding on the cluster ended (")
-    assert "-S data.in_place=false decodes on this machine and names it" in last
+    [error] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: decoding on the cluster ended (")
+    assert "-S data.in_place=false decodes on this machine and names it" in error
 
 
 def test_interrupted_by_the_user_it_ends_quietly(images, proxy, tmp_path):
