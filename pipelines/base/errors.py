@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from pipelines.base.names import shown
 
@@ -31,12 +32,18 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_shown(f"error: {error}"))
+        _end(error)
     except ValueError as error:
         from aegan.config import ConfigError  # needs packages, which `make clean` does without
 
         if not isinstance(error, ConfigError):
             raise
-        sys.exit(_shown(f"error: {error}"))
+        _end(error)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(error: Exception) -> NoReturn:
+    """End with a user's error as the last line, also in a file that takes all output."""
+    sys.stdout.flush()
+    sys.exit(_shown(f"error: {error}"))

@@ -38,7 +38,7 @@ def test_a_run_goes_on_from_its_checkpoint(version, tmp_path):
     assert outcome.finished
     state = checkpoint.read_state(run_folder / "checkpoints/step-00000006")
     assert state["features"] == RANDOM_FEATURES  # as all of its scores
-    steps = [line.split(",")[0] for line in (run_folder / "metrics.jsonl").open()]
+    steps = [line.split(",")[0] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [f'{{"step": {step}' for step in range(1, 7)]
 
 
