@@ -238,9 +238,8 @@ class TrainingConfig:
     max_gradient_norm: Weight  # of each variable; 0 switches clipping off
     ema_half_life_images: Weight
     horizontal_flip: bool
-    augmentation_probability: (
-        ScheduledProbability  # of each kind of change to what D_x sees; 0: none
-    )
+    # Of each kind of change to what D_x sees; 0: none.
+    augmentation_probability: ScheduledProbability
     augmentation_target: Fraction  # of ADA's r_t, which the probability follows; 0: it stays
     augmentation_images: Count  # shown while a probability that follows goes from 0 to 1
     seed: Seed
@@ -261,37 +260,33 @@ class TrainConfig:
     training: TrainingConfig
 
     def misfits(self) -> Iterator[str]:
-        penalties = (self.loss.gamma_image, self.loss.gamma_latent) != (0, 0)
-        paired = self.loss.adversarial == "relativistic" or penalties
-        if self.training.update_rule == "reference" and paired:
+        loss, options = self.loss, self.training
+        penalties = (loss.gamma_image, loss.gamma_latent) != (0, 0)
+        paired = loss.adversarial == "relativistic" or penalties
+        if options.update_rule == "reference" and paired:
             yield (
                 "training.update_rule: reference shows real ones and fakes in turn; it needs "
                 "loss.gamma_image: 0, loss.gamma_latent: 0 and loss.adversarial: bce, hinge or "
                 "least_squares"
             )
-        packing, batch_size = self.loss.packing, self.training.batch_size
-        if packing > 1 and self.training.arm != "gan":
-            yield (
-                f"loss.packing is {packing}, but reconstructions are judged one by one: it needs "
-                "training.arm: gan"
-            )
-        options = self.training
-        augmented = options.augmentation_probability != 0 or options.augmentation_target > 0
-        if packing > 1 and augmented:
-            yield f"loss.packing is {packing}, but augmentation changes images one by one; use one"
         if isinstance(options.augmentation_probability, Schedule) and options.augmentation_target:
             yield (
                 "training.augmentation_probability is a schedule, but with augmentation_target it "
                 "follows D_x: give it the number to begin with"
             )
-        if packing > 1 and self.model.num_classes:
+        augmented = options.augmentation_probability != 0 or options.augmentation_target > 0
+        if loss.packing > 1:
+            said = f"loss.packing is {loss.packing}, but"
+            if options.arm != "gan":
+                yield f"{said} reconstructions are judged one by one: it needs training.arm: gan"
+            if augmented:
+                yield f"{said} augmentation changes images one by one; use one"
+            if self.model.num_classes:
+                yield f"{said} a pack has no class: take label out of model.prior"
+        if options.batch_size % loss.packing:
             yield (
-                f"loss.packing is {packing}, but a pack has no class: take label out of model.prior"
-            )
-        if batch_size % packing:
-            yield (
-                f"training.batch_size is {batch_size}; it must be a multiple of loss.packing, "
-                f"{packing}"
+                f"training.batch_size is {options.batch_size}; it must be a multiple of "
+                f"loss.packing, {loss.packing}"
             )
 
 

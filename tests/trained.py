@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
+import aegan
 from aegan.config import ModelConfig
 from aegan.networks import AEGAN
 from aegan.pictures import save_png
@@ -33,6 +35,15 @@ def write_model(folder: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     for name in ("ema", "weights"):
         save_file(weights, folder / f"{name}.safetensors")
     return folder
+
+
+def refusal(folder: Path, sentence: str) -> str:
+    """What `aegan.load` says, in one line, of a damaged model; `sentence` is a pattern of it."""
+    with pytest.raises(aegan.ModelError, match=sentence) as caught:
+        aegan.load(folder)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
 
 
 def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:

@@ -21,18 +21,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def load_images(folder: Path, split: Split, *, limit: int | None = None) -> np.ndarray:
     """Images of a split in shard order (the first `limit`), uint8 [N, H, W, C]."""
     manifest = read_manifest(folder)
-    size, channels = manifest["image_size"], manifest["image_channels"]
     rows = manifest["splits"][split]["rows"]
-    images = np.empty((rows if limit is None else min(rows, limit), size, size, channels), np.uint8)
+    shape = image_shape(manifest)
+    images = np.empty((rows if limit is None else min(rows, limit), *shape), np.uint8)
     start = 0
-    for file in (folder / shard["file"] for shard in manifest["splits"][split]["shards"]):
-        for group in range(pq.read_metadata(file).num_row_groups):
-            if start == len(images):
-                return images
-            pixels = read_row_group(file, group, images.shape[1:])[: len(images) - start]
-            images[start : start + len(pixels)] = pixels
-            start += len(pixels)
+    for file, group, _ in row_groups(folder, manifest, split):
+        if start == len(images):
+            return images
+        pixels = read_row_group(file, group, shape)[: len(images) - start]
+        images[start : start + len(pixels)] = pixels
+        start += len(pixels)
     return images
+
+
+def image_shape(manifest: dict[str, Any]) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
+
+
+def row_groups(
+    folder: Path, manifest: dict[str, Any], split: Split
+) -> Iterator[tuple[Path, int, int]]:
+    """Shard, row group and its rows, of a split in shard order; a shard is opened when needed."""
+    for file in (folder / shard["file"] for shard in manifest["splits"][split]["shards"]):
+        metadata = pq.read_metadata(file)
+        for group in range(metadata.num_row_groups):
+            yield file, group, metadata.row_group(group).num_rows
 
 
 def read_row_group(file: Path, group: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -46,14 +60,9 @@ def read_row_group(file: Path, group: int, shape: tuple[int, ...]) -> np.ndarray
 
 def load_labels(folder: Path, split: Split) -> np.ndarray:
     """Classes of a split's images in shard order, int64 [N]; raises ConfigError if one has none."""
-    shards = read_manifest(folder)["splits"][split]["shards"]
-    files = [folder / shard["file"] for shard in shards]
-    groups = [
-        read_labels(file, group)
-        for file in files
-        for group in range(pq.read_metadata(file).num_row_groups)
-    ]
-    return np.concatenate([np.empty(0, np.int64), *groups])
+    groups = row_groups(folder, read_manifest(folder), split)
+    labels = [read_labels(file, group) for file, group, _ in groups]
+    return np.concatenate([np.empty(0, np.int64), *labels])
 
 
 def read_labels(file: Path, group: int) -> np.ndarray:
@@ -76,21 +85,15 @@ def spread(
     Yields uint8 [N, H, W, C] and int64 [N], their classes (-1: none).
     """
     manifest = read_manifest(folder)
-    shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
-    groups = [
-        (file, group)
-        for file in (folder / shard["file"] for shard in manifest["splits"][split]["shards"])
-        for group in range(pq.read_metadata(file).num_row_groups)
-    ]
-    rows = manifest["splits"][split]["rows"]
+    shape = image_shape(manifest)
     random = np.random.default_rng(seed)
-    chosen = np.sort(random.permutation(rows)[:count])
+    chosen = np.sort(random.permutation(manifest["splits"][split]["rows"])[:count])
     start = 0
-    for file, group in groups:
-        images = read_row_group(file, group, shape)
-        own = chosen[(start <= chosen) & (chosen < start + len(images))] - start
-        start += len(images)
+    for file, group, rows in row_groups(folder, manifest, split):
+        own = chosen[(start <= chosen) & (chosen < start + rows)] - start
+        start += rows
         if len(own):
+            images = read_row_group(file, group, shape)
             labels = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
             yield images[own], labels.fill_null(-1).to_numpy()[own]
 

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from aegan.data.dataset import (
+    image_shape,
     load_images,
     load_labels,
     read_labels,
     read_manifest,
     read_row_group,
+    row_groups,
 )
 from aegan.data.node_memory import once_per_node
 
@@ -47,7 +48,8 @@ def resident_reader(
 
     On a GPU where it fits, else on the host, once for all workers there, read ahead of the GPU.
     `share` is what this worker keeps of each batch. There must be images for one. A reader of the
-    labels gives those of the images that a reader of the images gives.
+    labels gives those of the images that a reader of the images gives; raises ConfigError if an
+    image has none.
     """
     load = load_images if column == "image" else load_labels
     images = torch.from_numpy(once_per_node(lambda: load(folder, "train")))
@@ -113,9 +115,13 @@ def streamed_reader(
     less than it simplifies.
     """
     manifest = read_manifest(folder)
-    shape = (manifest["image_size"], manifest["image_size"], manifest["image_channels"])
-    read_group = partial(read_row_group, shape=shape) if column == "image" else read_labels
-    groups, sizes = _row_groups(folder, manifest["splits"]["train"]["shards"])
+    read_group: Callable[[Path, int], np.ndarray] = read_labels
+    if column == "image":
+        read_group = partial(read_row_group, shape=image_shape(manifest))
+    else:
+        load_labels(folder, "train")  # an image without one is refused before any training
+    found = [*row_groups(folder, manifest, "train")]
+    groups, sizes = [group[:2] for group in found], [rows for *_, rows in found]
     batches_per_epoch = sum(sizes) // batch_size
     thread = ThreadPoolExecutor(1, thread_name_prefix="shards")  # reads ahead
     loading: dict[_Window, Future[Tensor]] = {}
@@ -151,18 +157,6 @@ def streamed_reader(
         return torch.cat(parts)[share]
 
     return _read_ahead(read, device) if device.type == "cuda" else read
-
-
-def _row_groups(
-    folder: Path, shards: list[dict[str, str]]
-) -> tuple[list[tuple[Path, int]], list[int]]:
-    groups, sizes = [], []
-    for shard in shards:
-        metadata = pq.read_metadata(folder / shard["file"])
-        for group in range(metadata.num_row_groups):
-            groups.append((folder / shard["file"], group))
-            sizes.append(metadata.row_group(group).num_rows)
-    return groups, sizes
 
 
 def _random(*key: int) -> np.random.Generator:

@@ -18,7 +18,7 @@ from torch import Tensor
 from aegan import schedules
 from aegan.augment import ADJUST_INTERVAL_STEPS, DRAWS
 from aegan.config import TrainConfig, check, check_batch_size, check_classes
-from aegan.data.dataset import load_images, load_labels, read_manifest
+from aegan.data.dataset import load_images, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
 from aegan.pictures import grid, is_sound_png, save_png
 from aegan.pixels import to_float
@@ -81,8 +81,6 @@ def train(
         packing=config.loss.packing,
     )
     check_classes(config.model, manifest.get("classes", []))
-    if config.model.num_classes:
-        load_labels(shards, "train")  # refuses images without one
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = options.precision == "tf32"

@@ -52,7 +52,10 @@ class Judge:
 
     def scores(self, model: AEGAN, *, seed: int) -> dict[str, float]:
         """`validation_<score>` of a model; lower is better for each."""
-        samples = self.features_of(sample(model, len(self.images), seed=seed))
+        return self.scores_of(model, self.features_of(sample(model, len(self.images), seed=seed)))
+
+    def scores_of(self, model: AEGAN, samples: Tensor) -> dict[str, float]:
+        """The same, given the features [N, D] of its samples."""
         scores = {
             "validation_frechet_distance": frechet_distance(self.real_features, samples),
             "validation_kernel_distance": kernel_distance(self.real_features, samples),

@@ -218,13 +218,12 @@ def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
     judging = Judge(images, features=task.features)
     # The seed of the loop's own validation: its scores and these agree.
     seed = config.training.seed
+    samples = judging.features_of(aegan.sample(model, len(images), seed=seed))
     neighbourhood = precision_recall_density_coverage(
-        judging.real_features,
-        judging.features_of(aegan.sample(model, len(images), seed=seed)),
-        neighbours=NEIGHBOURS,
+        judging.real_features, samples, neighbours=NEIGHBOURS
     )
     uncovered = 1 - neighbourhood["coverage"]
-    return {**scores_in(judging.scores(model, seed=seed)), "uncovered": uncovered}
+    return {**scores_in(judging.scores_of(model, samples)), "uncovered": uncovered}
 
 
 def scores_in(row: Mapping[str, float]) -> Scores:

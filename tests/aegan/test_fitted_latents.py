@@ -22,7 +22,7 @@ from aegan.latent_density import TENSORS
 from aegan.training.latents import fit_latents
 from tests.latents import add_density, small_density
 from tests.shards import write_shards
-from tests.trained import write_model
+from tests.trained import refusal, write_model
 
 DIM = 8
 LATENTS = model_folder.LATENTS
@@ -223,10 +223,7 @@ def test_the_library_says_in_one_sentence_what_is_wrong_with_a_density(
     folder = write_fitted(tmp_path / "model")
     damage, sentence = DAMAGES[name]
     damage(folder)
-    with pytest.raises(aegan.ModelError, match=sentence) as caught:
-        aegan.load(folder)
-    assert LATENTS in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert LATENTS in refusal(folder, sentence)
     aegan.load(folder, weights="raw")
 
 

@@ -18,7 +18,7 @@ import aegan
 from aegan import model_folder
 from aegan.training.state import TrainingState, export_model
 from tests.tiny import tiny_config
-from tests.trained import write_model
+from tests.trained import refusal, write_model
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ("config.json", "ema.safetensors")
@@ -162,10 +162,7 @@ def test_the_library_says_in_one_sentence_what_is_wrong_with_a_model(
     folder = write_model(tmp_path / "model")
     damage, sentence = DAMAGES[name]
     damage(folder)
-    with pytest.raises(aegan.ModelError, match=sentence) as caught:
-        aegan.load(folder)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(folder) in refusal(folder, sentence)
 
 
 @pytest.mark.fault("damaged files")
