@@ -10,13 +10,11 @@ saw, several times on the way, since what learns by heart gets worse again.
 import argparse
 import itertools
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from aegan.files import write_json
-from benchmarks.machine import describe
-from benchmarks.trainings import JUDGES, Row, archived, designed, table, train_and_judge
+from benchmarks.rows import Results
+from benchmarks.trainings import JUDGES, archived, as_table, designed, train_and_judge
 from pipelines.base.errors import run_stage
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,15 +36,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
     options = parser.parse_args()
-    began, machine = time.perf_counter(), describe("torch", "numpy")
     count = max(options.images) + 2 * JUDGES
     sets = {"designed": designed(count, options.size)}
     if options.archive:
         sets[options.archive.stem] = archived(options.archive, count, options.size)
     each = options.steps // options.looks
-    rows: list[Row] = []
+    stated = {key: vars(options)[key] for key in ("size", "steps", "looks")}
+    results = Results(options.json, stated | {"ways": WAYS})
     plan = itertools.product(range(options.seeds), sets, options.images, options.ways)
     for seed, name, images, way in plan:  # cut short, it leaves whole comparisons
+        of_training = {"set": name, "images": images, "way": way, "seed": seed}
+        if results.find(**of_training):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = train_and_judge(
                 *(sets[name], images, WAYS[way]),
@@ -55,13 +56,9 @@ def main() -> None:
                 folder=Path(folder),
                 logged=LOGGED,
             )
-        rows += [{"set": name, "images": images, "way": way, "seed": seed, **row} for row in found]
-        settings = {key: vars(options)[key] for key in ("size", "steps", "seeds")}
-        result = {"machine": machine, "settings": settings, "ways": WAYS, "rows": rows}
-        result["minutes"] = (time.perf_counter() - began) / 60
-        write_json(options.json, result)  # after each training: what was found is kept
-        print(rows[-1], flush=True)
-    print(table(rows, ("set", "images", "step", "way")))
+        results.add(*(of_training | row for row in found))
+        print(results.rows[-1], flush=True)
+    print(as_table(results.rows, ("set", "images", "step", "way")))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ and on, in learned features, by samples of the prior. The last lines compare the
 import argparse
 import itertools
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
 
-from aegan.files import write_json
-from benchmarks.machine import describe
-from benchmarks.trainings import JUDGES, Row, archived, designed, table, train_and_judge
+from benchmarks.rows import Results, Row, table
+from benchmarks.trainings import JUDGES, archived, as_table, designed, train_and_judge
 from pipelines.base.errors import run_stage
 
 ARMS = ("gan", "aegan")
@@ -45,14 +43,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=[*LOSSES])
     options = parser.parse_args()
-    began, machine = time.perf_counter(), describe("torch", "numpy", "scipy")
     count = options.images + 2 * JUDGES
     sets = {"designed": designed(count, options.size)}
     if options.archive:
         sets[options.archive.stem] = archived(options.archive, count, options.size)
-    rows: list[Row] = []
+    stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
+    results = Results(options.json, stated | {"losses": LOSSES})
     plan = itertools.product(range(options.seeds), sets, options.losses, ARMS)
     for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
+        of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}
+        if results.find(**of_training):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = train_and_judge(
                 *(sets[name], options.images, LOSSES[loss] | {"training.arm": arm}),
@@ -60,20 +61,16 @@ def main() -> None:
                 looks=options.looks,
                 folder=Path(folder),
             )
-        rows += [{"set": name, "loss": loss, "arm": arm, "seed": seed, **row} for row in found]
-        result = {"machine": machine, "losses": LOSSES, "rows": rows}
-        result |= {key: vars(options)[key] for key in ("images", "size")}
-        result["minutes"] = (time.perf_counter() - began) / 60
-        write_json(options.json, result)  # after each training: what was found is kept
-        print(rows[-1], flush=True)
-    print(table(rows, ("set", "loss", "step", "arm")))
-    print(paired(rows))
+        results.add(*(of_training | row for row in found))
+        print(results.rows[-1], flush=True)
+    print(as_table(results.rows, ("set", "loss", "step", "arm")))
+    print(paired(results.rows))
 
 
 def paired(rows: list[Row]) -> str:
     """AEGAN minus GAN, seed by seed, with the p of a paired t test."""
     keys = ("set", "loss", "step")
-    lines = [f"| {' | '.join([*keys, *(f'{score}, aegan - gan' for score in COMPARED)])} |"]
+    lines = []
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
         of = {
             arm: sorted(
@@ -89,8 +86,8 @@ def paired(rows: list[Row]) -> str:
             ours, theirs = ([row[score] for row in of[arm]] for arm in ("aegan", "gan"))
             mean = sum(a - b for a, b in zip(ours, theirs, strict=True)) / len(ours)
             cells.append(f"{mean:+.4f} (p {ttest_rel(ours, theirs).pvalue:.3f})")
-        lines.append(f"| {' | '.join(map(str, [*group, *cells]))} |")
-    return "\n".join(lines)
+        lines.append([*map(str, group), *cells])
+    return table([*keys, *(f"{score}, aegan - gan" for score in COMPARED)], lines)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ class Results:
         """The rows with these values."""
         return [row for row in self.rows if keys.items() <= row.items()]
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
+    def add(self, *rows: Row) -> None:
+        self.rows += rows
         if self.file is not None:
             write_json(self.file, self.report | {"rows": self.rows})
 

@@ -8,29 +8,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import aegan
 from aegan.config import TrainConfig
 from aegan.data import designed_faces
 from aegan.data.image_files import decode_image
 from aegan.metrics.diversity import ms_ssim
-from aegan.metrics.features import extract, feature_extractor, installed_features
-from aegan.metrics.frechet import frechet_distance
-from aegan.metrics.kernel import kernel_distance
+from aegan.metrics.features import installed_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.training import loop
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
+from aegan.training.validation import Judge
+from benchmarks.rows import Row, mean_and_error, table
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from tests.shards import write_shards
 
 JUDGES = 2_000  # pictures that no training sees
 NEIGHBOURS = 5
-SCORES = ("frechet_distance", "kernel_distance", "recall", "coverage", "ms_ssim", "mae")
-
-Row = dict[str, Any]
+SCORES = (
+    "frechet_distance",
+    "kernel_distance",
+    "recall",
+    "coverage",
+    "ms_ssim",
+    "image_reconstruction",
+)
 
 
 def designed(count: int, size: int) -> np.ndarray:
@@ -73,7 +77,7 @@ def train_and_judge(
 ) -> list[Row]:
     """Train on the first pictures; a row for each look, judged on the last ones."""
     split = {"train": pictures[:images], "validation": pictures[-2 * JUDGES : -JUDGES]}
-    judges = torch.from_numpy(pictures[-JUDGES:])
+    judge = Judge(torch.from_numpy(pictures[-JUDGES:]), features=installed_features())
     every = int(np.gcd.reduce(looks))
     pace = {
         "training.seed": seed,
@@ -94,42 +98,31 @@ def train_and_judge(
     rows = []
     for step in looks:
         export_model(run.checkpoint(step), folder / "model")
-        scores = scores_of(aegan.load(folder / "model"), judges)
+        scores = scores_of(aegan.load(folder / "model"), judge)
         rows.append({"step": step, **scores, **{k: log[step][k] for k in logged if k in log[step]}})
     return rows
 
 
-def scores_of(model: aegan.AEGAN, real: Tensor) -> Row:
-    """As many samples of the prior against real pictures, in learned features."""
-    extractor = feature_extractor(installed_features(), model.image_channels)
-    samples = aegan.sample(model, len(real), seed=0, latents="prior")
-    features = extract(extractor, real), extract(extractor, samples)
-    scores: Row = {
-        "frechet_distance": frechet_distance(*features),
-        "kernel_distance": kernel_distance(*features),
-        **precision_recall_density_coverage(*features, neighbours=NEIGHBOURS),
+def scores_of(model: aegan.AEGAN, judge: Judge) -> dict[str, float]:
+    """As many samples of the prior against the judge's pictures."""
+    samples = aegan.sample(model, len(judge.images), seed=0, latents="prior")
+    features = judge.features_of(samples)
+    scores = judge.scores_of(model, features)
+    return {
+        **{name.removeprefix("validation_"): score for name, score in scores.items()},
+        **precision_recall_density_coverage(judge.real_features, features, neighbours=NEIGHBOURS),
         "ms_ssim": ms_ssim(samples, seed=0),
     }
-    if model.encoder is not None:
-        difference = aegan.reconstruct(model, real).float() - real.float()
-        scores["mae"] = float(difference.abs().mean() / 127.5)
-    return scores
 
 
-def table(rows: Sequence[Row], keys: Sequence[str], scores: Sequence[str] = SCORES) -> str:
-    """A line for each group of rows: mean +- standard error over seeds."""
-    lines = [f"| {' | '.join([*keys, *scores])} |"]
+def as_table(rows: Sequence[Row], keys: Sequence[str], scores: Sequence[str] = SCORES) -> str:
+    """A line for each group of rows: mean and standard error over seeds."""
+    lines = []
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
         chosen = [row for row in rows if tuple(row[key] for key in keys) == group]
         cells = [
-            with_error([row[score] for row in chosen]) if score in chosen[0] else ""
+            mean_and_error([row[score] for row in chosen], 4) if score in chosen[0] else ""
             for score in scores
         ]
-        lines.append(f"| {' | '.join(map(str, [*group, *cells]))} |")
-    return "\n".join(lines)
-
-
-def with_error(values: Sequence[float]) -> str:
-    """Mean +- standard error."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.4f} +- {error:.4f}"
+        lines.append([*map(str, group), *cells])
+    return table([*keys, *scores], lines)

@@ -19,8 +19,8 @@ from aegan.losses import OBJECTIVES
 from aegan.networks.layers import ChannelNorm
 from aegan.priors import NormalPrior
 from benchmarks.collapse.objectives import FORMS, loss_of
-from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
 from benchmarks.collapse.train import Settings, train
+from benchmarks.rows import Results, Row, Scores, mean_and_error, per_seed, table
 from pipelines.base.errors import UserError
 
 ARMS: tuple[Arm, ...] = ("gan", "egan", "aegan")

@@ -16,8 +16,8 @@ from aegan.config import Arm, ModelConfig
 from aegan.networks import AEGAN
 from aegan.priors import lerp, slerp
 from benchmarks.collapse.objectives import loss_of
-from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
 from benchmarks.collapse.train import Settings, train
+from benchmarks.rows import Results, Row, Scores, mean_and_error, per_seed, table
 
 IMAGE_SIZE, LENGTH, WIDTH = 32, 15, 2
 NUM_RENDERED = 10_000  # an image's angle is that of the nearest of these, evenly spaced

@@ -13,8 +13,8 @@ from benchmarks.collapse.latents import samples_from_fit, samples_from_prior
 from benchmarks.collapse.mixtures import MIXTURES, NUM_SAMPLES, NUM_TRAINING_POINTS, Mixture
 from benchmarks.collapse.networks import SeedNetworks, Widths
 from benchmarks.collapse.objectives import FORMS, loss_of
-from benchmarks.collapse.results import Results, Row, Scores, mean_and_error, per_seed, table
 from benchmarks.collapse.train import Settings, flops_of_step, train
+from benchmarks.rows import Results, Row, Scores, mean_and_error, per_seed, table
 
 ARMS: dict[str, tuple[Arm, int]] = {  # of the table => of the objective, samples D_x sees at once
     "gan": ("gan", 1),

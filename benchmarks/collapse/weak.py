@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.collapse.mixture_table import LAMBDAS, prepare, score
 from benchmarks.collapse.mixtures import MIXTURES, NUM_TRAINING_POINTS
-from benchmarks.collapse.results import Results, Row, mean_and_error, table
 from benchmarks.collapse.train import train
+from benchmarks.rows import Results, Row, mean_and_error, table
 
 WIDTHS = (6, 12, 25, 50, 200)
 ARMS = ("gan", "aegan")

@@ -12,8 +12,8 @@ from benchmarks.collapse.mixture_table import ARMS, floor, prepare
 from benchmarks.collapse.mixtures import MIXTURES, grid, ring
 from benchmarks.collapse.networks import SeedNetwork, of_seed, packed
 from benchmarks.collapse.objectives import FORMS
-from benchmarks.collapse.results import Results, mean_and_error
 from benchmarks.collapse.train import Batches, Trainer, flops_of_step, train
+from benchmarks.rows import Results, mean_and_error
 from pipelines.base.errors import UserError
 
 SMALL = {"generator": 8, "discriminator": 6, "learning_rate": 1e-2}
