@@ -1,11 +1,26 @@
-"""The `aegan` command."""
+"""The `aegan` command: each function reads its arguments and calls the module that does the work.
+
+Those modules are imported inside the functions, so that `aegan --help` loads no torch, MLflow, Ray.
+"""
 
 import os
 import sys
+from typing import Any
+
+import typer
 
 from pipelines.base.errors import UserError, run_stage
 
-USAGE = "usage: aegan submit | doctor [--help]"
+app = typer.Typer(
+    help="Autoencoding GANs: train, look, compare, register, serve.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their arguments themselves
+    "add_help_option": False,
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
+}
 
 
 def main() -> None:
@@ -18,19 +33,29 @@ def main() -> None:
 
 
 def _main() -> None:
-    match sys.argv[1:]:
-        case ["submit", *arguments]:
-            from pipelines import submit  # which loads Ray
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="aegan", standalone_mode=False)
+    except typer.TyperException as error:  # an unknown command, an option without its value
+        raise UserError(f"{error.format_message()} (see `aegan --help`)") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    sys.exit(code)
 
-            submit.main(arguments)
-        case ["doctor", *arguments]:
-            from pipelines.project import doctor
 
-            doctor.main(arguments)
-        case ["--help" | "-h"]:
-            print(USAGE)
-        case _:
-            raise UserError(USAGE)
+@app.command(**ARGPARSE)
+def submit(context: typer.Context) -> None:
+    """Run the pipeline on a Ray cluster as a job, follow it, fetch its results."""
+    from pipelines import submit
+
+    submit.main(context.args)
+
+
+@app.command(**ARGPARSE)
+def doctor(context: typer.Context) -> None:
+    """Look whether a run would find what it needs, here and on the cluster."""
+    from pipelines.project import doctor
+
+    doctor.main(context.args)
 
 
 if __name__ == "__main__":

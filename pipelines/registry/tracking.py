@@ -10,7 +10,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -292,7 +292,7 @@ def _create_version(
     other is taken back here, by whoever made it.
     """
     _experiment(mlflow, experiment)
-    run = made = None
+    run = None
     try:
         tags = {**record.run_tags, **identity}
         with mlflow.start_run(run_name=record.run_name, tags=tags) as run:
@@ -301,7 +301,7 @@ def _create_version(
             model = _log_model(mlflow, record.model_folder)
             with _unless_there():
                 client.create_registered_model(model_name)
-            made = client.create_model_version(
+            client.create_model_version(
                 model_name,
                 model.model_uri,
                 run.info.run_id,
@@ -313,15 +313,30 @@ def _create_version(
         first = _find_version(mlflow, client, model_name, record.content_sha256)
         if not first or not run or first.run_id == run.info.run_id:
             raise
-        if made:  # after the other had looked for it
-            client.delete_model_version(model_name, made.version)
+        _delete_versions(client, run, keep=first)
         return first
     first = _find_version(mlflow, client, model_name, record.content_sha256)
-    if first and first.number != str(made.version):
-        client.delete_model_version(model_name, made.version)
+    if not first:
+        raise UserError(
+            f"{model_name}: the version that was just made is not there any more: another program "
+            "has deleted it; run the same command again"
+        )
+    _delete_versions(client, run, keep=first)
+    if first.run_id != run.info.run_id:
         _remove_run(client, run)
         return first
-    return Version(number=str(made.version), run_id=run.info.run_id, reused=False)
+    return replace(first, reused=False)
+
+
+def _delete_versions(client: Any, run: Any, *, keep: Version) -> None:
+    """Delete what was made from a run, but for the version that counts.
+
+    A server may have made one although it answered with an error, or two where a request was sent
+    again.
+    """
+    for made in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
+        if str(made.version) != keep.number:
+            client.delete_model_version(made.name, made.version)
 
 
 def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -> None:

@@ -17,6 +17,9 @@ import psutil
 import pytest
 import requests
 
+from aegan.config import RegisterConfig
+from pipelines import register
+from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
 from tests.compose import free_port, wait_until
@@ -106,6 +109,37 @@ def test_three_at_once_register_one_content_once(
     assert [(outcome.code, outcome.errors) for outcome in outcomes] == [(0, "")] * 3
     server.check_each_is_there(before + 1)
     record_property("faults", 3)
+
+
+def test_one_whose_version_comes_too_late_leaves_the_version_of_the_first(
+    registering: Registrations,
+    server: Server,
+    before: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Any,
+) -> None:
+    """The first takes the late one's run away; the server answers it with an error, late version
+    made.
+    """
+    from mlflow import MlflowClient
+
+    ours, theirs = (write_project(tmp_path / name, seed=3) for name in "ab")
+    environment = {"MLFLOW_TRACKING_URI": server.address}
+    make = MlflowClient.create_model_version
+
+    def make_late(*arguments: Any, **options: Any) -> Any:
+        [outcome] = registering.run(theirs, environment=environment)
+        assert (outcome.code, outcome.errors) == (0, "")
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", make_late)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.chdir(ours)
+    version = register.register(params.load(RegisterConfig))
+    assert (version.number, version.reused) == (str(server.versions()[-1]), True)
+    server.check_each_is_there(before + 1)
+    record_property("faults", 1)
 
 
 def test_a_server_that_dies_meanwhile_is_one_line_and_the_same_command_goes_on(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +24,9 @@ def test_a_moved_environment_runs_its_own_commands_on_its_own_projects_source(tm
     before.mkdir()
     (before / "pipelines").symlink_to(ROOT / "pipelines")
     run(sys.executable, "-m", "venv", before / ".venv", folder=before)
+    [packages] = (before / ".venv/lib").glob("python*/site-packages")
+    for package in ("typer", "shellingham"):  # which the command needs to show its help
+        (packages / package).symlink_to(Path(typer.__file__).parents[1] / package)
     run(before / ".venv/bin/python", "-m", "pipelines.project.environment", folder=before)
     moved = tmp_path / "moved elsewhere"
     before.rename(moved)
@@ -33,4 +37,4 @@ def test_a_moved_environment_runs_its_own_commands_on_its_own_projects_source(tm
     find = "import os, pipelines; print(pipelines.__path__[0], os.environ['DVC_NO_ANALYTICS'])"
     found = run(moved / ".venv/bin/python", "-c", find, folder=tmp_path)
     assert found == f"{moved}/pipelines 1\n"
-    assert "usage: aegan" in run(moved / ".venv/bin/aegan", "--help", folder=tmp_path)
+    assert "Usage: aegan" in run(moved / ".venv/bin/aegan", "--help", folder=tmp_path)
