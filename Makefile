@@ -1,7 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv with the locked versions.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts servers and Ray, one for the rest
+PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts Ray, one for the rest
 
 .PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve refresh tune docs lock clean tidy help
 

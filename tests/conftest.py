@@ -30,28 +30,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class OneProcessForServers(LoadScopeScheduling):
-    """Under xdist a module stays in one process, and all that start servers or Ray in the same.
+class OneProcessForRay(LoadScopeScheduling):
+    """Under xdist a module stays in one process, and all that start Ray in the same.
 
     Two Rays at once on two cores start so slowly that what waits for one of them gives up.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
-        return "servers" if starts_servers(self.config.rootpath / module) else module
+        return "ray" if starts_ray(self.config.rootpath / module) else module
 
 
 @cache
-def starts_servers(module: Path) -> bool:
-    return "pytest.mark.integration" in module.read_text(encoding="utf-8")
+def starts_ray(module: Path) -> bool:
+    return "pytest.mark.ray" in module.read_text(encoding="utf-8")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return OneProcessForServers(config, log)
+    return OneProcessForRay(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("integration") is None)  # longest first
+    longest_first = ("ray", "integration")
+    items.sort(key=lambda item: [not item.get_closest_marker(name) for name in longest_first])
     for item in items:
         for marker in item.iter_markers("fault"):
             item.user_properties.append(("fault", marker.args[0]))

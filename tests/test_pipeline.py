@@ -21,7 +21,7 @@ from pipelines.bucket import finished_run
 from pipelines.registry import mlflow_files
 from tests.tiny import SMALL
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 STAGES = ["download", "preprocess", "train", "evaluate", "interpolate", "report", "register"]
 COPIED = [".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", "params.yaml"]

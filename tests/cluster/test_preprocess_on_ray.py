@@ -21,7 +21,7 @@ from tests.faulty_decoder import FAULTY_DECODER
 from tests.pictures import blocks, encode
 from tests.project import ROOT, finish, start
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.slow]
 PREPROCESS = {
     "image_size": 16,
     "max_pixels": 10_000,

@@ -30,7 +30,7 @@ from tests.pictures import blocks, write_folder
 from tests.s3 import s3_server
 from tests.tiny import SMALL
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 TOKEN = "token-of-the-test-cluster"

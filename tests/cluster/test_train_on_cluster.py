@@ -17,7 +17,7 @@ from aegan.training.run_folder import step_name
 from tests.cluster.nodes import RayCluster, two_nodes
 from tests.project import finish, make_project, run_folder, start, train_workers
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_STEPS = 300
 TRAINING = {
     "training__num_steps": NUM_STEPS,

@@ -25,7 +25,7 @@ from tests.project import finish, start
 from tests.shards import write_shards
 from tests.tiny import PARAMS, SMALL
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = PARAMS.parent
 NUM_TRIALS, NUM_STEPS, GRACE_STEPS = 12, 36, 12
 SMALL_PARAMETERS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from tests.test_pipeline import SMALL_PARAMETERS, STAGES, stages_run
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

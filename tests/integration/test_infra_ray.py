@@ -19,7 +19,7 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from tests.compose import INFRA, SERVICES, command_of, environment_of, free_port, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(280)]
 ROOT = INFRA.parent
 TOKEN = secrets.token_hex(32)
 REPORT = {

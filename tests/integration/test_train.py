@@ -20,7 +20,7 @@ from tests.disks import small_disk
 from tests.project import finish, make_project, run_folder, start, train_workers
 from tests.tiny import tiny_shards
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(600)]
 NUM_STEPS = 400
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.project import finish, make_project, start, train_workers
 from tests.tiny import tiny_shards
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.ray]
 CURES = ("training.batch_size", "compute.micro_batch_size", "training.reader: streamed")
 
 

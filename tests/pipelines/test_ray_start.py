@@ -209,6 +209,7 @@ def log_folders(pid: int) -> list[str]:
 
 @pytest.mark.fault("ray addresses")
 @pytest.mark.integration
+@pytest.mark.ray
 @pytest.mark.parametrize("begun", ["gcs_server", "raylet"])
 def test_ctrl_c_while_ray_starts_takes_effect_at_once_and_leaves_nothing(begun):
     with session("/tmp") as process:
@@ -225,6 +226,7 @@ def test_ctrl_c_while_ray_starts_takes_effect_at_once_and_leaves_nothing(begun):
 
 @pytest.mark.fault("other users")
 @pytest.mark.integration
+@pytest.mark.ray
 def test_nobody_else_may_look_into_the_folder_of_a_private_ray_also_with_a_long_tmpdir(tmp_path):
     long = tmp_path / ("long-" * 30)
     long.mkdir()
