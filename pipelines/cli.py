@@ -58,5 +58,13 @@ def doctor(context: typer.Context) -> None:
     doctor.main(context.args)
 
 
+@app.command(**ARGPARSE)
+def stack(context: typer.Context) -> None:
+    """Start, show, end PostgreSQL, S3 and MLflow on this machine: up, status, down."""
+    from pipelines.project import stack
+
+    stack.main(context.args)
+
+
 if __name__ == "__main__":
     main()
