@@ -5,6 +5,7 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -64,6 +65,30 @@ def stack(context: typer.Context) -> None:
     from pipelines.project import stack
 
     stack.main(context.args)
+
+
+@app.command()
+def verify(model: str) -> None:
+    """Look whether a model, a folder or models:/..., is what was signed (docs/serving.md)."""
+    from pipelines.registry import signing
+
+    typer.echo(signing.verify(model))
+
+
+@app.command()
+def sign(model: str) -> None:
+    """Sign a model, a folder or models:/..., with the key in the file AEGAN_SIGNING_KEY."""
+    from pipelines.registry import signing
+
+    typer.echo(signing.sign(model))
+
+
+@app.command()
+def keygen(file: Path) -> None:
+    """Make a pair of keys: FILE to sign with, for you alone, and FILE.pub for who loads."""
+    from pipelines.base import package
+
+    typer.echo(f"{file} and {file}.pub: key {package.make_keys(file)[:16]}")
 
 
 if __name__ == "__main__":

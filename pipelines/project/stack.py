@@ -265,7 +265,7 @@ def _write(file: Path, text: str) -> None:
     """A file for its owner's eyes only."""
     with new_file(file) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as content:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as content:
             content.write(text)
 
 

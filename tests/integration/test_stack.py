@@ -75,9 +75,7 @@ class Stack:
         shell = subprocess.run(
             ["sh", "-c", script], cwd=self.project, env={}, capture_output=True, check=True
         )
-        return dict(
-            line.split("=", 1) for line in shell.stdout.decode().split("\0") if "=" in line
-        )
+        return dict(line.split("=", 1) for line in shell.stdout.decode().split("\0") if "=" in line)
 
     def search(self, *login: str, **options: Any) -> int:
         address = f"http://127.0.0.1:{self.ports['mlflow']}/api/2.0/mlflow/experiments/search"
@@ -145,9 +143,7 @@ def test_each_part_is_killed_and_comes_back_with_its_data(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     stage = [sys.executable, "-m", "pipelines.register"]
-    done = subprocess.run(
-        stage, cwd=running.project, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(stage, cwd=running.project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     bucket = boto3.client("s3")
     bucket.put_object(Bucket="aegan", Key="runs/x", Body=b"")
@@ -160,9 +156,7 @@ def test_each_part_is_killed_and_comes_back_with_its_data(
     said = running.run("up")
     assert said.count("starting it") == 3
     assert "already" not in said
-    done = subprocess.run(
-        stage, cwd=running.project, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(stage, cwd=running.project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "this content is registered already: aegan version 1" in done.stdout
     assert "Contents" not in bucket.list_objects_v2(Bucket="aegan")  # as `make status` says
