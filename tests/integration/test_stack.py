@@ -17,8 +17,10 @@ import psutil
 import pytest
 import requests
 
+from pipelines.base import package
 from pipelines.base.errors import UserError
 from pipelines.project import daemons, stack, stack_parts
+from pipelines.registry import signing
 from tests.compose import free_port
 from tests.trained import ROOT, write_project
 
@@ -135,7 +137,7 @@ def test_a_second_up_changes_nothing(running: Stack) -> None:
 
 @pytest.mark.fault("registry")
 def test_each_part_is_killed_and_comes_back_with_its_data(
-    running: Stack, monkeypatch: pytest.MonkeyPatch, record_property: Any
+    running: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
     """A model that was registered with the one line of the docs loads after every part was lost."""
     for name, value in running.environment().items():
@@ -145,6 +147,7 @@ def test_each_part_is_killed_and_comes_back_with_its_data(
     stage = [sys.executable, "-m", "pipelines.register"]
     done = subprocess.run(stage, cwd=running.project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert signing.verify("models:/aegan@candidate").endswith("whole, not signed")
     bucket = boto3.client("s3")
     bucket.put_object(Bucket="aegan", Key="runs/x", Body=b"")
     assert running.run("status").count(" up ") == 3
@@ -159,6 +162,11 @@ def test_each_part_is_killed_and_comes_back_with_its_data(
     done = subprocess.run(stage, cwd=running.project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "this content is registered already: aegan version 1" in done.stdout
+    package.make_keys(tmp_path / "key")
+    monkeypatch.setenv(package.SIGNING_KEY, str(tmp_path / "key"))
+    monkeypatch.setenv(package.TRUSTED_KEYS, str(tmp_path / "key.pub"))
+    signing.sign("models:/aegan@candidate")
+    assert "signed with the trusted key" in signing.verify("models:/aegan/1")
     assert "Contents" not in bucket.list_objects_v2(Bucket="aegan")  # as `make status` says
 
     running.kill("postgresql")  # the others go on, and need nothing
