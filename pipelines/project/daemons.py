@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -74,7 +75,7 @@ def start(
         os.close(descriptor)
 
 
-def as_user(user: str | None) -> dict[str, str | list[str]]:
+def as_user(user: str | None) -> dict[str, Any]:
     """Arguments of `subprocess` for a program that is to run as another user, for root to give."""
     return {"user": user, "group": user, "extra_groups": []} if user else {}
 
@@ -106,7 +107,8 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 def listener(port: int) -> str:
     """Who listens on a port, for a message."""
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+        where = connection.laddr
+        if where and where.port == port and connection.status == psutil.CONN_LISTEN:
             if connection.pid is None:
                 break
             with suppress(psutil.Error):

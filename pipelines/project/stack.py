@@ -75,19 +75,17 @@ def up(folder: Path, ports: dict[str, int], s3_endpoint: str | None) -> None:
         settings = _settings(folder, ports, s3_endpoint)
         stack_parts.prepare(folder, settings.passwords)
         parts = _parts(folder, settings)
-        ended = [part for part in parts if not _runs(part, folder)]
-        for part in ended:
-            before = _end(folder, part.name)
-            _check_port(part)
-            log.info("%s: %s", part.name, "starting it again" if before else "starting it")
         if settings.s3_endpoint:
             _end(folder, "s3")
-        for part in parts:
-            if part in ended:
-                _start(part, folder)
-                log.info("%s: answers at %s", part.name, part.address)
-            else:
+        for part in parts:  # one after the other: MLflow answers once PostgreSQL does
+            if _runs(part, folder):
                 log.info("%s: runs at %s already", part.name, part.address)
+                continue
+            before = _end(folder, part.name)
+            _check_port(part)
+            log.info("%s: starting it%s", part.name, " again" * before)
+            _start(part, folder)
+            log.info("%s: answers at %s", part.name, part.address)
         _write(folder / "env", _environment(settings))
     page = f"http://{stack_parts.HOST}:{settings.ports['mlflow']}"
     log.info("MLflow page: %s, user %s, password in .stack/env", page, stack_parts.ADMINISTRATOR)
