@@ -131,8 +131,10 @@ def status(folder: Path) -> int:
 def _alone(folder: Path) -> Iterator[None]:
     """One `make up` or `make down` at a time; raises UserError."""
     with clear_disk_errors(folder):
-        # PostgreSQL's user must come through, where root starts it.
-        folder.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
+            # PostgreSQL's user must come through, where root starts it.
+            folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
         try:
             with FileLock(folder / "lock", timeout=PATIENCE_SECONDS):
                 yield

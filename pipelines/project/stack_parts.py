@@ -200,9 +200,9 @@ def _create(data: Path, password: str) -> None:
     as_user |= daemons.as_user(user)
     create = ["--auth=scram-sha-256", "--username=mlflow", f"--pwfile={secret}"]
     create += ["--encoding=UTF8", "--locale=C"]
-    single = [programs / "postgres", "--single", "-D", new, "postgres"]
+    single = [str(programs / "postgres"), "--single", "-D", str(new), "postgres"]
     try:
-        subprocess.run([programs / "initdb", *create, new], **as_user)
+        subprocess.run([str(programs / "initdb"), *create, str(new)], **as_user)
         subprocess.run(single, input="CREATE DATABASE mlflow\n", **as_user)
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
