@@ -19,6 +19,7 @@ import requests
 
 from pipelines.base import package
 from pipelines.base.errors import UserError
+from pipelines.jobs import shipment
 from pipelines.project import daemons, stack, stack_parts
 from pipelines.registry import signing
 from tests.compose import free_port
@@ -108,6 +109,13 @@ def test_passwords_are_random_and_their_owners_alone(running: Stack) -> None:
     assert running.folder.stat().st_mode & 0o066 == 0  # nobody else lists it
     for process in psutil.process_iter(["cmdline"]):  # which every user may read
         assert not [word for word in process.info["cmdline"] or () if word in passwords.values()]
+
+
+def test_what_it_keeps_is_neither_committed_nor_submitted() -> None:
+    ignored = ["git", "check-ignore", "--quiet", ".stack/env"]
+    assert subprocess.run(ignored, cwd=ROOT, check=False).returncode == 0
+    assert ".stack" in (ROOT / ".dvcignore").read_text().split()
+    assert shipment.is_secret_name(".stack/settings.json")
 
 
 def test_only_who_knows_the_password_comes_in_and_from_here_only(running: Stack) -> None:
