@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts Ray, one for the rest
 
-.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve up status down test-stack refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -46,6 +46,20 @@ serve: export MODEL := $(MODEL)
 serve: export PORT := $(PORT)
 serve: .venv/installed ## answer requests with a model (MODEL=models:/aegan@champion PORT=5001, docs/serving.md)
 	@$(BIN)/python -m pipelines.serve $(if $(MODEL),--model "$$MODEL") $(if $(PORT),--port "$$PORT")
+
+up: .venv/installed ## start PostgreSQL, S3 and MLflow on this machine, what of them does not run (docs/stack.md)
+	@$(BIN)/python -m pipelines.project.stack up $(if $(POSTGRESQL_PORT),--postgresql-port "$$POSTGRESQL_PORT") \
+		$(if $(MLFLOW_PORT),--mlflow-port "$$MLFLOW_PORT") $(if $(S3_PORT),--s3-port "$$S3_PORT") \
+		$(if $(S3_ENDPOINT),--s3-endpoint "$$S3_ENDPOINT")
+
+status: .venv/installed ## where they are, since when, how much they hold
+	@$(BIN)/python -m pipelines.project.stack status
+
+down: .venv/installed ## end them; the data stay in .stack/
+	@$(BIN)/python -m pipelines.project.stack down
+
+test-stack: .venv/installed ## the tests of these three
+	$(PYTEST) tests/integration/test_stack.py
 
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download

@@ -5,6 +5,7 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -56,6 +57,38 @@ def doctor(context: typer.Context) -> None:
     from pipelines.project import doctor
 
     doctor.main(context.args)
+
+
+@app.command(**ARGPARSE)
+def stack(context: typer.Context) -> None:
+    """Start, show, end PostgreSQL, S3 and MLflow on this machine: up, status, down."""
+    from pipelines.project import stack
+
+    stack.main(context.args)
+
+
+@app.command()
+def verify(model: str) -> None:
+    """Look whether a model, a folder or models:/..., is what was signed (docs/serving.md)."""
+    from pipelines.registry import signing
+
+    typer.echo(signing.verify(model))
+
+
+@app.command()
+def sign(model: str) -> None:
+    """Sign a model, a folder or models:/..., with the key in the file AEGAN_SIGNING_KEY."""
+    from pipelines.registry import signing
+
+    typer.echo(signing.sign(model))
+
+
+@app.command()
+def keygen(file: Path) -> None:
+    """Make a pair of keys: FILE to sign with, for you alone, and FILE.pub for who loads."""
+    from pipelines.base import package
+
+    typer.echo(f"{file} and {file}.pub: key {package.make_keys(file)[:16]}")
 
 
 if __name__ == "__main__":

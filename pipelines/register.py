@@ -6,21 +6,23 @@ model holds the weights and answers requests. The same content registered again 
 
 import csv
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aegan import model_folder
 from aegan.config import RegisterConfig
 from aegan.files import sha256_of_json, write_json
 from aegan.training.run_folder import RunFolder
-from pipelines.base import locks, params
+from pipelines.base import locks, package, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors, hash_files, project_folder, read_json
 from pipelines.base.identity import code_of, code_sha256
 from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
-from pipelines.registry import mlflow_store, tracking
+from pipelines.registry import card, mlflow_store, tracking
 
 TRAINED, MODEL = RunFolder(TRAIN), TRAIN / "model"
 CURVES, SCORES = TRAIN / "curves.csv", Path("artifacts/evaluate/metrics.json")
@@ -37,6 +39,7 @@ FILES = {  # folder among the run's artifacts -> what goes there, if present
 
 def register(config: RegisterConfig) -> tracking.Version:
     """Register what the working folder holds, then write `registration.json`."""
+    package.signing_key()  # one that cannot be used is said before anything is stored
     record = collect()
     version = tracking.register(
         record, experiment=config.experiment, model_name=config.model_name, alias=config.alias
@@ -83,6 +86,14 @@ def collect() -> tracking.Record:
     code = code_sha256(code_of(["pipelines.registry.model_from_code"]))
     settings = {**params.read(), **run["params"]}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    described: dict[str, Any] = {
+        "model": model_folder.read_description(MODEL / model_folder.CONFIG),
+        "run": run,
+        "scores": scores,
+        "manifest": manifest,
+    }
+    pictures = sorted(path for path in INTERPOLATE.glob("*") if path.suffix in (".png", ".webp"))
+    names = [f"{tracking.PICTURES}/{path.name}" for path in pictures if path.suffix == ".png"]
     return tracking.Record(
         run_name=run["run_name"],
         model_folder=MODEL,
@@ -111,6 +122,9 @@ def collect() -> tracking.Record:
         files={
             folder: [path for path in paths if path.exists()] for folder, paths in FILES.items()
         },
+        card=card.write(**described, pictures=names),
+        description=card.write(**described),
+        pictures=pictures,
     )
 
 
@@ -173,6 +187,8 @@ def main() -> None:
         uri, where = f"sqlite:///{project_folder() / 'mlflow.db'}", f" -C {project_folder()}"
     done = "this content is registered already:" if version.reused else "registered:"
     print(f"{done} {config.model_name} version {version.number}, alias {config.alias}")
+    if version.reused and os.environ.get(package.SIGNING_KEY):
+        print(f"not signed anew: aegan sign models:/{config.model_name}/{version.number}")
     print(f"model: models:/{config.model_name}@{config.alias} in {uri}")
     print(f"MLflow page: {uri if uri.startswith('http') else f'make{where} mlflow'}")
 

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvicorn
@@ -61,13 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def load(address: str) -> tuple[aegan.AEGAN, dict[str, Any]]:
     """The model at an MLflow address or in a folder, and what /version says; raises UserError."""
-    with TemporaryDirectory() as downloads:
-        registered = tracking.is_address(address)
-        if registered:
-            address = tracking.pinned(address)
-            folder = tracking.fetch_model(address, Path(downloads))
-        else:
-            folder = Path(address)
+    registered = tracking.is_address(address)
+    if registered:
+        address = tracking.pinned(address)
+    with tracking.local_folder(address) as folder:
         try:
             model = aegan.load(folder)
         except aegan.ModelError as error:
@@ -75,7 +71,7 @@ def load(address: str) -> tuple[aegan.AEGAN, dict[str, Any]]:
         served = [model_folder.CONFIG, model_folder.FILES["ema"]]
         served += [model_folder.LATENTS] * (model.latent_density is not None)
         return model, {
-            "model": address if registered else folder.name,
+            "model": address if registered else Path(address).name,
             "sha256": {name: sha256_of(folder / name) for name in served},
             "latent_dim": model.latent_dim,
             "classes": model.classes,

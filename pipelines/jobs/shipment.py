@@ -25,7 +25,7 @@ NOT_NEEDED = (  # of the files that git knows, as git's patterns: a job does not
 )
 SECRET_FOLDERS = (
     *(".aws", ".azure", ".config/gcloud", ".docker", ".gnupg", ".kaggle", ".kube", ".secrets"),
-    *(".password-store", ".ssh", ".vault", "secrets"),
+    *(".password-store", ".ssh", ".stack", ".vault", "secrets"),
 )
 SECRET_FILES = (
     *(".env*", "*.env", ".envrc", ".git-credentials", ".htpasswd", ".my.cnf", ".netrc", "_netrc"),

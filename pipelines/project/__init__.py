@@ -1,1 +1,1 @@
-"""The project's folder: DVC's guard, cleaning up, a look at what is there."""
+"""The project folder: DVC's guard, cleaning up, a look at what is there, local servers."""

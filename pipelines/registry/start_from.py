@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from aegan.config import ConfigError, TrainConfig
@@ -35,8 +34,8 @@ def read_start(config: TrainConfig, manifest: dict[str, Any], *, output: Path) -
 def _local_folder(address: str, output: Path) -> Iterator[Path]:
     """The model or checkpoint at an address, as a folder on this machine."""
     if tracking.is_address(address):
-        with TemporaryDirectory() as downloads:
-            yield tracking.fetch_model(address, Path(downloads))
+        with tracking.local_folder(address) as folder:
+            yield folder
         return
     folder = project_folder() / Path(os.path.expandvars(address)).expanduser()
     if folder.resolve().is_relative_to((project_folder() / output).resolve()):
@@ -46,4 +45,5 @@ def _local_folder(address: str, output: Path) -> Iterator[Path]:
         )
     if not folder.is_dir():
         raise UserError(f"training.start_from is {address}, but there is no such folder")
-    yield folder
+    with tracking.local_folder(str(folder)) as trusted:
+        yield trusted

@@ -5,11 +5,10 @@ however many register one content, one version of it remains (docs/reliability.m
 """
 
 import json
-import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import aegan
 from aegan import model_folder
+from pipelines.base import package
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
 from pipelines.registry import mlflow_store
@@ -31,9 +31,12 @@ from pipelines.registry.mlflow_store import (
 )
 
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
+PICTURES = "interpolations"  # folder in a package
+MAX_DESCRIPTION = 5000  # characters that MLflow keeps of it
 MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
 MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
+MODEL_FILES = "artifacts/model"  # where MLflow keeps them, among the files of a version
 SERVED_PACKAGES = (
     "annotated-types", "mlflow", "numpy", "pillow", "pyarrow", "safetensors", "torch",
 )  # fmt: skip
@@ -61,6 +64,9 @@ class Record:
     version_tags: Mapping[str, str]
     dataset: Mapping[str, Any]  # {"name", "sha256", "source", "profile"}
     files: Mapping[str, Sequence[Path]]  # folder among the run's artifacts -> files and folders
+    card: str  # Markdown, with the pictures
+    description: str  # the same without them, of the version
+    pictures: Sequence[Path]  # beside the card, in PICTURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +161,8 @@ def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan
 
     Raises UserError.
     """
-    with readable_errors(), TemporaryDirectory() as folder:
-        path = fetch_model(str(uri), Path(folder)) if is_address(str(uri)) else uri
-        return aegan.load(path, weights=weights)
+    with readable_errors(), local_folder(str(uri)) as folder:
+        return aegan.load(folder, weights=weights)
 
 
 def check_store() -> str:
@@ -173,37 +178,93 @@ def is_address(uri: str) -> bool:
     return uri.startswith(("models:/", "runs:/"))
 
 
+@contextmanager
+def local_folder(address: str) -> Iterator[Path]:
+    """The model at any address, MLflow's or a folder's, as a folder that may be loaded.
+
+    All that is loaded from outside comes through here: with `AEGAN_TRUSTED_KEYS` set, what no
+    holder of such a key signed is refused before any weight is parsed. Raises UserError.
+    """
+    if is_address(address):
+        with TemporaryDirectory() as downloads:
+            yield fetch_model(address, Path(downloads))
+    else:
+        with package.trusted(Path(address)) as folder:
+            yield folder
+
+
 def fetch_model(uri: str, folder: Path) -> Path:
     """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
 
     Only the files of a model are asked for, none larger than a model can be, from the store's own
     places; where the version says what it holds (`model_sha256`), they must be that.
     """
+    if keys := package.trusted_keys():
+        folder = fetch_package(uri, folder, keys)
+        package.check(folder, keys, called=uri)
+        return folder
+    with readable_errors(), _no_larger_files(MAX_FILE_BYTES):
+        return _fetch(*_open_repository(uri), uri, folder)
+
+
+def fetch_package(uri: str, folder: Path, keys: package.TrustedKeys) -> Path:
+    """The same with card, pictures, list of files and signature, as far as the list names them.
+
+    With trusted keys a list that no holder signed is refused before its names are asked for.
+    """
+    with readable_errors(), _no_larger_files(MAX_FILE_BYTES):
+        repository, recorded = _open_repository(uri)
+        model = _fetch(repository, recorded, uri, folder)
+        stored = {entry.path.rpartition("/")[2] for entry in repository.list_artifacts(MODEL_FILES)}
+        for name in stored & {package.SUMS, package.SIGNATURE}:
+            _download(repository, name, model)
+        if keys:
+            package.check_signature(model, keys, called=uri)
+        if package.SUMS in stored:
+            for name in package.read_sums(model, called=uri):
+                if not (model / name).exists():
+                    _download(repository, name, model)
+        return model
+
+
+def add_signature(uri: str, folder: Path) -> None:
+    """Put the list of files and the signature in a folder beside the model at an address."""
     with readable_errors():
-        mlflow = open_store(writing=False)
-        place, recorded = _locate(mlflow.MlflowClient(), uri)
-        check_place(place, uri)
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        repository, _ = _open_repository(uri)
+        for name in (package.SUMS, package.SIGNATURE):
+            repository.log_artifact(str(folder / name), MODEL_FILES)
 
-        repository, model = get_artifact_repository(place), folder / "model"
-        model.mkdir()
-        with _no_larger_files(MAX_FILE_BYTES):
 
-            def download(name: str) -> None:
-                # One file, as it is called here: a listing would be the store's to write.
-                repository._download_file(f"artifacts/model/{name}", str(model / name))
+def _open_repository(uri: str) -> tuple[Any, str | None]:
+    """Where the files of a model are, and the hash that its version was registered with."""
+    mlflow = open_store(writing=False)
+    place, recorded = _locate(mlflow.MlflowClient(), uri)
+    check_place(place, uri)
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-            download(model_folder.CONFIG)
-            description = model_folder.read_description(model / model_folder.CONFIG)
-            for name in model_folder.files_of(description):
-                if name != model_folder.CONFIG:
-                    download(name)
+    return get_artifact_repository(place), recorded
+
+
+def _fetch(repository: Any, recorded: str | None, uri: str, folder: Path) -> Path:
+    model = folder / "model"
+    model.mkdir()
+    _download(repository, model_folder.CONFIG, model)
+    description = model_folder.read_description(model / model_folder.CONFIG)
+    for name in model_folder.files_of(description):
+        if name != model_folder.CONFIG:
+            _download(repository, name, model)
     if recorded and hash_files([model]) != recorded:
         raise UserError(
             f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "
             "they were changed or damaged in the store; register the model again"
         )
     return model
+
+
+def _download(repository: Any, name: str, model: Path) -> None:
+    """One file, as it is called here: a listing would be the store's to write."""
+    (model / name).parent.mkdir(parents=True, exist_ok=True)
+    repository._download_file(f"{MODEL_FILES}/{name}", str(model / name))
 
 
 def _locate(client: Any, uri: str) -> tuple[str, str | None]:
@@ -298,7 +359,7 @@ def _create_version(
         with mlflow.start_run(run_name=record.run_name, tags=tags) as run:
             check_place(run.info.artifact_uri, f"a new run of the experiment {experiment}")
             _log_record(client, run.info.run_id, record)
-            model = _log_model(mlflow, record.model_folder)
+            model = _log_model(mlflow, record)
             with _unless_there():
                 client.create_registered_model(model_name)
             client.create_model_version(
@@ -306,6 +367,7 @@ def _create_version(
                 model.model_uri,
                 run.info.run_id,
                 tags={**record.version_tags, "content_sha256": record.content_sha256},
+                description=record.description[:MAX_DESCRIPTION],
                 model_id=model.model_id,
             )
     except mlflow.MlflowException:
@@ -437,24 +499,39 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
             log(run_id, str(path), folder)
 
 
-def _log_model(mlflow: Any, folder: Path) -> Any:
+def _log_model(mlflow: Any, record: Record) -> Any:
     """The model as MLflow keeps it: weights, our package, the serving script; nothing pickled."""
     import pandas as pd
 
     from pipelines.registry import model_from_code
 
-    zeros = [0.0] * aegan.load(folder).latent_dim
-    return mlflow.pyfunc.log_model(
-        name="model",
-        python_model=str(SERVING_SCRIPT),
-        artifacts={"model": os.path.relpath(folder)},
-        code_paths=[str(Path(aegan.__file__).parent)],
-        signature=model_from_code.SIGNATURE,
-        input_example=(pd.DataFrame({"latent": [zeros]}), {"operation": "generate"}),
-        pip_requirements=[
-            f"{package}=={version(package).split('+')[0]}" for package in SERVED_PACKAGES
-        ],
-    )
+    zeros = [0.0] * aegan.load(record.model_folder).latent_dim
+    with TemporaryDirectory() as folder:
+        _write_package(record, Path(folder) / "model")
+        with chdir(folder):  # MLflow records the address of what it copies
+            return mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(SERVING_SCRIPT),
+                artifacts={"model": "model"},
+                code_paths=[str(Path(aegan.__file__).parent)],
+                signature=model_from_code.SIGNATURE,
+                input_example=(pd.DataFrame({"latent": [zeros]}), {"operation": "generate"}),
+                pip_requirements=[
+                    f"{name}=={version(name).split('+')[0]}" for name in SERVED_PACKAGES
+                ],
+            )
+
+
+def _write_package(record: Record, folder: Path) -> None:
+    """The model's files with card, pictures, hashes and, with a key, a signature."""
+    shutil.copytree(record.model_folder, folder)
+    (folder / PICTURES).mkdir()
+    for picture in record.pictures:
+        shutil.copy(picture, folder / PICTURES)
+    (folder / "README.md").write_text(record.card, encoding="utf-8")
+    package.write_sums(folder)
+    if key := package.signing_key():
+        package.sign(folder, key)
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
