@@ -5,7 +5,7 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,18 @@ def doctor(context: typer.Context) -> None:
     from pipelines.project import doctor
 
     doctor.main(context.args)
+
+
+@app.command()
+def sync(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)
+    ] = None,
+) -> None:
+    """Send to MLflow what trainings could not send while they ran (RUN: a folder in runs/)."""
+    from pipelines.registry import sync
+
+    sync.main(names or [])
 
 
 if __name__ == "__main__":
