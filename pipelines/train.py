@@ -73,7 +73,7 @@ def main() -> None:
             *(config, params.load(ComputeConfig)),
             shards=SHARDS,
             runs=RUNS,
-            experiment=params.load(RegisterConfig).experiment,
+            experiment="" if _is_unseen() else params.load(RegisterConfig).experiment,
         )
         publish(folder, TRAIN, shards=SHARDS)
     if folder.stop.exists():  # asked to stop, but it was the end anyway
@@ -374,6 +374,11 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
         return ""
+
+
+def _is_unseen() -> bool:
+    """Whether the store of MLflow would be lost: a submitted job's, where no server is named."""
+    return bool(_ray_job()) and not os.environ.get("MLFLOW_TRACKING_URI")
 
 
 def _ray_job() -> str:

@@ -1,6 +1,5 @@
 """A run folder that grows as by a training, without PyTorch, and what MLflow has of it."""
 
-import json
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -43,9 +42,8 @@ class GrowingRun:
             now = round(row["time"] * 1000)
             found.add(("train/image_reconstruction", row["image_reconstruction"], step, now))
             found.add(("train/images_shown", float(step * BATCH_SIZE), step, now))
-        system = self.folder.system.read_text().splitlines()
-        for number, line in enumerate(system):
-            now = round(json.loads(line)["time"] * 1000)
+        for number, row in enumerate(self.folder.system_rows()):
+            now = round(row["time"] * 1000)
             found.add(("system/cpu_percent", 50.0, number, now))
         return found
 

@@ -35,7 +35,11 @@ class Server:
                 stderr=log,
             )
         health = f"{self.address}/health"
-        wait_until(lambda: requests.get(health, timeout=10).ok, seconds=120, what="a server")
+        try:
+            wait_until(lambda: requests.get(health, timeout=10).ok, seconds=400, what="a server")
+        except AssertionError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         process = psutil.Process(self._process.pid)
