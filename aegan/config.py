@@ -404,6 +404,7 @@ class ComputeConfig:
         Predicate(re.compile("runs|s3://.*", re.DOTALL).fullmatch),
         "runs or s3://bucket/prefix (for another folder make runs a link to it)",
     ]
+    live_tracking: bool  # send curves to MLflow while training runs, not only with the model
 
     def misfits(self) -> Iterator[str]:
         if self.min_workers > self.num_workers:

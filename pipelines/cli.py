@@ -6,7 +6,7 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -89,6 +89,18 @@ def keygen(file: Path) -> None:
     from pipelines.base import package
 
     typer.echo(f"{file} and {file}.pub: key {package.make_keys(file)[:16]}")
+
+
+@app.command()
+def sync(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)
+    ] = None,
+) -> None:
+    """Send to MLflow what trainings could not send while they ran (RUN: a folder in runs/)."""
+    from pipelines.registry import sync
+
+    sync.main(names or [])
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ model holds the weights and answers requests. The same content registered again 
 """
 
 import csv
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from pipelines.base.files import clear_disk_errors, hash_files, project_folder, 
 from pipelines.base.identity import code_of, code_sha256
 from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
-from pipelines.registry import card, mlflow_store, tracking
+from pipelines.registry import card, mlflow_store, tracking, training_record
+from pipelines.registry.live_run import send_rest, tags_of_all
+from pipelines.registry.mlflow_runs import Point
 
 TRAINED, MODEL = RunFolder(TRAIN), TRAIN / "model"
 CURVES, SCORES = TRAIN / "curves.csv", Path("artifacts/evaluate/metrics.json")
@@ -41,8 +42,14 @@ def register(config: RegisterConfig) -> tracking.Version:
     """Register what the working folder holds, then write `registration.json`."""
     package.signing_key()  # one that cannot be used is said before anything is stored
     record = collect()
+    folder = RunFolder(Path("runs") / record.run_name)
+    live_run = send_rest(folder, config.experiment) if folder.tracking.exists() else ""
     version = tracking.register(
-        record, experiment=config.experiment, model_name=config.model_name, alias=config.alias
+        record,
+        live_run=live_run,
+        experiment=config.experiment,
+        model_name=config.model_name,
+        alias=config.alias,
     )
     registration = {
         "model_name": config.model_name,
@@ -75,14 +82,17 @@ def collect() -> tracking.Record:
         "model_sha256": hash_files([MODEL]),
         "dataset_sha256": run["dataset_sha256"],
     }
-    if start := run.get("start"):
-        identity |= {"start_from": start["address"], "start_sha256": start["sha256"]}
+    known = training_record.tags(run)
+    identity |= {name: known[name] for name in ("start_from", "start_sha256") if name in known}
+    if DVC_LOCK.exists():
+        known["dvc_lock_sha256"] = hash_files([DVC_LOCK])
     for stage, measured_in in (
         ("train", run.get("features")),
         ("evaluate", scores.get("features")),
     ):
         if measured_in:
             identity[f"{stage}/features"] = measured_in
+    folder = RunFolder(Path("runs") / run["run_name"])
     code = code_sha256(code_of(["pipelines.registry.model_from_code"]))
     settings = {**params.read(), **run["params"]}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
@@ -103,11 +113,9 @@ def collect() -> tracking.Record:
             for section, values in settings.items()
             for key, value in values.items()
         },
-        points=[
-            *curves(RunFolder(Path("runs") / run["run_name"])),
-            *(tracking.Point(name, value, step, measured) for name, value in final.items()),
-        ],
-        run_tags=identity | _code_version(run),
+        curves=list(curves(folder, run)),
+        scores=[Point(name, value, step, measured) for name, value in final.items()],
+        run_tags=identity | known | tags_of_all(folder),
         version_tags=identity
         | {name: f"{value:.6g}" for name, value in final.items() if "frechet_distance" in name},
         dataset={
@@ -128,27 +136,18 @@ def collect() -> tracking.Record:
     )
 
 
-def curves(folder: RunFolder) -> Iterator[tracking.Point]:
+def curves(folder: RunFolder, run: Mapping[str, Any]) -> Iterator[Point]:
     """Curves of the training and of the machine it ran on, with the times they were measured.
 
     A run that was trained elsewhere has no run folder here; its losses are among the artifacts.
     """
     if rows := folder.rows():
-        yield from _points("train/", rows)
+        yield from training_record.train_points(rows, run)
     elif CURVES.exists():
         table = csv.DictReader(CURVES.read_text(encoding="utf-8").splitlines())
-        yield from _points("train/", [{"time": CURVES.stat().st_mtime, **row} for row in table])
-    numbered = ({"step": i, **row} for i, row in enumerate(folder.system_rows()))
-    yield from _points("system/", numbered)
-
-
-def _points(prefix: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[tracking.Point]:
-    for row in rows:
-        for name, value in row.items():
-            if name not in ("step", "time") and _is_finite(value):
-                yield tracking.Point(
-                    prefix + name, float(value), int(row["step"]), float(row["time"])
-                )
+        timed = ({"time": CURVES.stat().st_mtime, **row} for row in table)
+        yield from training_record.train_points(timed, run)
+    yield from training_record.system_points(folder.system_rows())
 
 
 def numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -157,25 +156,8 @@ def numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
         name = prefix + re.sub(r"[^\w .:/-]", "_", key)  # the characters MLflow takes
         if isinstance(value, Mapping):
             yield from numbers(value, f"{name}/")
-        elif not isinstance(value, (str, bool)) and _is_finite(value):
+        elif not isinstance(value, (str, bool)) and training_record.is_finite(value):
             yield name, float(value)
-
-
-def _code_version(run: Mapping[str, Any]) -> dict[str, str]:
-    tags = {
-        "code_sha256": run.get("code_sha256"),
-        "mlflow.source.git.commit": run.get("git_commit"),
-    }
-    if DVC_LOCK.exists():
-        tags["dvc_lock_sha256"] = hash_files([DVC_LOCK])
-    return {name: value for name, value in tags.items() if value}
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):  # an empty cell, a word, a list
-        return False
 
 
 def main() -> None:

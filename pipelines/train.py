@@ -16,6 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aegan import schedules
-from aegan.config import ComputeConfig, TrainConfig, check_batch_size, check_classes
+from aegan.config import (
+    ComputeConfig,
+    RegisterConfig,
+    TrainConfig,
+    check_batch_size,
+    check_classes,
+)
 from aegan.data.dataset import read_manifest
 from aegan.training import checkpoint
 from aegan.training.checkpoint import CheckpointError
@@ -43,6 +50,8 @@ from pipelines.cluster import checks
 from pipelines.cluster.follow import follow
 from pipelines.cluster.session import machine, ray_session, shipped_environment, uses_gpu
 from pipelines.cluster.worker_death import explain
+from pipelines.registry.live_run import FINISHED, record_end, recorded_end
+from pipelines.registry.sender import sending
 from pipelines.registry.start_from import read_start
 
 RUNS = Path("runs")
@@ -60,7 +69,12 @@ def main() -> None:
     config = params.load(TrainConfig)
     checks.before_training()
     with locks.hold("train"):
-        folder = train(config, params.load(ComputeConfig), shards=SHARDS, runs=RUNS)
+        folder = train(
+            *(config, params.load(ComputeConfig)),
+            shards=SHARDS,
+            runs=RUNS,
+            experiment="" if _is_unseen() else params.load(RegisterConfig).experiment,
+        )
         publish(folder, TRAIN, shards=SHARDS)
     if folder.stop.exists():  # asked to stop, but it was the end anyway
         raise KeyboardInterrupt
@@ -72,10 +86,12 @@ def train(
     *,
     shards: Path,
     runs: Path,
+    experiment: str = "",
     run_workers: Callable[..., dict[str, Any]] | None = None,
 ) -> RunFolder:
     """Train to the end and return the run's folder; an interrupted run is resumed.
 
+    MLflow shows it in `experiment` meanwhile (with `compute.live_tracking`; empty: it does not).
     `run_workers` stands in for Ray. Raises UserError; KeyboardInterrupt after a checkpoint was
     saved.
     """
@@ -90,6 +106,7 @@ def train(
                 _clear(folder)
                 _train(
                     *(config, compute, manifest, start, shards.resolve(), folder),
+                    experiment=experiment if compute.live_tracking else "",
                     run_workers=run_workers or _run,
                 )
     except Timeout:
@@ -107,6 +124,7 @@ def _train(
     shards: Path,
     folder: RunFolder,
     *,
+    experiment: str,
     run_workers: Callable[..., dict[str, Any]],
 ) -> None:
     num_steps, name = config.training.num_steps, folder.path.name
@@ -128,6 +146,7 @@ def _train(
     if done == num_steps and is_complete(folder, config, store):
         log.info("run %s is complete already", name)
         keep_facts(facts, folder, store)
+        record_end(folder, FINISHED)
         return
     if not os.environ.get("RAY_ADDRESS"):  # what a cluster has, Ray alone knows
         checks.require(checks.places(compute, machine()))
@@ -150,13 +169,26 @@ def _train(
             if start is not None:
                 _begin(start, config, manifest, folder, store)
         write_facts(facts, folder, store)
+    with sending(folder, experiment) if experiment else nullcontext(), recorded_end(folder):
+        _run_to_the_end(partial(run_workers, config, compute, facts, shards=shards), folder, store)
+        if store:
+            store.refresh()
+            store.fetch(folder)
+            write_log(folder)
+            keep_facts(facts, folder, store)
+
+
+def _run_to_the_end(
+    run_workers: Callable[..., dict[str, Any]], folder: RunFolder, store: RunStore | None
+) -> None:
+    """Run the workers again while it is they who are asked to stop, and not the training."""
     reached = -1
     while True:
-        outcome = run_workers(config, compute, facts, shards=shards, folder=folder, store=store)
+        outcome = run_workers(folder=folder, store=store)
         if "error" in outcome:
             raise UserError(outcome["error"])
         if outcome["finished"]:
-            break
+            return
         if folder.stop.exists():
             log.info("stopped at step %d; the same command goes on from there", outcome["step"])
             raise KeyboardInterrupt
@@ -164,11 +196,6 @@ def _train(
             raise UserError(f"workers are asked to stop again and again at step {reached}")
         reached = outcome["step"]
         log.info("a worker was asked to stop: going on from step %d without it", reached)
-    if store:
-        store.refresh()
-        store.fetch(folder)
-        write_log(folder)
-        keep_facts(facts, folder, store)
 
 
 def _facts(
@@ -187,6 +214,7 @@ def _facts(
         "start": record(start, config.training.start_from) if start else None,
         "world_size": compute.num_workers,
         "git_commit": _git_commit(),
+        "ray_job": _ray_job(),
         "versions": {package: version(package) for package in ("torch", "ray", "numpy")},
         "python": platform.python_version(),
         "machine": platform.platform(),
@@ -345,6 +373,20 @@ def _git_commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
+        return ""
+
+
+def _is_unseen() -> bool:
+    """Whether the store of MLflow would be lost: a submitted job's, where no server is named."""
+    return bool(_ray_job()) and not os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def _ray_job() -> str:
+    """The id of the submitted job that this is part of; empty without one."""
+    try:
+        job = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])
+        return str(job["metadata"]["job_submission_id"])
+    except (KeyError, ValueError, TypeError):
         return ""
 
 

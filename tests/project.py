@@ -23,7 +23,7 @@ def make_project(folder: Path, shards: Path, **overrides: object) -> Path:
         "checkpoint_interval_steps": 50,
         "sample_interval_steps": 200,
     }
-    parameters["compute"] |= {"threads_per_worker": 1}
+    parameters["compute"] |= {"threads_per_worker": 1, "live_tracking": False}
     for key, value in overrides.items():
         section, name = key.split("__")
         parameters[section][name] = value

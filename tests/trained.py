@@ -46,8 +46,13 @@ def refusal(folder: Path, sentence: str) -> str:
     return said
 
 
-def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
-    """Everything that `register` reads; run it with `root` as the working folder."""
+def write_project(
+    root: Path, *, encoder: bool = True, seed: int = 0, tracked: bool = False
+) -> Path:
+    """Everything that `register` reads; run it with `root` as the working folder.
+
+    Of a tracked one the training was to be seen in MLflow meanwhile, but nothing was sent yet.
+    """
     write_model(root / "artifacts/train/model", encoder=encoder, seed=seed)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     write_shards(root / "artifacts/shards", dict.fromkeys(("train", "validation", "test"), images))
@@ -55,7 +60,9 @@ def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     loss = {"lambda_image_reconstruction": 10.0, "adversarial": "bce"}
     run = {"run_name": RUN_NAME, "dataset_sha256": manifest["dataset_sha256"]}
     run |= {"features": "made-up features"}
-    run |= {"params": {"loss": loss}, "step": 40, "chosen_step": 20, "git_commit": "f" * 40}
+    training = {"arm": "aegan", "batch_size": 32, "num_steps": 40}
+    run |= {"params": {"model": {}, "loss": loss, "training": training}, "step": 40}
+    run |= {"chosen_step": 20, "git_commit": "f" * 40}
     _write_json(root / "artifacts/train/run.json", run)
     scores: dict[str, Any] = {"frechet_distance": {"ema": 1.5, "raw": 2.5, "floor": 0.5}}
     scores["features"] = "other made-up features"
@@ -76,6 +83,12 @@ def write_project(root: Path, *, encoder: bool = True, seed: int = 0) -> Path:
     for name, rows in (("metrics", losses), ("system", machine)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (run_folder / f"{name}.jsonl").write_text(lines)
+    _write_json(run_folder / "run.json", run)
+    log = {"rows": losses[:1], "ending": losses[1]}
+    _write_json(run_folder / "checkpoints/step-00000040/state.json", {"log": log})
+    if tracked:
+        _write_json(run_folder / "tracking.json", {"training": "0" * 32})
+        (run_folder / "status").write_text("FINISHED")
     shutil.copy(ROOT / "params.yaml", root / "params.yaml")
     (root / "dvc.lock").write_text("schema: '2.0'\n")
     return root

@@ -30,6 +30,9 @@ class RunFolder:
         self.system = path / "system.jsonl"  # how busy the driver's machine was
         self.outcome = path / "outcome.json"  # how the workers ended
         self.stop = path / "stop"  # there if the workers are to save and end
+        self.status = path / "status"  # how the training ended: a word of MLflow's; absent before
+        self.tracking = path / "tracking.json"  # by which MLflow's run of it is found
+        self.tracking_lock = path / "tracking.lock"  # held by whoever sends values to that run
         self.driver_lock = path / DRIVER_LOCK
         self.worker_lock = path / "worker.lock"  # held by the worker that writes here
         self.outbox = path / "outbox"  # what is on its way into a bucket, under its names here
@@ -38,6 +41,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The folder of one checkpoint, for `aegan.training.checkpoint`."""
         return self.checkpoints / step_name(step)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Of those that are there, sound or not."""
+        return max(self.checkpoints.glob(STEP), default=None)
 
     def picture(self, step: int, kind: str) -> Path:
         """The file of one picture: `samples` or `reconstructions`."""
@@ -59,6 +66,18 @@ class RunFolder:
         """The whole rows of `system`."""
         return list(_newest_rows(self.system, "time"))[::-1]
 
+    def kept_rows(self) -> list[Row]:
+        """The newest checkpoint's log, which no resume takes back; none if it is damaged."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return []
+        try:
+            log = json.loads((newest / "state.json").read_text(encoding="utf-8"))["log"]
+            rows = [*log["rows"], *filter(None, [log["ending"]])]
+            return list({row["step"]: row for row in rows}.values())
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
     def write_rows(self, rows: Iterable[Row]) -> None:
         """A new log; whole or not at all."""
         files.write_text(self.log, "".join(map(_line, rows)))
@@ -67,7 +86,8 @@ class RunFolder:
 NAMES = RunFolder(Path())  # relative to any run's folder, or to its place in a bucket
 WRITTEN = (  # patterns of what runs leave in their folders, `*` for slashes too
     *("step-[0-9]*/state.json", "state.safetensors", "scores.json", "step-[0-9]*.png"),
-    *map(str, (NAMES.facts, NAMES.outcome, NAMES.log, NAMES.system, NAMES.stop)),
+    *map(str, (NAMES.facts, NAMES.outcome, NAMES.log, NAMES.system, NAMES.stop, NAMES.status)),
+    str(NAMES.tracking),
     *(RENDEZVOUS.format("*"), f"{NAMES.ray}/*", f"{NAMES.outbox}/*"),
 )
 

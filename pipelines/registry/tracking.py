@@ -7,13 +7,13 @@ however many register one content, one version of it remains (docs/reliability.m
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import aegan
 from aegan import model_folder
@@ -21,6 +21,15 @@ from pipelines.base import package
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
 from pipelines.registry import mlflow_store
+from pipelines.registry.live_run import REGISTERED
+from pipelines.registry.mlflow_runs import (
+    Point,
+    create_run,
+    log_numbers,
+    make_experiment,
+    quoted,
+    twice,
+)
 from pipelines.registry.mlflow_store import (
     alone,
     check_place,
@@ -33,22 +42,12 @@ from pipelines.registry.mlflow_store import (
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
 PICTURES = "interpolations"  # folder in a package
 MAX_DESCRIPTION = 5000  # characters that MLflow keeps of it
-MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
 MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
 MODEL_FILES = "artifacts/model"  # where MLflow keeps them, among the files of a version
 SERVED_PACKAGES = (
     "annotated-types", "mlflow", "numpy", "pillow", "pyarrow", "safetensors", "torch",
 )  # fmt: skip
-
-
-class Point(NamedTuple):
-    """One value of a metric's curve."""
-
-    name: str
-    value: float
-    step: int
-    time: float  # seconds since 1970
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,8 @@ class Record:
     model_folder: Path
     content_sha256: str  # equal contents share one version
     params: Mapping[str, Any]
-    points: Sequence[Point]
+    curves: Sequence[Point]
+    scores: Sequence[Point]
     run_tags: Mapping[str, str]
     version_tags: Mapping[str, str]
     dataset: Mapping[str, Any]  # {"name", "sha256", "source", "profile"}
@@ -78,23 +78,27 @@ class Version:
     reused: bool
 
 
-def register(record: Record, *, experiment: str, model_name: str, alias: str) -> Version:
+def register(
+    record: Record, *, experiment: str, model_name: str, alias: str, live_run: str = ""
+) -> Version:
     """Store a record as a run and a model version and point the alias at it; raises UserError.
 
-    The alias is moved last: what it points at is whole. A whole version of the same content is
-    reused.
+    The run with the id `live_run` has the curves already and gets the rest. The alias is moved
+    last: what it points at is whole. A whole version of the same content is reused.
     """
     with readable_errors(), alone():
         mlflow = open_store()
         client = mlflow.MlflowClient()
-        identity = {"content_sha256": record.content_sha256, "registered_model": model_name}
+        identity = {"content_sha256": record.content_sha256, REGISTERED: model_name}
         if mlflow_store.database_file():  # we are alone: whatever is unfinished was cut off
             _end_unfinished(client, experiment, {})
         registered = _find_version(mlflow, client, model_name, record.content_sha256)
         if not registered:
-            registered = _create_version(mlflow, client, record, experiment, model_name, identity)
+            registered = _create_version(
+                *(mlflow, client, record, experiment, model_name, identity), live_run=live_run
+            )
         _end_unfinished(client, experiment, identity)
-        _twice(client.set_registered_model_alias, model_name, alias, registered.number)
+        twice(client.set_registered_model_alias, model_name, alias, registered.number)
         return registered
 
 
@@ -132,21 +136,21 @@ def log_trial(
         client = mlflow.MlflowClient()
         parent = _search_run(mlflow, client, search, experiment)
         experiment_id = client.get_run(parent).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {_quoted(name)}"
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {quoted(name)}"
         for run in client.search_runs([experiment_id], query):
             if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
                 return
             client.delete_run(run.info.run_id)
         tags = {**tags, "mlflow.parentRunId": parent}
         run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
-        _log_numbers(client, run_id, params, points)
+        log_numbers(client, run_id, params=params, points=points)
         client.set_terminated(run_id)
 
 
 def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     """The id of the run of that name, which is made where there is none."""
-    experiment_id = _experiment(mlflow, experiment)
-    found = client.search_runs([experiment_id], f"tags.search = {_quoted(search)}")
+    experiment_id = make_experiment(mlflow, experiment)
+    found = client.search_runs([experiment_id], f"tags.search = {quoted(search)}")
     if found:
         run_id: str = found[0].info.run_id
         return run_id
@@ -320,17 +324,12 @@ def pinned(uri: str) -> str:
         return f"models:/{name}/{found.version}"
 
 
-def _quoted(text: str) -> str:
-    """A text as a value in a filter of MLflow, which has two quotes and no way to escape them."""
-    return f'"{text}"' if "'" in text else f"'{text}'"
-
-
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
     """The first version of that content whose files are still there.
 
     The first: numbers only grow, so that all who register one content at once agree on it.
     """
-    query = f"name = {_quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
+    query = f"name = {quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
     for found in client.search_model_versions(query, order_by=["version_number ASC"]):
         uri = f"models:/{model_name}/{found.version}"
         files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
@@ -346,34 +345,39 @@ def _create_version(
     experiment: str,
     model_name: str,
     identity: Mapping[str, str],
+    *,
+    live_run: str,
 ) -> Version:
     """A run that holds the record, and the model version made from it.
 
     A server may get the same from another machine meanwhile: the first version counts, and the
     other is taken back here, by whoever made it.
     """
-    _experiment(mlflow, experiment)
-    run = None
+    experiment_id = make_experiment(mlflow, experiment)
+    tags = {**record.run_tags, **identity}
+    run, points = _adopt(client, live_run, record, experiment_id, tags), record.scores
+    if not run:
+        run = create_run(client, experiment_id, record.run_name, tags)
+        points = [*record.curves, *record.scores]
     try:
-        tags = {**record.run_tags, **identity}
-        with mlflow.start_run(run_name=record.run_name, tags=tags) as run:
-            check_place(run.info.artifact_uri, f"a new run of the experiment {experiment}")
-            _log_record(client, run.info.run_id, record)
-            model = _log_model(mlflow, record)
+        with _failed_unless_done(client, run):
+            _log_record(client, run.info.run_id, record, points)
+            model_id = _log_model(mlflow, client, run, record)
             with _unless_there():
                 client.create_registered_model(model_name)
             client.create_model_version(
                 model_name,
-                model.model_uri,
+                f"models:/{model_id}",
                 run.info.run_id,
                 tags={**record.version_tags, "content_sha256": record.content_sha256},
                 description=record.description[:MAX_DESCRIPTION],
-                model_id=model.model_id,
+                model_id=model_id,
             )
+            client.set_terminated(run.info.run_id)
     except mlflow.MlflowException:
         # Who registered the same content first has taken our unfinished run away: theirs it is.
         first = _find_version(mlflow, client, model_name, record.content_sha256)
-        if not first or not run or first.run_id == run.info.run_id:
+        if not first or first.run_id == run.info.run_id:
             raise
         _delete_versions(client, run, keep=first)
         return first
@@ -388,6 +392,36 @@ def _create_version(
         _remove_run(client, run)
         return first
     return replace(first, reused=False)
+
+
+def _adopt(
+    client: Any, run_id: str, record: Record, experiment_id: str, tags: Mapping[str, str]
+) -> Any:
+    """The run that the training has filled, marked as one that is being registered.
+
+    None without one, or if it says something else than the record: MLflow changes no parameter.
+    """
+    run = client.get_run(run_id) if run_id else None
+    if (
+        not run
+        or REGISTERED in run.data.tags
+        or run.info.experiment_id != experiment_id
+        or any(run.data.params.get(name, str(v)) != str(v) for name, v in record.params.items())
+    ):
+        return None
+    client.update_run(run_id, "RUNNING")  # first: what is marked and not finished was cut off
+    log_numbers(client, run_id, tags=tags)
+    return run
+
+
+@contextmanager
+def _failed_unless_done(client: Any, run: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the error above is the one to tell
+            client.set_terminated(run.info.run_id, "FAILED")
+        raise
 
 
 def _delete_versions(client: Any, run: Any, *, keep: Version) -> None:
@@ -406,10 +440,10 @@ def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -
     found = client.get_experiment_by_name(experiment)
     if not found or found.lifecycle_stage != "active":
         return
-    conditions = [f"tags.{name} = {_quoted(value)}" for name, value in identity.items()]
+    conditions = [f"tags.{name} = {quoted(value)}" for name, value in identity.items()]
     query = " AND ".join(["attributes.status != 'FINISHED'", *conditions])
     for run in client.search_runs([found.experiment_id], query):
-        if "registered_model" not in run.data.tags:  # a search's, or somebody else's
+        if REGISTERED not in run.data.tags:  # a search's, or somebody else's
             continue
         if client.search_model_versions(f"run_id = '{run.info.run_id}'"):
             client.set_terminated(run.info.run_id)
@@ -431,27 +465,9 @@ def _remove_run(client: Any, run: Any) -> None:
 
 def _logged_models(client: Any, run: Any) -> list[Any]:
     found: list[Any] = client.search_logged_models(
-        [run.info.experiment_id], f"source_run_id = {_quoted(run.info.run_id)}"
+        [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
     )
     return found
-
-
-def _experiment(mlflow: Any, name: str) -> str:
-    """The id of the experiment of that name, which is made where there is none."""
-    experiment = mlflow.set_experiment(name)
-    check_place(experiment.artifact_location, f"the experiment {name}")
-    experiment_id: str = experiment.experiment_id
-    return experiment_id
-
-
-def _twice(call: Callable[..., Any], *arguments: Any) -> None:
-    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        call(*arguments)
-    except MlflowException:
-        call(*arguments)
 
 
 @contextmanager
@@ -465,25 +481,10 @@ def _unless_there() -> Iterator[None]:
             raise
 
 
-def _log_numbers(
-    client: Any, run_id: str, params: Mapping[str, Any], points: Sequence[Point]
-) -> None:
-    from mlflow.entities import Metric, Param
-
-    all_params = [Param(name, str(value)) for name, value in params.items()]
-    for batch in _batches(all_params, MAX_PARAMS):
-        client.log_batch(run_id, params=batch)
-    metrics = [
-        Metric(point.name, point.value, round(point.time * 1000), point.step) for point in points
-    ]
-    for batch in _batches(metrics, MAX_POINTS):
-        client.log_batch(run_id, metrics=batch)
-
-
-def _log_record(client: Any, run_id: str, record: Record) -> None:
+def _log_record(client: Any, run_id: str, record: Record, points: Sequence[Point]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    _log_numbers(client, run_id, record.params, record.points)
+    log_numbers(client, run_id, params=record.params, points=points)
     dataset = Dataset(
         name=record.dataset["name"],
         digest=record.dataset["sha256"][:MAX_DIGEST],
@@ -492,25 +493,39 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
         profile=json.dumps(record.dataset["profile"]),
     )
     training = InputTag("mlflow.data.context", "training")
-    _twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
+    twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
     for folder, paths in record.files.items():
         for path in paths:
             log = client.log_artifacts if path.is_dir() else client.log_artifact
             log(run_id, str(path), folder)
 
 
-def _log_model(mlflow: Any, record: Record) -> Any:
-    """The model as MLflow keeps it: weights, our package, the serving script; nothing pickled."""
+def _log_model(mlflow: Any, client: Any, run: Any, record: Record) -> str:
+    """The model as MLflow keeps it: weights, our package, the serving script; nothing pickled.
+
+    Returns its id. It is made for the run first: within an active run MLflow would ask for the
+    history of every metric, one by one, to note those of the model's step.
+    """
     import pandas as pd
+    from mlflow.entities import LoggedModelOutput
 
     from pipelines.registry import model_from_code
 
     zeros = [0.0] * aegan.load(record.model_folder).latent_dim
+    run_id = run.info.run_id
+    model_id: str = client.create_logged_model(
+        run.info.experiment_id,
+        "model",
+        source_run_id=run_id,
+        params={name: str(value) for name, value in record.params.items()},
+    ).model_id
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     with TemporaryDirectory() as folder:
         _write_package(record, Path(folder) / "model")
         with chdir(folder):  # MLflow records the address of what it copies
-            return mlflow.pyfunc.log_model(
+            mlflow.pyfunc.log_model(
                 name="model",
+                model_id=model_id,
                 python_model=str(SERVING_SCRIPT),
                 artifacts={"model": "model"},
                 code_paths=[str(Path(aegan.__file__).parent)],
@@ -520,6 +535,7 @@ def _log_model(mlflow: Any, record: Record) -> Any:
                     f"{name}=={version(name).split('+')[0]}" for name in SERVED_PACKAGES
                 ],
             )
+    return model_id
 
 
 def _write_package(record: Record, folder: Path) -> None:
@@ -532,8 +548,3 @@ def _write_package(record: Record, folder: Path) -> None:
     package.write_sums(folder)
     if key := package.signing_key():
         package.sign(folder, key)
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -28,6 +28,7 @@ from pipelines.base.errors import UserError
 from pipelines.base.progress import progress
 from pipelines.cluster.session import show_ray_logs
 from pipelines.registry import mlflow_store, tracking
+from pipelines.registry.mlflow_runs import Point
 from pipelines.search.trial import (
     SCORES,
     Ended,
@@ -251,7 +252,7 @@ def record_trial(trial: Trial, task: Task, record: Record) -> None:
         params=trial.settings,
         tags={"run_name": trial.run_name, "ended": trial.ended},
         points=[
-            tracking.Point(f"train/{name}", value, int(row["step"]), row["time"])
+            Point(f"train/{name}", value, int(row["step"]), row["time"])
             for row in task.run_folder(config).rows()
             for name, value in row.items()
             if name not in ("step", "time") and math.isfinite(value)

@@ -1,71 +1,30 @@
 """Registrations at a real MLflow server: at once, cut off, and one that wants to do harm."""
 
-import os
 import shutil
 import signal
-import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import psutil
 import pytest
-import requests
 
 from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
-from tests.compose import free_port, wait_until
+from tests.compose import wait_until
+from tests.mlflow_server import Server
 from tests.registrations import Registrations, registrations
 from tests.trained import write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
 
 
-class Server:
-    """`mlflow server` with an SQLite file and its files in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = ["server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self.folder / "files"), "--workers", "1"]
-        with (self.folder / "log").open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *command, "--port", str(self.port)],
-                cwd=self.folder,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=log,
-            )
-        health = f"{self.address}/health"
-        wait_until(lambda: requests.get(health, timeout=10).ok, seconds=120, what="a server")
-
-    def kill(self) -> None:
-        process = psutil.Process(self._process.pid)
-        for one in [process, *process.children(recursive=True)]:
-            one.send_signal(signal.SIGKILL)
-        self._process.wait()
-
-    def column(self, query: str) -> list[Any]:
-        with closing(sqlite3.connect(self.folder / "mlflow.db", timeout=30)) as database:
-            found = [value for (value,) in database.execute(query)]
-            database.commit()
-            return found
-
-    def runs(self, status: str) -> int:
-        of_status = f"lifecycle_stage = 'active' AND status = '{status}'"
-        return int(self.column(f"SELECT count(*) FROM runs WHERE {of_status}")[0])
+class Registry(Server):
+    """And what is registered there."""
 
     def versions(self) -> list[int]:
         return self.column(
@@ -88,21 +47,21 @@ def registering() -> Iterator[Registrations]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """One for all tests, which register contents of their own: it takes seconds to start."""
-    running = Server(tmp_path_factory.mktemp("server"))
+    running = Registry(tmp_path_factory.mktemp("server"))
     yield running
     running.kill()
 
 
 @pytest.fixture
-def before(server: Server) -> int:
+def before(server: Registry) -> int:
     """How many contents are registered."""
     return len(server.versions()) if (server.folder / "mlflow.db").exists() else 0
 
 
 def test_three_at_once_register_one_content_once(
-    registering: Registrations, server: Server, before: int, tmp_path: Path, record_property: Any
+    registering: Registrations, server: Registry, before: int, tmp_path: Path, record_property: Any
 ) -> None:
     projects = [write_project(tmp_path / name, seed=1) for name in "abc"]
     outcomes = registering.run(*projects, environment={"MLFLOW_TRACKING_URI": server.address})
@@ -113,7 +72,7 @@ def test_three_at_once_register_one_content_once(
 
 def test_one_whose_version_comes_too_late_leaves_the_version_of_the_first(
     registering: Registrations,
-    server: Server,
+    server: Registry,
     before: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,7 +102,7 @@ def test_one_whose_version_comes_too_late_leaves_the_version_of_the_first(
 
 
 def test_a_server_that_dies_meanwhile_is_one_line_and_the_same_command_goes_on(
-    registering: Registrations, server: Server, before: int, tmp_path: Path, record_property: Any
+    registering: Registrations, server: Registry, before: int, tmp_path: Path, record_property: Any
 ) -> None:
     project = write_project(tmp_path / "project", seed=2)
     environment = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
@@ -186,7 +145,7 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 
 def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
     registering: Registrations,
-    server: Server,
+    server: Registry,
     listener: tuple[str, list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -23,9 +23,11 @@ from PIL import Image
 
 import aegan
 from aegan.config import RegisterConfig
+from aegan.training.run_folder import RunFolder
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.registry import mlflow_store, tracking
+from pipelines.registry.live_run import send_rest
 from tests.latents import add_density, small_density
 from tests.trained import ROOT, RUN_NAME, START, write_project
 
@@ -160,6 +162,33 @@ def test_the_same_content_is_registered_once_and_other_content_again(
     assert alias.version == first.version
 
 
+def test_a_tracked_training_and_its_model_are_one_run_and_other_scores_get_another(
+    registered: Path, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = write_project(tmp_path / "project", seed=1, tracked=True)
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registered / 'mlflow.db'}")
+    live_run = send_rest(RunFolder(project / "runs" / RUN_NAME), "aegan")
+    assert "registered_model" not in store.get_run(live_run).data.tags
+    version = register.register(CONFIG)
+    assert version.run_id == live_run
+    run = store.get_run(live_run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["evaluate.seed"] == "0"
+    assert run.data.metrics["evaluate/frechet_distance/ema"] == 1.5
+    for name, values in (("image_reconstruction", [1 / 20, 1 / 40]), ("images_shown", [640, 1280])):
+        curve = store.get_metric_history(live_run, f"train/{name}")
+        assert [(point.step, point.value) for point in curve] == [
+            *zip((20, 40), values, strict=True)
+        ]
+    assert len(store.get_metric_history(live_run, "system/cpu_percent")) == 3
+    Path("artifacts/evaluate/metrics.json").write_text('{"frechet_distance": {"ema": 1.25}}')
+    other = register.register(CONFIG)
+    assert other.run_id != live_run
+    assert len(store.get_metric_history(other.run_id, "train/image_reconstruction")) == 2
+    assert send_rest(RunFolder(project / "runs" / RUN_NAME), "aegan") == ""
+
+
 def test_a_version_whose_files_are_gone_is_not_reused(
     registered: Path, store: Any, tmp_path: Path
 ) -> None:
@@ -277,7 +306,7 @@ def test_without_a_run_folder_the_curves_come_from_the_artifacts(
 ) -> None:
     monkeypatch.chdir(write_project(tmp_path))
     shutil.rmtree("runs")
-    points = [(p.name, p.step, p.value) for p in register.collect().points]
+    points = [(p.name, p.step, p.value) for p in register.collect().curves]
     assert ("train/image_reconstruction", 40, 0.25) in points
     assert not [name for name, _, _ in points if name.startswith("system/")]
 

@@ -20,7 +20,7 @@ from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
-from pipelines.registry import mlflow_files, tracking
+from pipelines.registry import mlflow_files, sync, tracking
 from tests.registrations import ROOT, Outcome, Registrations, registrations
 from tests.s3 import s3_server
 from tests.trained import write_model, write_project
@@ -87,16 +87,18 @@ def check_one_line(outcome: Outcome, *words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault("killed processes")
+@pytest.mark.parametrize("tracked", [False, True])
 def test_a_registration_killed_anywhere_leaves_nothing_behind_once_it_ran_again(
-    registering: Registrations, filled: Path, tmp_path: Path, record_property: Any
+    registering: Registrations, filled: Path, tmp_path: Path, record_property: Any, tracked: bool
 ) -> None:
+    """Whether it makes the run or adopts the training's."""
     measured = shutil.copytree(filled, tmp_path / "measured")
     change_content(measured, 0.0)
     [whole] = registering.run(measured)
     draw = random.Random(0)
     points = [draw.randint(1, whole.steps + STEPS_OF_A_NEW_STORE) for _ in range(KILLS_WHILE_NEW)]
     points += [draw.randint(1, whole.steps) for _ in range(KILLS_LATER)]
-    project, contents = write_project(tmp_path / "project"), 1
+    project, contents = write_project(tmp_path / "project", tracked=tracked), 1
     for point in points:
         [killed] = registering.run(project, kill_at=point)
         assert killed.code in (-9, 0), killed
@@ -114,6 +116,11 @@ def test_a_registration_killed_anywhere_leaves_nothing_behind_once_it_ran_again(
     every = ["FINISHED"] * contents
     assert Census.of(project) == Census(every, contents, contents, 2 * contents)
     assert not list(project.glob(".mlflow*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(project)
+        sync.main([])  # which finds nothing that MLflow lacks
+    assert Census.of(project) == Census(every, contents, contents, 2 * contents)
     record_property("faults", len(points))
 
 
