@@ -14,6 +14,7 @@ from pipelines.base import identity
 
 ROOT = Path(__file__).parent.parent
 WINGS = (  # imports run down this list, and never up
+    "commands",
     "project",
     "jobs",
     "serving",

@@ -18,8 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import aegan
 from aegan import model_folder
+from aegan.config import RegisterConfig
+from aegan.training import checkpoint
+from aegan.training.checkpoint import CheckpointError
+from aegan.training.state import export_model
+from pipelines.base import params
 from pipelines.base.errors import UserError
-from pipelines.base.files import hash_files
+from pipelines.base.files import hash_files, project_folder
+from pipelines.base.outputs import TRAIN
 from pipelines.registry import mlflow_store
 from pipelines.registry.mlflow_store import (
     alone,
@@ -150,14 +156,43 @@ def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     return made
 
 
-def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
-    """The networks in a folder (`artifacts/train/model`) or MLflow (`models:/aegan@candidate`).
+def load_model(address: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
+    """The networks at any address: `models:/aegan@candidate`, a model's folder, a checkpoint's.
 
     Raises UserError.
     """
-    with readable_errors(), TemporaryDirectory() as folder:
-        path = fetch_model(str(uri), Path(folder)) if is_address(str(uri)) else uri
-        return aegan.load(path, weights=weights)
+    with readable_errors(), local_folder(str(address)) as folder:
+        if not (folder / checkpoint.STATE).exists():
+            return aegan.load(folder, weights=weights)
+        with TemporaryDirectory() as exported:
+            try:
+                export_model(folder, Path(exported))
+            except (CheckpointError, LookupError) as error:
+                raise UserError(f"{folder} cannot be used: {error}") from None
+            return aegan.load(exported, weights=weights)
+
+
+@contextmanager
+def local_folder(address: str) -> Iterator[Path]:
+    """The model or checkpoint at an address, as a folder on this machine; it may not be there."""
+    if is_address(address):
+        with TemporaryDirectory() as downloads:
+            yield fetch_model(address, Path(downloads))
+    else:
+        yield project_folder() / Path(os.path.expandvars(address)).expanduser()
+
+
+def default_model() -> str:
+    """The address of this project's model: the trained one, else the registry's champion."""
+    trained = TRAIN / "model"
+    if (trained / model_folder.CONFIG).exists():
+        return str(trained)
+    if not params.PARAMS_FILE.exists():
+        raise UserError(
+            "there is no trained model here: name one with --model (models:/NAME@ALIAS, a model's "
+            "folder, a checkpoint), or `make run` trains one"
+        )
+    return f"models:/{params.load(RegisterConfig).model_name}@champion"
 
 
 def check_store() -> str:
