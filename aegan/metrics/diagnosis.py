@@ -11,6 +11,7 @@ DEAD = 0.9  # of the error of an encoder that always answers the prior's mean
 NOT_LEVELLED_OFF = 0.8  # of the steps: the best checkpoint lies after them
 RISEN = 1.05  # of its lowest value: a curve that rises again
 FEW_IMAGES = 2000  # to learn from
+AUGMENTATION = "Augmentation changes what the judge sees of them, which helps with few."
 TARGET = "training.augmentation_target"
 FAR = 2.0  # times the floor: a distance with room to fall
 
@@ -65,12 +66,12 @@ def next_steps(
     if risen:
         yield Finding(
             text="More images: the error of held-out images rises again while training goes on, "
-            "so the model learns its images by heart. Augmentation, which changes what the judge sees of them, helps with few.",
+            f"so the model learns its images by heart. {AUGMENTATION}",
             settings=_augmentation(run),
         )
     elif train_images < FEW_IMAGES:
         yield Finding(
-            text=f"More images: {train_images:,} are few. Augmentation, which changes what the judge sees of them, helps with few.",
+            text=f"More images: {train_images:,} are few. {AUGMENTATION}",
             settings=_augmentation(run),
         )
     yield from _balance(metrics, run)

@@ -230,7 +230,7 @@ def test_a_checkpoint_answers_as_the_model_made_of_it(tmp_path):
         )
         assert torch.equal(found, expected)
     (checkpoint / "state.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="state.safetensors"):
+    with pytest.raises(UserError, match=r"state\.safetensors"):
         tracking.load_model(checkpoint)
 
 

@@ -1,6 +1,7 @@
 """The report of a tiny made-up run: what it says, what it hides, what it refuses."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -385,5 +386,5 @@ def test_headings_are_in_order_and_every_picture_has_words(page):
     levels = [int(tag[1]) for tag, _ in elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(level <= before + 1 for before, level in zip(levels, levels[1:], strict=False))
+    assert all(level <= before + 1 for before, level in itertools.pairwise(levels))
     assert all(a.get("alt") for tag, a in elements if tag == "img")
