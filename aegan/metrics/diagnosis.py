@@ -38,9 +38,8 @@ def alarms(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Findi
     told = metrics.get("latent_reconstruction_mse")
     if arm in ("aegan", "egan") and told and told["ema"] > DEAD * told["floor"]:
         yield Finding(
-            text="The encoder may be dead: of generated images it tells their latent vectors "
-            f"hardly better ({told['ema']:.2g}) than by always answering the mean "
-            f"({told['floor']:.2g}).",
+            text="The encoder may be dead: it misses the latent vectors of generated images by "
+            f"{told['ema']:.2g}, and would by {told['floor']:.2g} if it always answered the mean.",
             settings=_scaled(run, "lambda_latent_reconstruction", 2),
         )
 
