@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aegan.networks import AEGAN
     from aegan.pictures import grid, save_animation, save_png
     from aegan.priors import lerp, slerp
+    from aegan.projection import project
     from aegan.sampling import (
         decode,
         encode,
@@ -49,6 +50,7 @@ __all__ = [
     "interpolate",
     "lerp",
     "load",
+    "project",
     "random_latents",
     "read_images",
     "reconstruct",
@@ -65,6 +67,7 @@ _HOMES = (  # the least costly to import first
     "model_folder",
     "priors",
     "sampling",
+    "projection",
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAUSE_MILLISECONDS = 600  # at both ends of an animation
+MOVING = (".webp", ".gif", ".mp4")  # endings of animations
 
 
 def grid(
@@ -85,28 +87,55 @@ def save_animation(
     *,
     frames_per_second: float,
 ) -> None:
-    """Write uint8 [T, H, W, C], whole or not at all: a WebP that loops back and forth.
+    """Write uint8 [T, H, W, C], whole or not at all, there and back, with a rest at both ends.
 
-    The path ends in .webp.
+    The path ends in .webp or .gif, which loop, or in .mp4 (H.264, once; an odd side loses a pixel).
     """
-    frames, path = _pixels("frames", frames, "[T, H, W, C]"), _checked_path(path, ".webp")
+    frames, path = _pixels("frames", frames, "[T, H, W, C]"), _checked_path(path, *MOVING)
     if not 0 < frames_per_second <= 1000:
         raise ValueError(
             f"frames_per_second is {frames_per_second}; expected above 0, at most 1000"
         )
-    there_and_back = [to_pil(frame) for frame in (*frames, *frames[-2:0:-1])]
-    milliseconds = [round(1000 / frames_per_second)] * len(there_and_back)
-    milliseconds[0] = milliseconds[len(frames) - 1] = PAUSE_MILLISECONDS
+    there_and_back = np.concatenate([frames, frames[-2:0:-1]])
+    milliseconds = np.full(len(there_and_back), round(1000 / frames_per_second))
+    milliseconds[[0, len(frames) - 1]] = PAUSE_MILLISECONDS
+    write = _write_video if path.suffix.lower() == ".mp4" else _write_loop
     with new_file(path) as temporary:
-        there_and_back[0].save(
-            temporary,
-            format="WEBP",
-            save_all=True,
-            append_images=there_and_back[1:],
-            duration=milliseconds,
-            loop=0,
-            quality=80,
-        )
+        write(there_and_back, milliseconds, temporary, path.suffix.lower()[1:])
+
+
+def _write_loop(frames: np.ndarray, milliseconds: np.ndarray, file: Path, kind: str) -> None:
+    """A WebP or GIF that plays for ever."""
+    first, *others = map(to_pil, frames)
+    first.save(
+        file,
+        format=kind,
+        save_all=True,
+        append_images=others,
+        duration=milliseconds.tolist(),
+        loop=0,
+        quality=80,
+    )
+
+
+def _write_video(frames: np.ndarray, milliseconds: np.ndarray, file: Path, kind: str) -> None:
+    """An H.264 video that every browser and telephone plays: even sides, colour at half size."""
+    import av  # slow to load, for videos alone
+
+    _, height, width, channels = frames.shape
+    frames = frames[:, : height // 2 * 2, : width // 2 * 2].repeat(3 // channels, axis=-1)
+    starts = np.concatenate([[0], milliseconds.cumsum()])
+    with av.open(file, "w", format=kind, options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", options={"crf": "16"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, 1000)
+        stream.codec_context.time_base = stream.time_base
+        # The first once more: a frame lasts until the next one begins.
+        for pixels, start in zip([*frames, frames[0]], starts.tolist(), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels)
+            frame.pts, frame.time_base = start, stream.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def _pixels(name: str, images: Any, shape: str) -> np.ndarray:
@@ -133,9 +162,9 @@ def _array(image: Any) -> np.ndarray:
     return np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
 
 
-def _checked_path(path: str | os.PathLike[str], suffix: str) -> Path:
+def _checked_path(path: str | os.PathLike[str], *suffixes: str) -> Path:
     """Refuse a name that promises another format than the one written."""
     path = Path(path)
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"path is {path}; expected a name that ends in {suffix}")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"path is {path}; expected a name that ends in {' or '.join(suffixes)}")
     return path

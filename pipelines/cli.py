@@ -3,14 +3,15 @@
 Those modules are imported inside the functions, so that `aegan --help` loads no torch, MLflow, Ray.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.base.errors import UserError, run_stage
+from pipelines.base.errors import UserError, run_stage, shown_lines
 
 app = typer.Typer(
     help="Autoencoding GANs: train, look, compare, register, serve.",
@@ -22,6 +23,27 @@ ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their a
     "add_help_option": False,
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
 }
+# Options and arguments that several commands have.
+Model = Annotated[
+    str,
+    typer.Option(
+        help="models:/NAME@ALIAS, models:/NAME/3, a model's folder or a training checkpoint; "
+        "by default artifacts/train/model, else models:/NAME@champion",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Say what was done as one JSON object.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")]
+Picture = Annotated[Path, typer.Argument(help="An image file of any kind that training takes.")]
+Frames = Annotated[
+    int, typer.Option(min=2, max=1000, help="Images on the way, both ends included.")
+]
+Way = Annotated[
+    Literal["slerp", "linear"],
+    typer.Option(help="slerp: the path of the model's prior, a great circle; linear: straight."),
+]
+Strip = Annotated[Path, typer.Option(help="A strip, .png, or a film, .gif, .webp or .mp4.")]
+Png = Annotated[Path, typer.Option(help="A name that ends in .png.")]
 
 
 def main() -> None:
@@ -101,6 +123,144 @@ def sync(
     from pipelines.registry import sync
 
     sync.main(names or [])
+
+
+@app.command()
+def generate(
+    count: Annotated[int, typer.Argument(min=1, max=10_000, help="How many.")] = 16,
+    out: Annotated[Path, typer.Option(help="One picture, .png, or a new folder.")] = Path(
+        "generated.png"
+    ),
+    model: Model = "",
+    seed: Seed = 0,
+    latents: Annotated[
+        Literal["prior", "fitted"] | None,
+        typer.Option(help="Where they are drawn from; by default fitted, if the model has them."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Of fitted latents, 0 to 2: lower is likelier, less varied."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="All of one class, by its name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw random images."""
+    from pipelines.commands import pictures
+
+    options: dict[str, Any] = {"latents": latents, "temperature": temperature, "label": label}
+    _say(pictures.generate(count, out, model=model, seed=seed, **options), as_json)
+
+
+@app.command()
+def interpolate(
+    start: Picture,
+    end: Picture,
+    out: Strip = Path("path.png"),
+    model: Model = "",
+    frames: Frames = 12,
+    path: Way = "slerp",
+    as_json: Json = False,
+) -> None:
+    """Walk from one picture to another.
+
+    A strip shows the first picture, its reconstruction, the images on the way, the reconstruction
+    of the second and that picture itself. A film shows the same without the two pictures, there
+    and back.
+    """
+    from pipelines.commands import pictures
+
+    _say(pictures.interpolate(start, end, out, model=model, frames=frames, path=path), as_json)
+
+
+@app.command()
+def mirror(
+    picture: Picture,
+    out: Strip = Path("mirror.png"),
+    model: Model = "",
+    frames: Frames = 12,
+    path: Way = "slerp",
+    as_json: Json = False,
+) -> None:
+    """Walk from a picture to its own mirror image.
+
+    A strip shows the picture, what the model makes of it (its reconstruction), the way to its
+    mirror image, the reconstruction of that and the mirror image itself. A blend of pixels would
+    show both at once, half transparent; a model that has understood its subject turns it round.
+    """
+    from pipelines.commands import pictures
+
+    _say(pictures.mirror(picture, out, model=model, frames=frames, path=path), as_json)
+
+
+@app.command()
+def grid(
+    corners: Annotated[
+        list[Path] | None, typer.Argument(help="Four pictures; with --dimensions none or one.")
+    ] = None,
+    out: Png = Path("grid.png"),
+    model: Model = "",
+    across: Annotated[int, typer.Option(min=2, max=32, help="Images in a row.")] = 8,
+    dimensions: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Two dimensions of the latent to walk along, from left and from top."),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Walk in two directions: between four pictures, or along two dimensions of the latent.
+
+    The corners are top left, top right, bottom left, bottom right. With --dimensions all others
+    stay as they are in the picture given, or else in a random latent.
+    """
+    from pipelines.commands import pictures
+
+    options: dict[str, Any] = {"across": across, "dimensions": dimensions, "seed": seed}
+    _say(pictures.grid(corners or [], out, model=model, **options), as_json)
+
+
+@app.command()
+def project(
+    of: Annotated[list[Path], typer.Argument(help="Image files.", metavar="PICTURE...")],
+    out: Png = Path("projected.png"),
+    model: Model = "",
+    steps: Annotated[int, typer.Option(min=0, max=100_000, help="Of gradient descent.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Look for latents nearer to pictures than the encoder's, by gradient; say how much nearer.
+
+    Each row: the picture, its reconstruction, what the refined latent gives. Errors are measured
+    before and after: MAE on [-1, 1], lower is nearer; SSIM, 1 is identical.
+    """
+    from pipelines.commands import pictures
+
+    _say(pictures.project(of, out, model=model, steps=steps), as_json)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Your images; folders of classes are fine.")],
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=1e6, help="That training may take on this machine.")
+    ] = 30.0,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels; by default what the images have, at most 32 (GPU: 64)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Set params.yaml for the images in a folder: size, colour, how many steps fit the time.
+
+    A few training steps are timed on this machine; comments and other settings stay.
+    """
+    from pipelines.project import new_project
+
+    _say(new_project.init(folder, minutes=minutes, image_size=size), as_json)
+
+
+def _say(done: tuple[str, dict[str, Any]], as_json: bool) -> None:
+    """A sentence for people, or facts for machines."""
+    text, facts = done
+    print(json.dumps(facts) if as_json else shown_lines(text))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from aegan.files import write_text
-from aegan.metrics import METRICS
+from aegan.metrics import METRICS, diagnosis
 from aegan.training.run_folder import RunFolder, step_of
 from pipelines.base import locks
 from pipelines.base.errors import UserError, run_stage
@@ -32,9 +32,11 @@ from pipelines.ingest.source_address import without_secrets
 
 ARTIFACTS = Path("artifacts")
 OUTPUT = Path("report/index.html")
+EXPLORER = "explorer.html"  # beside it, if it has been made
 
 MAX_PICTURE_PIXELS = 1200  # side; larger pictures are shrunk
 MAX_MOMENTS = 10  # of the film strip
+MAX_NEXT_STEPS = 3
 MAX_CLASSES = 50
 MAX_REASONS, MAX_EXAMPLES, MAX_TEXT = 20, 3, 120
 MAX_POINTS = 400  # of a curve; more are averaged
@@ -131,10 +133,13 @@ CURVES = {  # column of curves.csv: title, what to look for
 logger = logging.getLogger(__name__)
 
 
-def build(artifacts: Path, shards: Path) -> str:
-    """The page as HTML; missing or contradictory inputs are a UserError that names the stage."""
+def build(artifacts: Path, shards: Path, *, explorer: str | None = None) -> str:
+    """The page as HTML; missing or contradictory inputs are a UserError that names the stage.
+
+    `explorer` is the address of the page to try the model on, if it is there.
+    """
     try:
-        return render(gather(artifacts, shards))
+        return render(gather(artifacts, shards) | {"explorer": explorer})
     except (KeyError, ValueError, OSError, jinja2.UndefinedError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -151,6 +156,9 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         raise UserError(f"{trained.path} comes from other data than {shards}: run the stage train")
     drawn = read_json(artifacts / "interpolate/index.json", stage="interpolate")
     statistics = read_json(artifacts / "preprocess/statistics.json", stage="preprocess")
+    figures = read_json(artifacts / "evaluate/metrics.json", stage="evaluate")
+    curves = read_curves(artifacts / "train/curves.csv")
+    train_images = manifest["splits"]["train"]["rows"]
     return {
         "run": run,
         "manifest": manifest,
@@ -163,9 +171,14 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         "other_classes": max(0, len(statistics["classes"]) - MAX_CLASSES),
         "warnings": statistics["warnings"],
         "quarantine": read_quarantine(artifacts / "preprocess/quarantine.csv"),
-        "curves": draw_curves(artifacts / "train/curves.csv"),
+        "alarms": list(diagnosis.alarms(figures, run)),
+        "variety": diagnosis.relative_variety(figures),
+        "next_steps": list(diagnosis.next_steps(figures, curves, run, train_images=train_images))[
+            :MAX_NEXT_STEPS
+        ],
+        "curves": draw_curves(curves),
         "moments": read_moments(trained),
-        "metrics": read_metrics(artifacts / "evaluate/metrics.json"),
+        "metrics": group_metrics(figures),
         "latent": embed(artifacts / "evaluate/latent.png", stage="evaluate"),
     }
 
@@ -244,9 +257,8 @@ def read_pictures(folder: Path, pictures: list[dict[str, Any]]) -> dict[str, dic
     }
 
 
-def read_metrics(file: Path) -> dict[str, Any]:
+def group_metrics(values: dict[str, Any]) -> dict[str, Any]:
     """The figures with what they mean, by group, in the order of `aegan.metrics`."""
-    values = read_json(file, stage="evaluate")
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, metric in METRICS.items():
         if name in values["not_measured"]:
@@ -291,13 +303,18 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.0f} s"
 
 
-def draw_curves(file: Path) -> list[dict[str, Any]]:
-    """One small drawing for each column of the curves that holds numbers."""
+def read_curves(file: Path) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) of each column of the curves that holds numbers."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in csv.DictReader(StringIO(read_text(file, stage="train"))):
         for name, value in row.items():
             if value and name not in NOT_DRAWN and math.isfinite(float(value)):
                 points[name].append((float(row["step"]), float(value)))
+    return points
+
+
+def draw_curves(curves: diagnosis.Curves) -> list[dict[str, Any]]:
+    """One small drawing for each curve."""
     return [
         {
             "title": CURVES[name][0] if name in CURVES else _title(name),
@@ -305,7 +322,7 @@ def draw_curves(file: Path) -> list[dict[str, Any]]:
             "last": values[-1][1],
             "drawing": draw_curve(np.array(values)),
         }
-        for name, values in points.items()
+        for name, values in curves.items()
     ]
 
 
@@ -338,7 +355,8 @@ def draw_curve(points: np.ndarray) -> Markup:
 
 def main() -> None:
     with locks.hold("report"):
-        page = build(ARTIFACTS, SHARDS)
+        explorer = EXPLORER if OUTPUT.with_name(EXPLORER).exists() else None
+        page = build(ARTIFACTS, SHARDS, explorer=explorer)
         with clear_disk_errors(OUTPUT):
             write_text(OUTPUT, page)
     logger.info("report: %s", OUTPUT.resolve())

@@ -13,14 +13,14 @@ class UserError(Exception):
     """Names the thing, what was expected and the cure; shown without a traceback."""
 
 
-def _shown(text: str) -> str:
+def shown_lines(text: str) -> str:
     """The lines of a text; a file's name in it must not steer the terminal."""
     return "\n".join(map(shown, text.split("\n")))
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _shown(super().format(record))
+        return shown_lines(super().format(record))
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -46,4 +46,4 @@ def run_stage(main: Callable[[], None]) -> None:
 def _end(error: Exception) -> NoReturn:
     """End with a user's error as the last line, also in a file that takes all output."""
     sys.stdout.flush()
-    sys.exit(_shown(f"error: {error}"))
+    sys.exit(shown_lines(f"error: {error}"))

@@ -19,6 +19,7 @@ NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
     "aegan.files": "how a file comes into its place",
     "aegan.latent_density": "what random latents are drawn of once the weights are trained",
     "aegan.model_folder": "how finished weights are written, and read to start from",
+    "aegan.pictures": "how images are laid out and saved",
     "aegan.training.run_folder": "names of files",
     "aegan.data.node_memory": "whose memory holds the images",
     "aegan.data.image_files": "aegan.sampling reads files with it; training has shards",

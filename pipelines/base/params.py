@@ -158,17 +158,28 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
     if not overlay.exists():
         available = ", ".join(str(file) for file in sorted(Path("presets").glob("*.yaml")))
         raise UserError(f"{overlay} not found; available: {available}")
+    sections = YAML(typ="safe").load(overlay.read_text(encoding="utf-8"))
+    return change(sections, path, said_by=str(overlay))
+
+
+def change(
+    sections: dict[str, dict[str, Any]], path: Path = PARAMS_FILE, *, said_by: str
+) -> list[str]:
+    """Write values into params.yaml, keeping comments and all that is not named.
+
+    Returns what changed. Raises UserError, before anything is written, where they do not fit.
+    """
     yaml = YAML()
     document = yaml.load(path.read_text(encoding="utf-8"))
     changed = []
-    for name, values in YAML(typ="safe").load(overlay.read_text(encoding="utf-8")).items():
+    for name, values in sections.items():
         if name not in SECTIONS:
-            raise UserError(f"{overlay}: unknown section {name}; valid: {', '.join(SECTIONS)}")
+            raise UserError(f"{said_by}: unknown section {name}; valid: {', '.join(SECTIONS)}")
         for key, value in values.items():
             if document[name].get(key) != value:
                 before = written(document[name].get(key))
                 changed.append(f"{name}.{key}: {before} -> {written(value)}")
-            document[name][key] = value
+                document[name][key] = value
     text = StringIO()
     yaml.dump(document, text)
     _checked(_with_latent_dim(YAML(typ="safe").load(text.getvalue()), unknown=1))

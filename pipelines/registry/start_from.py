@@ -1,6 +1,5 @@
 """Where a training takes its first weights from: `training.start_from` names a trained model."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,18 +31,15 @@ def read_start(config: TrainConfig, manifest: dict[str, Any], *, output: Path) -
 
 @contextmanager
 def _local_folder(address: str, output: Path) -> Iterator[Path]:
-    """The model or checkpoint at an address, as a folder on this machine."""
-    if tracking.is_address(address):
-        with tracking.local_folder(address) as folder:
-            yield folder
-        return
-    folder = project_folder() / Path(os.path.expandvars(address)).expanduser()
-    if folder.resolve().is_relative_to((project_folder() / output).resolve()):
-        raise UserError(
-            f"training.start_from is {address}, which every training replaces: copy that folder "
-            "elsewhere, or take models:/name@alias or a checkpoint in runs/"
-        )
-    if not folder.is_dir():
-        raise UserError(f"training.start_from is {address}, but there is no such folder")
-    with tracking.local_folder(str(folder)) as trusted:
-        yield trusted
+    """The model or checkpoint at an address, which is no output of this training."""
+    if not tracking.is_address(address):
+        folder = tracking.folder_at(address)
+        if folder.resolve().is_relative_to((project_folder() / output).resolve()):
+            raise UserError(
+                f"training.start_from is {address}, which every training replaces: copy that "
+                "folder elsewhere, or take models:/name@alias or a checkpoint in runs/"
+            )
+        if not folder.is_dir():
+            raise UserError(f"training.start_from is {address}, but there is no such folder")
+    with tracking.local_folder(address) as found:
+        yield found

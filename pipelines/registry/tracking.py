@@ -5,6 +5,7 @@ however many register one content, one version of it remains (docs/reliability.m
 """
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,14 @@ from typing import Any, Literal
 
 import aegan
 from aegan import model_folder
-from pipelines.base import package
+from aegan.config import RegisterConfig
+from aegan.training import checkpoint
+from aegan.training.checkpoint import CheckpointError
+from aegan.training.state import export_model
+from pipelines.base import package, params
 from pipelines.base.errors import UserError
-from pipelines.base.files import hash_files
+from pipelines.base.files import hash_files, project_folder
+from pipelines.base.outputs import TRAIN
 from pipelines.registry import mlflow_store
 from pipelines.registry.live_run import REGISTERED
 from pipelines.registry.mlflow_runs import (
@@ -160,13 +166,33 @@ def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     return made
 
 
-def load_model(uri: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
-    """The networks in a folder (`artifacts/train/model`) or MLflow (`models:/aegan@candidate`).
+def load_model(address: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
+    """The networks at any address: `models:/aegan@candidate`, a model's folder, a checkpoint's.
 
     Raises UserError.
     """
-    with readable_errors(), local_folder(str(uri)) as folder:
-        return aegan.load(folder, weights=weights)
+    with readable_errors(), local_folder(str(address)) as folder:
+        if not (folder / checkpoint.STATE).exists():
+            return aegan.load(folder, weights=weights)
+        with TemporaryDirectory() as exported:
+            try:
+                export_model(folder, Path(exported))
+            except (CheckpointError, LookupError) as error:
+                raise UserError(f"{folder} cannot be used: {error}") from None
+            return aegan.load(exported, weights=weights)
+
+
+def default_model() -> str:
+    """The address of this project's model: the trained one, else the registry's champion."""
+    trained = TRAIN / "model"
+    if (trained / model_folder.CONFIG).exists():
+        return str(trained)
+    if not params.PARAMS_FILE.exists():
+        raise UserError(
+            "there is no trained model here: name one with --model (models:/NAME@ALIAS, a model's "
+            "folder, a checkpoint), or `make run` trains one"
+        )
+    return f"models:/{params.load(RegisterConfig).model_name}@champion"
 
 
 def check_store() -> str:
@@ -193,8 +219,13 @@ def local_folder(address: str) -> Iterator[Path]:
         with TemporaryDirectory() as downloads:
             yield fetch_model(address, Path(downloads))
     else:
-        with package.trusted(Path(address)) as folder:
+        with package.trusted(folder_at(address)) as folder:
             yield folder
+
+
+def folder_at(address: str) -> Path:
+    """A folder of this machine; a path counts from the project's folder, `~` and $NAME too."""
+    return project_folder() / Path(os.path.expandvars(address)).expanduser()
 
 
 def fetch_model(uri: str, folder: Path) -> Path:

@@ -209,8 +209,8 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
         "frames is uint8 [1, 2, 16, 16, 3]; expected uint8 [T, H, W, C], C 1 or 3",
     ),
     "another format of animation": (
-        lambda model: aegan.save_animation(IMAGES, "x.gif", frames_per_second=9),
-        "path is x.gif; expected a name that ends in .webp",
+        lambda model: aegan.save_animation(IMAGES, "x.avi", frames_per_second=9),
+        "path is x.avi; expected a name that ends in .webp or .gif or .mp4",
     ),
     "an animation that stands still": (
         lambda model: aegan.save_animation(IMAGES, "x.webp", frames_per_second=0),

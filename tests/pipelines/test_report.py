@@ -1,6 +1,7 @@
 """The report of a tiny made-up run: what it says, what it hides, what it refuses."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,15 @@ from aegan.metrics import METRICS
 from aegan.pictures import save_png
 from pipelines.base.errors import UserError
 from pipelines.interpolate import interpolate
-from pipelines.report import MAX_MOMENTS, build, draw_curves, in_words, read_quarantine, verdict
+from pipelines.report import (
+    MAX_MOMENTS,
+    build,
+    draw_curves,
+    in_words,
+    read_curves,
+    read_quarantine,
+    verdict,
+)
 from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
@@ -257,7 +266,7 @@ def test_a_long_curve_is_drawn_small_and_gaps_are_left_out(tmp_path: Path) -> No
     rows = [f"{step},{math.sin(step)},{'nan' if step % 2 else ''}" for step in range(20_000)]
     file = tmp_path / "curves.csv"
     file.write_text("\n".join(["step,image_reconstruction,never_finite", *rows]))
-    (curve,) = draw_curves(file)
+    (curve,) = draw_curves(read_curves(file))
     assert curve["title"] == "Image reconstruction"
     assert curve["last"] == math.sin(19_999)
     assert len(curve["drawing"]) < 60_000
@@ -348,3 +357,36 @@ def test_the_source_of_a_trainings_first_weights_is_named(project, page):
     text = Parsed(report(project)).text
     assert "began with weights of models:/<b>@best (sha256 abababababab): generator." in text
     assert "began with weights" not in Parsed(page).text
+
+
+def test_the_page_says_first_whether_the_model_collapsed_and_what_to_do_next(project):
+    file = project / "artifacts/evaluate/metrics.json"
+    figures = json.loads(file.read_text())
+    figures["latent_reconstruction_mse"]["ema"] = 0.05
+    write_json(file, figures)
+    text = Parsed(report(project)).text
+    assert text.index("Has it collapsed?") < text.index("Curves")
+    assert "No sign of it: random samples differ from each other 86% as much" in text
+    assert "More images: 21 are few." in text
+    assert ".venv/bin/dvc exp run -S training.augmentation_target=0.6" in text
+    figures["ms_ssim"]["ema"] = 0.9
+    write_json(file, figures)
+    text = Parsed(report(project)).text
+    assert "Alarm. The generator may have collapsed" in text
+    assert "No sign of it" not in text
+
+
+def test_the_explorer_is_linked_only_if_it_is_there(inputs, page):
+    links = [a["href"] for tag, a in Parsed(page).elements if tag == "a"]
+    assert links == []
+    with_link = build(inputs / "artifacts", inputs / "shards", explorer="explorer.html")
+    assert [a["href"] for tag, a in Parsed(with_link).elements if tag == "a"] == ["explorer.html"]
+
+
+def test_headings_are_in_order_and_every_picture_has_words(page):
+    elements = Parsed(page).elements
+    levels = [int(tag[1]) for tag, _ in elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(level <= before + 1 for before, level in itertools.pairwise(levels))
+    assert all(a.get("alt") for tag, a in elements if tag == "img")

@@ -1,0 +1,1 @@
+"""What `aegan` makes of a trained model: pictures, paths, latents nearer to an image."""
