@@ -58,5 +58,13 @@ def doctor(context: typer.Context) -> None:
     doctor.main(context.args)
 
 
+@app.command(**ARGPARSE)
+def serve(context: typer.Context) -> None:
+    """Answer HTTP requests with a model, and follow its alias."""
+    from pipelines import serve
+
+    serve.main(context.args)
+
+
 if __name__ == "__main__":
     main()

@@ -173,6 +173,11 @@ def is_address(uri: str) -> bool:
     return uri.startswith(("models:/", "runs:/"))
 
 
+def is_alias(uri: str) -> bool:
+    """Whether a model's address may mean another version tomorrow."""
+    return uri.startswith("models:/") and "@" in uri
+
+
 def fetch_model(uri: str, folder: Path) -> Path:
     """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
 
