@@ -12,8 +12,6 @@ from contextlib import suppress
 import torch
 import uvicorn
 
-from aegan.config import RegisterConfig
-from pipelines.base import params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.ingest.decode import available_cores
 from pipelines.registry import tracking
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Slow to import: a taken port is said before.
         from pipelines.serving import endpoint, served
 
-        address = given.model or _registered_model()
+        address = given.model or served.registered_model()
         torch.set_num_threads(max(1, available_cores() // 2))  # the others read, write pictures
         model = served.load(address)
         served.warm_up(model.model)
@@ -73,11 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log.info("%s answers at http://%s:%d/invocations; Ctrl-C ends it", address, host, port)
         with suppress(KeyboardInterrupt):  # Ctrl-C or SIGTERM, once the last answer is sent
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def _registered_model() -> str:
-    config = params.load(RegisterConfig)
-    return f"models:/{config.model_name}@{config.alias}"
 
 
 def _listen(host: str, port: str) -> socket.socket:

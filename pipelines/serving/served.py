@@ -17,8 +17,10 @@ import torch
 
 import aegan
 from aegan import model_folder
+from aegan.config import RegisterConfig
 from aegan.files import sha256_of
 from aegan.operations import BATCH_SIZE, run
+from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
 
@@ -34,6 +36,12 @@ class Served:
 
     model: aegan.AEGAN
     about: dict[str, Any]
+
+
+def registered_model() -> str:
+    """The address of what the stage register has registered."""
+    config = params.load(RegisterConfig)
+    return f"models:/{config.model_name}@{config.alias}"
 
 
 def load(address: str) -> Served:
