@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts servers and Ray, one for the rest
 
-.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve bench-serving refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -46,6 +46,10 @@ serve: export MODEL := $(MODEL)
 serve: export PORT := $(PORT)
 serve: .venv/installed ## answer requests with a model (MODEL=models:/aegan@champion PORT=5001, docs/serving.md)
 	@$(BIN)/python -m pipelines.serve $(if $(MODEL),--model "$$MODEL") $(if $(PORT),--port "$$PORT")
+
+bench-serving: .venv/installed ## requests a second beside `mlflow models serve`, and 10,000 requests (MODEL=FOLDER)
+	$(BIN)/python -m benchmarks.serving load $(MODEL)
+	$(BIN)/python -m benchmarks.serving endure $(MODEL)
 
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download

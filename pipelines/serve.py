@@ -23,21 +23,26 @@ END_SECONDS = 30  # that requests at work have when the server is asked to end
 log = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="aegan serve", description=__doc__)
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Of the command's options."""
+    options = argparse.ArgumentParser(prog="aegan serve", description=__doc__)
+    options.add_argument(
         "--model",
         default="",
         help="models:/NAME@ALIAS, which is followed; models:/NAME/3; a folder",
     )
-    parser.add_argument("--port", default=str(PORT), help="0 takes a free one")
-    parser.add_argument(
+    options.add_argument("--port", default=str(PORT), help="0 takes a free one")
+    options.add_argument(
         "--host", default=HOST, help="the address to listen on; another than 127.0.0.1 lets in all"
     )
-    parser.add_argument(
+    options.add_argument(
         "--name", action="append", default=[], help="a host name that requests may use, too"
     )
-    given = parser.parse_args(arguments)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
     with _listen(given.host, given.port) as listener:
         # Slow to import: a taken port is said before.
         from pipelines.serving import endpoint, served
