@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import requests
 from PIL import Image
 
@@ -54,10 +55,21 @@ class Server(NamedTuple):
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def processes(self) -> list[psutil.Process]:
+        """Its own and those that it has started."""
+        first = psutil.Process(self.pid)
+        return [first, *first.children(recursive=True)]
+
+    @property
     def mebibytes(self) -> float:
         """That it holds in memory now."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20
+        return sum(process.memory_info().rss for process in self.processes) / 2**20
+
+    @property
+    def processor_seconds(self) -> float:
+        """That it has taken so far: what a busy machine does not change much."""
+        times = [process.cpu_times() for process in self.processes]
+        return sum(time_.user + time_.system for time_ in times)
 
 
 def noise(size: tuple[int, int], *, channels: int = 3) -> Image.Image:
@@ -210,10 +222,15 @@ def load(folder: Path) -> None:
     with both_servers(folder) as servers:
         for clients in CLIENTS:
             found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in servers}
+            work = dict.fromkeys(servers, 0.0)
             for round_ in range(ROUNDS + 1):
                 for name, server in servers.items():
                     count = max(clients * 4, LOAD_REQUESTS // (1 if round_ else 4))
+                    before = server.processor_seconds
                     answers, wall = ask_at_once(server, [body] * count, clients)
+                    work[name] += (
+                        (server.processor_seconds - before) / count / ROUNDS * bool(round_)
+                    )
                     assert {status for status, _ in answers} == {200}, name
                     if round_:  # the first is a rehearsal
                         found[name].append(([seconds for _, seconds in answers], wall))
@@ -223,7 +240,9 @@ def load(folder: Path) -> None:
                 print(
                     f"{clients:3} clients {name:20} "
                     f"{described(times, sum(wall for _, wall in rounds))}; "
-                    f"rounds {min(rates):.0f} to {max(rates):.0f}/s",
+                    f"rounds {min(rates):.0f} to {max(rates):.0f}/s; "
+                    f"{work[name] * 1000:.1f} ms of a processor each, "
+                    f"{servers[name].mebibytes:.0f} MiB",
                     flush=True,
                 )
 
