@@ -11,16 +11,17 @@ parts, written aside and renamed: a second call does the files that no part has 
 
 import json
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,6 @@ from pipelines.bucket import storage
 from pipelines.ingest.decode import available_cores
 from pipelines.ingest.entries import (
     Entries,
-    Entry,
     ListedFile,
     RawFile,
     Skipped,
@@ -51,7 +51,7 @@ from pipelines.ingest.entries import (
 from pipelines.ingest.quarantine import summary, write_quarantine
 from pipelines.ingest.shards import write_parquet
 from pipelines.ingest.sources import list_bucket, read_archive, read_folder
-from pipelines.serving.decoding import Decoder, Form
+from pipelines.serving.decoding import Decoded, Decoder, Form, decode_on_cluster
 from pipelines.serving.served import Served, load, registered_model
 
 PART_BATCHES = 16  # of BATCH_SIZE files: what a run that is cut off does again, at most
@@ -121,7 +121,7 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> None:
             log.info("%d files are done already", len(done))
         entries = _open(source, Path(downloads))
         started = time.monotonic()
-        count = _work(operation, _not_done(entries, done), out, served.model)
+        count = _work(operation, _not_done(entries, done), out, Path(downloads), served.model)
         if not count and not done:
             raise UserError(f"no files in {shown(source)}: expected {EXPECTED}")
         bad = ((row.source, row.reason) for row in _rows(out) if row.reason is not None)
@@ -132,16 +132,39 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> None:
         log.info("%s, see %s", summary(kinds, count + len(done)), out / "quarantine.csv")
 
 
-def _work(operation: Operation, entries: Entries, out: Path, model: aegan.AEGAN) -> int:
+def _work(
+    operation: Operation, entries: Entries, out: Path, downloads: Path, model: aegan.AEGAN
+) -> int:
     """Write parts for all entries; returns how many entries there were."""
     skipped: list[Row] = []
+    pictures = out / "pictures" if operation == "reconstruct" else None
+    number = len(list((out / "latents").glob("part-*.parquet")))
+    count = 0
+    decoded = progress(
+        _decoded(entries, skipped, downloads, model), operation, unit="files", total=None
+    )
+    batches = (_through(model, batch, pictures) for batch in _batched(decoded, BATCH_SIZE))
+    for part in _batched(batches, PART_BATCHES):
+        rows = [*(row for batch in part for row in batch), *skipped]
+        skipped.clear()
+        _write_part(out, number, rows)
+        number, count = number + 1, count + len(rows)
+    if skipped:  # after the last file, or without any
+        _write_part(out, number, skipped)
+    return count + len(skipped)
 
-    def files() -> Iterator[RawFile]:
-        for entry in progress(_fetched(entries), operation, unit="files", total=None):
-            if isinstance(entry, RawFile):
-                yield entry
-            elif isinstance(entry, Skipped):
+
+def _decoded(
+    entries: Entries, skipped: list[Row], downloads: Path, model: aegan.AEGAN
+) -> Iterator[Decoded]:
+    """All files that are read; those that are not go to `skipped`."""
+
+    def read(entries: Entries) -> Iterator[RawFile | ListedFile]:
+        for entry in entries:
+            if isinstance(entry, Skipped):
                 skipped.append(Row(entry.source, None, entry.reason))
+            else:
+                yield entry
 
     form = Form(
         image_size=model.image_size,
@@ -149,41 +172,34 @@ def _work(operation: Operation, entries: Entries, out: Path, model: aegan.AEGAN)
         fit=model.fit,
         value_range=model.value_range,
     )
-    pictures = out / "pictures" if operation == "reconstruct" else None
-    number = len(list((out / "latents").glob("part-*.parquet")))
-    count = 0
+    files, first = _peek(read(entries))
+    if isinstance(first, ListedFile) and has_cluster():
+        yield from decode_on_cluster(cast(Iterator[ListedFile], files), form, downloads)
+        return
     with Decoder(form, processes=available_cores()) as decoder:
-        batches = _batched(decoder.decode(files()), BATCH_SIZE)
-        parts = _batched((_through(model, batch, pictures) for batch in batches), PART_BATCHES)
-        for part in parts:
-            rows = [*(row for batch in part for row in batch), *skipped]
-            skipped.clear()
-            _write_part(out, number, rows)
-            number, count = number + 1, count + len(rows)
-    if skipped:  # after the last file, or without any
-        _write_part(out, number, skipped)
-    return count + len(skipped)
+        yield from decoder.decode(_fetched(files))
 
 
-def _through(
-    model: aegan.AEGAN, files: list[tuple[RawFile, np.ndarray | str]], pictures: Path | None
-) -> list[Row]:
-    """Files and their images => their rows; their reconstructions go to `pictures`."""
+def has_cluster() -> bool:
+    """Whether the environment names a Ray cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _through(model: aegan.AEGAN, files: list[Decoded], pictures: Path | None) -> list[Row]:
+    """Images => rows with their latents; their reconstructions go to `pictures`."""
     images = [found for _, found in files if not isinstance(found, str)]
-    if not images:
-        return [Row(file.source, None, str(reason)) for file, reason in files]
-    latents = aegan.encode(model, np.stack(images))
-    drawn = iter(aegan.decode(model, latents) if pictures else ())
+    latents = aegan.encode(model, np.stack(images)) if images else torch.empty(0)
+    drawn = iter(aegan.decode(model, latents) if images and pictures else ())
     numbers = iter(latents.tolist())
     rows = []
-    for file, found in files:
+    for source, found in files:
         if isinstance(found, str):
-            rows.append(Row(file.source, None, found))
+            rows.append(Row(source, None, found))
             continue
-        row = Row(file.source, next(numbers), None)
-        if pictures and (reason := _draw(next(drawn), file.source, pictures)):
-            row = Row(file.source, None, reason)
-        rows.append(row)
+        latent, reason = next(numbers), ""
+        if pictures:
+            reason = _draw(next(drawn), source, pictures)
+        rows.append(Row(source, None if reason else latent, reason or None))
     return rows
 
 
@@ -272,22 +288,28 @@ def _not_done(entries: Entries, done: set[str]) -> Entries:
             yield replace(entry, source=name)
 
 
-def _fetched(entries: Entries) -> Entries:
+def _fetched(entries: Iterable[RawFile | ListedFile]) -> Iterator[RawFile]:
     """Listed objects as files, several read at once."""
 
-    def read(entry: Entry) -> Entry:
-        if not isinstance(entry, ListedFile):
+    def read(entry: RawFile | ListedFile) -> RawFile:
+        if isinstance(entry, RawFile):
             return entry
         return RawFile(entry.source, storage.read_object(entry.url))
 
     with ThreadPoolExecutor(storage.PARALLEL_READS) as pool:
-        waiting: deque[Future[Entry]] = deque()
+        waiting: deque[Future[RawFile]] = deque()
         for entry in entries:
             waiting.append(pool.submit(read, entry))
             if len(waiting) == storage.PARALLEL_READS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _peek(items: Iterator[Item]) -> tuple[Iterator[Item], Item | None]:
+    """The same items, and the first of them."""
+    first = next(items, None)
+    return (iter(()) if first is None else chain([first], items)), first
 
 
 def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
