@@ -4,6 +4,7 @@
 .venv/bin/python -m benchmarks.serving speed    # artifacts/train/model behind both servers
 .venv/bin/python -m benchmarks.serving load     # the same with 1, 8 and 64 clients at once
 .venv/bin/python -m benchmarks.serving endure   # 10,000 requests, a tenth of them malformed
+.venv/bin/python -m benchmarks.serving batch    # `aegan encode` of a folder of photographs
 """
 
 import base64
@@ -29,11 +30,13 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import requests
+import torch
 from PIL import Image
 
 import aegan
 from aegan import operations
-from pipelines.serving import endpoint
+from aegan.sampling import decode_file
+from pipelines.serving import batch, endpoint, served
 from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
 
@@ -41,6 +44,7 @@ MODEL, BIN = Path("artifacts/train/model"), Path(sys.executable).parent
 TIMES = 40
 CLIENTS, ROUNDS, LOAD_REQUESTS = (1, 8, 64), 3, 200  # requests of a round, for each server
 ENDURED, PARTS = 10_000, 10
+BATCH_FILES = 2048
 WIDE, THIN = (4096, 4096), (64, 65_500)  # of equal use: a thin picture is not shrunk before colours
 
 
@@ -146,6 +150,39 @@ def cost(
 def ask(model: aegan.AEGAN, images: list[str]) -> None:
     """Encode pictures, as a request would."""
     operations.operate(model, [{"image": image} for image in images], {"operation": "encode"})
+
+
+def batch_work(folder: Path) -> None:
+    """Files a second of `aegan encode`, beside the encoder and the decoder alone, in turns."""
+    served_ = served.load(str(folder))
+    model = served_.model
+    torch.set_num_threads(1)
+    size = (512, 384)
+    small = [noise((8, 6)).resize(size, Image.Resampling.BICUBIC).rotate(n) for n in range(16)]
+    contents = [encode(image, "JPEG", quality=90) for image in small]
+    images = np.stack([decode_file(content, model, max_pixels=10**6) for content in contents])
+    with TemporaryDirectory() as place:
+        pictures = Path(place) / "pictures"
+        pictures.mkdir()
+        for number in range(BATCH_FILES):
+            (pictures / f"{number}.jpg").write_bytes(contents[number % len(contents)])
+        for round_ in range(ROUNDS):
+            started = time.perf_counter()
+            for _ in range(BATCH_FILES // 64):
+                aegan.encode(model, np.concatenate([images] * 4))
+            encoder = BATCH_FILES / (time.perf_counter() - started)
+            started = time.perf_counter()
+            for content in contents * 8:
+                decode_file(content, model, max_pixels=10**6)
+            decoder = 8 * len(contents) / (time.perf_counter() - started)
+            started = time.perf_counter()
+            batch.run("encode", str(pictures), Path(place) / f"out-{round_}", served_)
+            whole = BATCH_FILES / (time.perf_counter() - started)
+            print(
+                f"encode {whole:.0f} files/s; the encoder alone {encoder:.0f} images/s, "
+                f"decoding alone, on one core, {decoder:.0f}",
+                flush=True,
+            )
 
 
 def peak_mebibytes() -> float:
@@ -376,4 +413,6 @@ def running(command: list[str]) -> Iterator[Server]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]) if len(sys.argv) > 2 else MODEL
-    {"costs": costs, "speed": speed, "load": load, "endure": endure}[sys.argv[1]](folder)
+    {"costs": costs, "speed": speed, "load": load, "endure": endure, "batch": batch_work}[
+        sys.argv[1]
+    ](folder)

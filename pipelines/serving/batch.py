@@ -111,23 +111,20 @@ def check_encoder(operation: Operation, model: aegan.AEGAN) -> None:
 def run(operation: Operation, source: str, out: Path, served: Served) -> None:
     """Work on all files of a source that no part in `out` has yet; raises UserError."""
     check_encoder(operation, served.model)
-    with (
-        clear_disk_errors(out),
-        TemporaryDirectory() as downloads,
-        _claimed(out, operation, source, served),
-    ):
-        done = {row.source for row in _rows(out)}
-        if done:
-            log.info("%d files are done already", len(done))
+    started = time.monotonic()
+    with clear_disk_errors(out), TemporaryDirectory() as downloads:
         entries = _open(source, Path(downloads))
-        started = time.monotonic()
-        count = _work(operation, _not_done(entries, done), out, Path(downloads), served.model)
-        if not count and not done:
-            raise UserError(f"no files in {shown(source)}: expected {EXPECTED}")
-        bad = ((row.source, row.reason) for row in _rows(out) if row.reason is not None)
-        kinds = write_quarantine(bad, out / "quarantine.csv")
-    seconds = time.monotonic() - started
-    log.info("%s: %d files, %.0f a second, in %s", operation, count, count / seconds, out)
+        with _claimed(out, operation, source, served):
+            if done := {row.source for row in _rows(out)}:
+                log.info("%d files are done already", len(done))
+            entries = _not_done(entries, done)
+            count = _work(operation, entries, out, Path(downloads), served.model)
+            if not count and not done:
+                raise UserError(f"no files in {shown(source)}: expected {EXPECTED}")
+            bad = ((row.source, row.reason) for row in _rows(out) if row.reason is not None)
+            kinds = write_quarantine(bad, out / "quarantine.csv")
+    rate = count / (time.monotonic() - started)
+    log.info("%s: %d files, %.0f a second, in %s", operation, count, rate, out)
     if kinds:
         log.info("%s, see %s", summary(kinds, count + len(done)), out / "quarantine.csv")
 
@@ -236,14 +233,14 @@ def _claimed(out: Path, operation: Operation, source: str, served: Served) -> It
     file = out / "batch.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    if file.exists():
+    if any(_rows(out)):
         found = read_json(file, stage=operation)
         if differing := [name for name in description if found.get(name) != description[name]]:
             raise UserError(
                 f"{out} holds results of another {differing[0]} (see {file}): name another folder "
                 "with --out, or delete this one"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(out.iterdir()) and not file.exists():
         raise UserError(f"{out} holds other files: name a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     try:

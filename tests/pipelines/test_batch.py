@@ -197,6 +197,17 @@ def test_a_file_that_crashes_the_decoder_is_left_out_by_name(
     assert [len(found[f"{number}.png"]) for number in (0, 1, 3)] == [8, 8, 8]
 
 
+def test_a_source_without_files_leaves_the_place_free_for_another(
+    pictures: Path, loaded: served.Served, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in ("empty", "nowhere"):
+        with pytest.raises(UserError, match=r"no files in|not found"):
+            batch.run("encode", str(tmp_path / source), tmp_path / "out", loaded)
+    batch.run("encode", str(pictures / "a"), tmp_path / "out", loaded)
+    assert len(rows(tmp_path / "out")) == COUNT // 2
+
+
 def test_a_model_without_encoder_is_refused(tmp_path: Path, pictures: Path) -> None:
     gan = served.load(str(write_model(tmp_path / "gan", encoder=False)))
     with pytest.raises(UserError, match="needs an encoder, and this model has none"):
