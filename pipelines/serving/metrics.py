@@ -45,7 +45,7 @@ class Metrics:
         self.loads = Counter("aegan_model_loads", "Models served so far.", registry=registry)
         self.stale = Gauge(
             "aegan_model_stale",
-            "1 where the alias could not be followed: /readyz says why.",
+            "1 where the alias could not be followed: the log says why.",
             registry=registry,
         )
 

@@ -20,7 +20,7 @@ REFUSALS = {
 }
 ADDRESSES = {
     "/healthz": "The process answers.",
-    "/readyz": "A model is served: which version, and why not the one that the alias means.",
+    "/readyz": "A model is served: which version, and whether the alias means it.",
     "/version": "Which model: hashes, sizes, classes.",
     "/metrics": "Counters for Prometheus.",
     "/openapi.json": "This description.",

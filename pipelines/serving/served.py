@@ -91,7 +91,7 @@ def follow(
     """Look at `models:/NAME@ALIAS` for ever, in a thread of its own that ends with the process.
 
     Another version than `served` is loaded beside it, warmed up and handed to `replace`. `report`
-    gets the reason why what the alias means is not served, in one line, and "" once it is.
+    is told when what the alias means is not served, and "" once it is.
     """
     follower = _Follower(alias, served, replace, report)
     threading.Thread(target=follower.run, name="follow", daemon=True).start()
@@ -141,4 +141,5 @@ class _Follower:
         self._problem = problem
         if problem:
             log.warning("%s stays served: %s", self._served, problem)
-        self._report(problem)
+        # Whoever may ask the server need not read what its disks and registry are called.
+        self._report(f"{self._alias} cannot be followed: the log says why" if problem else "")

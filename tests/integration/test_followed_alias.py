@@ -182,11 +182,11 @@ def test_a_champion_that_cannot_be_loaded_leaves_the_one_before_serving_and_says
         time.sleep(8)  # it looks again, and says no more
     assert clients.errors == []
     assert set(clients.pictures) == {picture(registry.models[1])}
-    assert "models:/aegan/3: its files are not those that were registered" in problem
+    assert problem == "models:/aegan@champion cannot be followed: the log says why"
     assert get(f"{url}/readyz")["model"] == "models:/aegan/2"
     assert "aegan_model_stale 1.0" in get(f"{url}/metrics")
     [line] = log.read_text().splitlines()[before:]
-    assert line == f"models:/aegan/2 stays served: {problem}"
+    assert line.startswith("models:/aegan/2 stays served: models:/aegan/3: its files are not those")
     registry.promote(1)
     wait_for(url, model="models:/aegan/1", problem="")
     assert "aegan_model_stale 0.0" in get(f"{url}/metrics")
