@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts Ray, one for the rest
 
-.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve up status down test-stack refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve bench-serving up status down test-stack refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -60,6 +60,10 @@ down: .venv/installed ## end them; the data stay in .stack/
 
 test-stack: .venv/installed ## the tests of these three
 	$(PYTEST) tests/integration/test_stack.py
+
+bench-serving: .venv/installed ## requests a second beside `mlflow models serve`, and 10,000 requests (MODEL=FOLDER)
+	$(BIN)/python -m benchmarks.serving load $(MODEL)
+	$(BIN)/python -m benchmarks.serving endure $(MODEL)
 
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download

@@ -4,15 +4,18 @@ A request names an operation, rows and settings. It is answered as it was asked 
 sentence, a `RequestError`: a name, a type or a value that is not understood is never passed over.
 What a request may cost is known before any picture is decoded. How requests travel is the business
 of others: `pipelines/serve.py` over HTTP, `pipelines/registry/model_from_code.py` within MLflow.
+
+An answer is made in steps: each asks for one pass of a network, so that whoever takes the steps may
+put the passes of several requests together (`pipelines/serving/batching.py`).
 """
 
 import base64
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -31,11 +34,11 @@ from aegan.sampling import (
     decode_file,
     default_latents,
     encode,
-    interpolate,
+    latent_paths,
     random_latents,
-    reconstruct,
 )
 
+BATCH_SIZE = 64  # rows of one pass of a network, and pictures of a request in memory at once
 MAX_ROWS = 1024  # of a request, and images of an answer
 MAX_ANSWER_PIXELS = 1 << 23  # of all images of an answer together: 1024 of 90x90, 128 of 256x256
 MAX_PIXELS = 4096 * 4096  # of one image received, and of a JPEG after its reduction
@@ -66,6 +69,10 @@ SETTINGS = tuple(name for names in PARAMS.values() for name in names)
 FORMS = ("dataframe_records", "dataframe_split")
 
 Record = dict[str, Any]
+Result = TypeVar("Result")
+Network = Literal["encode", "decode"]
+# Gives a network and up to BATCH_SIZE inputs, takes its outputs; ends with the result.
+Steps = Generator[tuple[Network, Tensor], Tensor, Result]
 
 
 class RequestError(ValueError):
@@ -112,6 +119,11 @@ def _no_number(name: str) -> None:
 
 def answer(model: AEGAN, request: Any) -> list[Record]:
     """A parsed body, `{"dataframe_records": [...], "params": {...}}` => its records."""
+    return operate(model, *rows_and_params(request))
+
+
+def rows_and_params(request: Any) -> tuple[list[Any], Any]:
+    """What `operate` takes, of a parsed body; raises RequestError."""
     if not isinstance(request, dict):
         raise RequestError(f"the body is {_shown(request)}; expected an object")
     _check_names("key", request, (*FORMS, "params"))
@@ -123,7 +135,7 @@ def answer(model: AEGAN, request: Any) -> list[Record]:
         )
     [form] = forms
     rows = (_records if form == FORMS[0] else _split)(request[form])
-    return operate(model, rows, request.get("params", {}))
+    return rows, request.get("params", {})
 
 
 def _records(rows: Any) -> list[Any]:
@@ -157,6 +169,22 @@ def operate(model: AEGAN, rows: Sequence[Any], params: Any) -> list[Record]:
 
     Raises RequestError.
     """
+    work = steps(model, rows, params)
+    try:
+        network, inputs = next(work)
+        while True:
+            network, inputs = work.send(run(model, network, inputs))
+    except StopIteration as end:
+        return cast(list[Record], end.value)
+
+
+def run(model: AEGAN, network: Network, inputs: Tensor) -> Tensor:
+    """One pass of a network: uint8 images => latents, or latents => uint8 images."""
+    return encode(model, inputs) if network == "encode" else decode(model, inputs)
+
+
+def steps(model: AEGAN, rows: Sequence[Any], params: Any) -> Steps[list[Record]]:
+    """The same as `operate`, but for the passes of the networks, which are asked for."""
     operation, settings = _read_params(params)
     column, values = _read_rows(rows)
     if operation in ("encode", "reconstruct") and column != "image":
@@ -167,14 +195,33 @@ def operate(model: AEGAN, rows: Sequence[Any], params: Any) -> list[Record]:
         )
     match operation:
         case "generate":
-            return _generate(model, column, values, settings)
+            z = _latents_to_draw(model, column, values, settings)
+            return to_records(images=(yield from _decode(z)), latents=z)
         case "encode":
-            return to_records(latents=encode(model, read_images(values, model)))
+            return to_records(latents=(yield from _encode(model, values)))
         case "reconstruct":
             _check_answer(model, len(values))
-            return to_records(images=reconstruct(model, read_images(values, model)))
+            z = yield from _encode(model, values)
+            return to_records(images=(yield from _decode(z)))
         case _:
-            return _interpolate(model, column, values, settings)
+            return (yield from _interpolate(model, column, values, settings))
+
+
+def _encode(model: AEGAN, images: list[Any]) -> Steps[Tensor]:
+    """Base64 of image files => float32 [N, latent_dim]."""
+    latents = []
+    for batch in read_images(images, model):
+        latents.append((yield "encode", batch))
+    return torch.cat(latents)
+
+
+def _decode(z: Tensor) -> Steps[list[str]]:
+    """Latents [N, latent_dim] => base64 of PNG files."""
+    files: list[str] = []
+    for batch in z.split(BATCH_SIZE):
+        images = yield "decode", batch
+        files += [_to_base64(image) for image in images.numpy()]
+    return files
 
 
 def _read_params(params: Any) -> tuple[str, dict[str, Any]]:
@@ -219,22 +266,21 @@ def _read_rows(rows: Sequence[Any]) -> tuple[str, list[Any]]:
     return column, values
 
 
-def _generate(
+def _latents_to_draw(
     model: AEGAN, column: str, values: list[Any], settings: Mapping[str, Any]
-) -> list[Record]:
+) -> Tensor:
+    """Those given, or random ones."""
     if column == "image":
         raise RequestError("generate takes latents or no rows; reconstruct takes images")
     if values and settings:
         raise RequestError(f"params.{min(settings)} is for generate without rows")
     if values:
         _check_answer(model, len(values))
-        z = read_latents(values, latent_dim=model.latent_dim)
-    else:
-        count = _whole_number(settings, "count", 1, MAX_ROWS)
-        seed = _whole_number(settings, "seed", 0, MAX_SEED)
-        _check_answer(model, count)
-        z = _draw(model, count, seed, settings)
-    return to_records(images=decode(model, z), latents=z)
+        return read_latents(values, latent_dim=model.latent_dim)
+    count = _whole_number(settings, "count", 1, MAX_ROWS)
+    seed = _whole_number(settings, "seed", 0, MAX_SEED)
+    _check_answer(model, count)
+    return _draw(model, count, seed, settings)
 
 
 def _draw(model: AEGAN, count: int, seed: int, settings: Mapping[str, Any]) -> Tensor:
@@ -265,7 +311,7 @@ def _draw(model: AEGAN, count: int, seed: int, settings: Mapping[str, Any]) -> T
 
 def _interpolate(
     model: AEGAN, column: str, values: list[Any], settings: Mapping[str, Any]
-) -> list[Record]:
+) -> Steps[list[Record]]:
     """Frames from each row to the next, pair after pair."""
     pairs = len(values) - 1
     if pairs < 1:
@@ -274,13 +320,13 @@ def _interpolate(
     num_frames = _whole_number(settings, "num_frames", 2, MAX_ROWS)
     _check_answer(model, pairs * num_frames)
     if column == "image":
-        z = encode(model, read_images(values, model))
+        z = yield from _encode(model, values)
     else:
         z = read_latents(values, latent_dim=model.latent_dim)
-    frames = interpolate(
+    paths = latent_paths(
         model, z[:-1], z[1:], num_frames=num_frames, path=cast(InterpolationPath, path)
     )
-    return to_records(images=frames.flatten(0, 1))
+    return to_records(images=(yield from _decode(paths.flatten(0, 1))))
 
 
 def _check_answer(model: AEGAN, images: int) -> None:
@@ -292,8 +338,11 @@ def _check_answer(model: AEGAN, images: int) -> None:
         )
 
 
-def read_images(rows: Sequence[Any], model: AEGAN) -> Tensor:
-    """Base64 of image files, cropped and resized to the model's size => uint8 [N, H, W, C]."""
+def read_images(rows: Sequence[Any], model: AEGAN) -> Iterator[Tensor]:
+    """Base64 of image files, cropped and resized to the model's size => batches [N, H, W, C].
+
+    All together are known to be affordable before the first is decoded.
+    """
     files, work = [], 0
     for row, text in enumerate(rows):
         content = _content_of(text, row)
@@ -306,11 +355,12 @@ def read_images(rows: Sequence[Any], model: AEGAN) -> Tensor:
                 "fewer or smaller ones"
             )
         files.append(content)
-    images = []
-    for row, content in enumerate(files):
-        with _about_image(row):
-            images.append(decode_file(content, model, max_pixels=MAX_PIXELS))
-    return torch.from_numpy(np.stack(images))
+    for start in range(0, len(files), BATCH_SIZE):
+        images = []
+        for row, content in enumerate(files[start : start + BATCH_SIZE], start):
+            with _about_image(row):
+                images.append(decode_file(content, model, max_pixels=MAX_PIXELS))
+        yield torch.from_numpy(np.stack(images))
 
 
 def _content_of(text: Any, row: int) -> bytes:
@@ -344,11 +394,11 @@ def _read_latent(values: Any, row: int, latent_dim: int) -> list[float]:
     return [float(value) for value in values]
 
 
-def to_records(*, images: Tensor | None = None, latents: Tensor | None = None) -> list[Record]:
-    """uint8 [N, H, W, C] and/or float32 [N, latent_dim] => N records of plain JSON values."""
+def to_records(*, images: list[str] | None = None, latents: Tensor | None = None) -> list[Record]:
+    """Files in base64 and/or float32 [N, latent_dim] => N records of plain JSON values."""
     columns: dict[str, list[Any]] = {}
     if images is not None:
-        columns["image"] = [_to_base64(image) for image in images.numpy()]
+        columns["image"] = images
     if latents is not None:
         columns["latent"] = latents.tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

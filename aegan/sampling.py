@@ -184,6 +184,13 @@ def interpolate(
     The first and the last frame are the ends: `num_frames` is 2 or more. `slerp` is the path of
     the model's prior: great circles of a normal one and of a sphere, straight lines of the others.
     """
+    return decode(model, latent_paths(model, start, end, num_frames=num_frames, path=path))
+
+
+def latent_paths(
+    model: AEGAN, start: Array, end: Array, *, num_frames: int, path: InterpolationPath = "slerp"
+) -> Tensor:
+    """The latents of `interpolate` => float32 [N, num_frames, latent_dim]."""
     _check_model(model)
     if path not in get_args(InterpolationPath):
         allowed = ", ".join(get_args(InterpolationPath))
@@ -191,7 +198,7 @@ def interpolate(
     steps = torch.linspace(0, 1, whole_number("num_frames", num_frames, lowest=2))
     start = _batch("start", start, torch.float32, (model.latent_dim,))
     end = _batch("end", end, torch.float32, (model.latent_dim,))
-    return decode(model, (model.prior.path if path == "slerp" else lerp)(start, end, steps))
+    return (model.prior.path if path == "slerp" else lerp)(start, end, steps)
 
 
 def _class_number(model: AEGAN, label: int | str) -> int:

@@ -1,10 +1,15 @@
-"""What one request of `make serve` may cost, and its speed beside `mlflow models serve`.
+"""What one request of `aegan serve` may cost, and its speed beside `mlflow models serve`.
 
 .venv/bin/python -m benchmarks.serving costs    # the costliest pictures, as many as are allowed
 .venv/bin/python -m benchmarks.serving speed    # artifacts/train/model behind both servers
+.venv/bin/python -m benchmarks.serving load     # the same with 1, 8 and 64 clients at once
+.venv/bin/python -m benchmarks.serving endure   # 10,000 requests, a tenth of them malformed
+.venv/bin/python -m benchmarks.serving batch    # `aegan encode` of a folder of photographs
 """
 
 import base64
+import http.client
+import json
 import multiprocessing
 import os
 import resource
@@ -12,26 +17,63 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 import requests
+import torch
 from PIL import Image
 
 import aegan
 from aegan import operations
-from pipelines.serving import endpoint
+from aegan.sampling import decode_file
+from pipelines.serving import batch, endpoint, served
 from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
 
 MODEL, BIN = Path("artifacts/train/model"), Path(sys.executable).parent
 TIMES = 40
+CLIENTS, ROUNDS, LOAD_REQUESTS = (1, 8, 64), 3, 200  # requests of a round, for each server
+ENDURED, PARTS = 10_000, 10
+BATCH_FILES = 2048
 WIDE, THIN = (4096, 4096), (64, 65_500)  # of equal use: a thin picture is not shrunk before colours
+
+
+class Server(NamedTuple):
+    """A server on this machine."""
+
+    port: int
+    pid: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """Its own and those that it has started."""
+        first = psutil.Process(self.pid)
+        return [first, *first.children(recursive=True)]
+
+    @property
+    def mebibytes(self) -> float:
+        """That it holds in memory now."""
+        return sum(process.memory_info().rss for process in self.processes) / 2**20
+
+    @property
+    def processor_seconds(self) -> float:
+        """That it has taken so far: what a busy machine does not change much."""
+        times = [process.cpu_times() for process in self.processes]
+        return sum(time_.user + time_.system for time_ in times)
 
 
 def noise(size: tuple[int, int], *, channels: int = 3) -> Image.Image:
@@ -110,6 +152,39 @@ def ask(model: aegan.AEGAN, images: list[str]) -> None:
     operations.operate(model, [{"image": image} for image in images], {"operation": "encode"})
 
 
+def batch_work(folder: Path) -> None:
+    """Files a second of `aegan encode`, beside the encoder and the decoder alone, in turns."""
+    served_ = served.load(str(folder))
+    model = served_.model
+    torch.set_num_threads(1)
+    size = (512, 384)
+    small = [noise((8, 6)).resize(size, Image.Resampling.BICUBIC).rotate(n) for n in range(16)]
+    contents = [encode(image, "JPEG", quality=90) for image in small]
+    images = np.stack([decode_file(content, model, max_pixels=10**6) for content in contents])
+    with TemporaryDirectory() as place:
+        pictures = Path(place) / "pictures"
+        pictures.mkdir()
+        for number in range(BATCH_FILES):
+            (pictures / f"{number}.jpg").write_bytes(contents[number % len(contents)])
+        for round_ in range(ROUNDS):
+            started = time.perf_counter()
+            for _ in range(BATCH_FILES // 64):
+                aegan.encode(model, np.concatenate([images] * 4))
+            encoder = BATCH_FILES / (time.perf_counter() - started)
+            started = time.perf_counter()
+            for content in contents * 8:
+                decode_file(content, model, max_pixels=10**6)
+            decoder = 8 * len(contents) / (time.perf_counter() - started)
+            started = time.perf_counter()
+            batch.run("encode", str(pictures), Path(place) / f"out-{round_}", served_)
+            whole = BATCH_FILES / (time.perf_counter() - started)
+            print(
+                f"encode {whole:.0f} files/s; the encoder alone {encoder:.0f} images/s, "
+                f"decoding alone, on one core, {decoder:.0f}",
+                flush=True,
+            )
+
+
 def peak_mebibytes() -> float:
     """Of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -131,33 +206,150 @@ def costs(folder: Path) -> None:
         )
 
 
-def speed(folder: Path) -> None:
-    """Requests a second and latency of one caller, both servers at once, asked in turns."""
+@contextmanager
+def both_servers(folder: Path) -> Iterator[dict[str, Server]]:
+    """Ours and MLflow's with the same model, until the block ends."""
     with TemporaryDirectory() as store:
-        ours = [sys.executable, "-m", "pipelines.serve", "--model", str(folder), "--port", "{port}"]
         theirs = [
             *(str(BIN / "mlflow"), "models", "serve", "-m", save_for_mlflow(folder, Path(store))),
             *("--env-manager", "local", "--host", "127.0.0.1", "--port", "{port}"),
         ]
-        with running(ours) as our_address, running(theirs) as their_address:
-            image = base64.b64encode(encode(noise((256, 256)), "JPEG")).decode()
-            requests_ = {
-                "generate 1": ([], {"operation": "generate"}),
-                "generate 64": ([], {"operation": "generate", "count": 64}),
-                "reconstruct 1": ([{"image": image}], {"operation": "reconstruct"}),
-                "reconstruct 64": ([{"image": image}] * 64, {"operation": "reconstruct"}),
-            }
-            for name, (rows, params) in requests_.items():
-                body = {"dataframe_records": rows, "params": params}
-                for server, found in in_turns(
-                    body, {"make serve": our_address, "mlflow models serve": their_address}
-                ).items():
-                    middle, late = np.quantile(found, (0.5, 0.95)) * 1000
-                    print(
-                        f"{name:16} {server:20} {len(found) / sum(found):7.1f}/s, "
-                        f"{middle:6.1f} ms, 95%: {late:6.1f} ms",
-                        flush=True,
+        with running(serve_command(folder)) as ours, running(theirs) as mlflow:
+            yield {"aegan serve": ours, "mlflow models serve": mlflow}
+
+
+def serve_command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "pipelines.serve", "--model", str(folder), "--port", "{port}"]
+
+
+def speed(folder: Path) -> None:
+    """Requests a second and latency of one caller, both servers at once, asked in turns."""
+    with both_servers(folder) as servers:
+        addresses = {name: f"{server.url}/invocations" for name, server in servers.items()}
+        image = photograph()
+        requests_ = {
+            "generate 1": ([], {"operation": "generate"}),
+            "generate 64": ([], {"operation": "generate", "count": 64}),
+            "reconstruct 1": ([{"image": image}], {"operation": "reconstruct"}),
+            "reconstruct 64": ([{"image": image}] * 64, {"operation": "reconstruct"}),
+        }
+        for name, (rows, params) in requests_.items():
+            body = {"dataframe_records": rows, "params": params}
+            for server, found in in_turns(body, addresses).items():
+                print(f"{name:16} {server:20} {described(found, sum(found))}", flush=True)
+
+
+def photograph() -> str:
+    """Base64 of a JPEG of 256x256."""
+    return base64.b64encode(encode(noise((256, 256)), "JPEG")).decode()
+
+
+def described(seconds: list[float], wall: float) -> str:
+    """Requests a second and quantiles of the time that each took."""
+    quantiles = np.quantile(seconds, (0.5, 0.95, 0.99)) * 1000
+    middle, late, last = quantiles
+    return f"{len(seconds) / wall:7.1f}/s, {middle:6.1f} ms, 95%: {late:6.1f}, 99%: {last:6.1f}"
+
+
+def load(folder: Path) -> None:
+    """Requests a second and latency of several clients, each server in turn, in rounds."""
+    body = json.dumps(
+        {"dataframe_records": [{"image": photograph()}], "params": {"operation": "reconstruct"}}
+    ).encode()
+    with both_servers(folder) as servers:
+        for clients in CLIENTS:
+            found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in servers}
+            work = dict.fromkeys(servers, 0.0)
+            for round_ in range(ROUNDS + 1):
+                for name, server in servers.items():
+                    count = max(clients * 4, LOAD_REQUESTS // (1 if round_ else 4))
+                    before = server.processor_seconds
+                    answers, wall = ask_at_once(server, [body] * count, clients)
+                    work[name] += (
+                        (server.processor_seconds - before) / count / ROUNDS * bool(round_)
                     )
+                    assert {status for status, _ in answers} == {200}, name
+                    if round_:  # the first is a rehearsal
+                        found[name].append(([seconds for _, seconds in answers], wall))
+            for name, rounds in found.items():
+                times = [seconds for round_times, _ in rounds for seconds in round_times]
+                rates = [len(round_times) / wall for round_times, wall in rounds]
+                print(
+                    f"{clients:3} clients {name:20} "
+                    f"{described(times, sum(wall for _, wall in rounds))}; "
+                    f"rounds {min(rates):.0f} to {max(rates):.0f}/s; "
+                    f"{work[name] * 1000:.1f} ms of a processor each, "
+                    f"{servers[name].mebibytes:.0f} MiB",
+                    flush=True,
+                )
+
+
+def ask_at_once(
+    server: Server, bodies: Sequence[bytes], clients: int
+) -> tuple[list[tuple[int, float]], float]:
+    """Send all bodies over so many connections => (status, seconds) of each; seconds of all."""
+    bodies_left, answers = iter(bodies), []
+    lock = threading.Lock()
+
+    def ask() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+        while True:
+            with lock:
+                body = next(bodies_left, None)
+            if body is None:
+                break
+            started = time.perf_counter()
+            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            response.read()
+            answers.append((response.status, time.perf_counter() - started))
+        connection.close()
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers, time.perf_counter() - started
+
+
+MALFORMED = (
+    b"{",
+    b'{"dataframe_records": [{"image": "AAAA"}], "params": {"operation": "encode"}}',
+    b'{"dataframe_records": [{"latent": [1]}], "params": {"operation": "generate"}}',
+    b'{"dataframe_records": [], "params": {"operation": "explode"}}',
+)
+
+
+def endure(folder: Path) -> None:
+    """Many requests of 64 clients, a tenth malformed: statuses, times and the server's memory."""
+    image = photograph()
+    row = {"image": image}
+    sound = [
+        json.dumps({"dataframe_records": rows, "params": params}).encode()
+        for rows, params in (
+            ([row], {"operation": "reconstruct"}),
+            ([row], {"operation": "encode"}),
+            ([], {"operation": "generate", "count": 4}),
+            ([row, row], {"operation": "interpolate", "num_frames": 4}),
+        )
+    ]
+    bodies = [
+        MALFORMED[number // 10 % len(MALFORMED)] if number % 10 == 9 else sound[number % len(sound)]
+        for number in range(ENDURED)
+    ]
+    with running(serve_command(folder)) as server:
+        started, first = time.perf_counter(), server.mebibytes
+        for part in range(PARTS):
+            share = bodies[part * ENDURED // PARTS : (part + 1) * ENDURED // PARTS]
+            answers, wall = ask_at_once(server, share, CLIENTS[-1])
+            statuses = Counter(status for status, _ in answers)
+            assert statuses == {200: len(share) * 9 // 10, 400: len(share) // 10}, statuses
+            times = [seconds for _, seconds in answers]
+            print(f"{described(times, wall)}, {server.mebibytes:.0f} MiB", flush=True)
+        seconds = time.perf_counter() - started
+        print(f"{ENDURED} requests in {seconds:.0f} s, no error; at first {first:.0f} MiB")
 
 
 def in_turns(body: object, addresses: dict[str, str]) -> dict[str, list[float]]:
@@ -190,8 +382,8 @@ def save_for_mlflow(folder: Path, store: Path) -> str:
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[str]:
-    """A server's process until the block ends; gives where it takes requests."""
+def running(command: list[str]) -> Iterator[Server]:
+    """A server's process until the block ends, once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -203,16 +395,17 @@ def running(command: list[str]) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    server = Server(port, process.pid)
     try:
         while True:
             try:
-                requests.get(f"http://127.0.0.1:{port}/ping", timeout=5)
+                requests.get(f"{server.url}/ping", timeout=30)
                 break
             except requests.ConnectionError:
                 if process.poll() is not None:
                     raise
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/invocations"
+        yield server
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
@@ -220,4 +413,6 @@ def running(command: list[str]) -> Iterator[str]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]) if len(sys.argv) > 2 else MODEL
-    {"costs": costs, "speed": speed}[sys.argv[1]](folder)
+    {"costs": costs, "speed": speed, "load": load, "endure": endure, "batch": batch_work}[
+        sys.argv[1]
+    ](folder)

@@ -263,5 +263,34 @@ def _say(done: tuple[str, dict[str, Any]], as_json: bool) -> None:
     print(json.dumps(facts) if as_json else shown_lines(text))
 
 
+@app.command(**ARGPARSE)
+def serve(context: typer.Context) -> None:
+    """Answer HTTP requests with a model, and follow its alias."""
+    from pipelines import serve
+
+    serve.main(context.args)
+
+
+MODEL = typer.Option("", help="models:/NAME@ALIAS or /3, a folder; else what register names.")
+OUT = typer.Option("", help="A folder; the same command again goes on in it.")
+SOURCE = typer.Argument(help="An image, a folder or archive of images, s3://bucket/prefix.")
+
+
+@app.command()
+def encode(source: str = SOURCE, out: str = OUT, model: str = MODEL) -> None:
+    """Latents of images, to Parquet; of one image without --out to the terminal, as JSON."""
+    from pipelines.serving import batch
+
+    batch.main("encode", source, out, model)
+
+
+@app.command()
+def reconstruct(source: str = SOURCE, out: str = OUT, model: str = MODEL) -> None:
+    """Images as the model sees them: encoded and drawn again, as PNG files."""
+    from pipelines.serving import batch
+
+    batch.main("reconstruct", source, out, model)
+
+
 if __name__ == "__main__":
     main()

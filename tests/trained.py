@@ -23,13 +23,13 @@ RUN_NAME = "0123456789abcdef"
 START = 1_700_000_000.0  # seconds since 1970
 
 
-def write_model(folder: Path, *, encoder: bool = True, seed: int = 0) -> Path:
-    """Untrained networks for 16x16 RGB images and latents of 8, in the format of `aegan.load`."""
+def write_model(folder: Path, *, encoder: bool = True, seed: int = 0, channels: int = 3) -> Path:
+    """Untrained networks for 16x16 images and latents of 8, in the format of `aegan.load`."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    model = AEGAN(CONFIG, image_size=16, image_channels=3, encoder=encoder, discriminators=False)
-    config = {"model": dataclasses.asdict(CONFIG), "image_size": 16, "image_channels": 3}
-    config |= {"fit": "crop"}
+    size = {"image_size": 16, "image_channels": channels}
+    model = AEGAN(CONFIG, **size, encoder=encoder, discriminators=False)
+    config = {"model": dataclasses.asdict(CONFIG), **size, "fit": "crop"}
     (folder / "config.json").write_text(json.dumps({**config, "has_encoder": encoder}))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     for name in ("ema", "weights"):

@@ -140,7 +140,7 @@ def _run_in_pool(decode: Callable[[Piece], None], pieces: list[Piece], *, proces
     """Decode pieces in processes of their own; raises _DiedError if one of them does."""
     others = set(active_children())
     # `spawn`: a forked copy of a process with threads can hang.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_set_up_worker)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=set_up_worker)
     workers = set()
     has_died = False
     try:
@@ -169,7 +169,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _set_up_worker() -> None:
+def set_up_worker() -> None:
     """One thread; Ctrl-C is the parent's business; when the parent is gone, so are we."""
     pa.set_cpu_count(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -228,6 +228,11 @@ def folder_at(address: str) -> Path:
     return project_folder() / Path(os.path.expandvars(address)).expanduser()
 
 
+def is_alias(uri: str) -> bool:
+    """Whether a model's address may mean another version tomorrow."""
+    return uri.startswith("models:/") and "@" in uri
+
+
 def fetch_model(uri: str, folder: Path) -> Path:
     """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
 

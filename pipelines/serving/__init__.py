@@ -1,1 +1,1 @@
-"""What answers over HTTP: a model, MLflow's page behind a password."""
+"""What works with a finished model: over HTTP, in batches, and MLflow's page with a password."""

@@ -345,11 +345,11 @@ def test_as_many_ordinary_pictures_as_a_request_may_have_are_read(model: aegan.A
     picture = to_base64(np.zeros((200, 200, 3), dtype=np.uint8), "JPEG", progressive=True)
     plain = to_base64(np.zeros((256, 256, 3), dtype=np.uint8))
     for image in (picture, plain):
-        operations.read_images([image] * 300, model)
+        assert sum(map(len, operations.read_images([image] * 300, model))) == 300
     photograph = Image.new("RGB", (4000, 3000))
     file = io.BytesIO()
     photograph.save(file, "JPEG", progressive=True)
-    operations.read_images([base64.b64encode(file.getvalue()).decode()], model)
+    assert list(operations.read_images([base64.b64encode(file.getvalue()).decode()], model))
 
 
 def test_an_answer_of_large_images_has_fewer_of_them(

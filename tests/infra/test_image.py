@@ -1,11 +1,14 @@
 """infra/Dockerfile: the lock's environment and all that a job needs, without a container engine."""
 
 import fnmatch
+import json
 import re
 import subprocess
 from pathlib import Path
 
 from ruamel.yaml import YAML
+
+from pipelines import serve
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "infra/Dockerfile").read_text()
@@ -36,12 +39,23 @@ def test_the_search_for_the_version_of_pytorch_finds_one():
 
 
 def test_no_version_is_repeated_but_that_of_python():
-    assert re.findall(r"\d+\.\d+(?:\.\d+)?", "\n".join(STEPS)) == ["3.11.14"]
+    assert re.findall(r"\d+\.\d+(?:\.\d+)?", "\n".join(STEPS).replace("0.0.0.0", "")) == ["3.11.14"]
 
 
 def test_both_stages_have_the_same_pinned_base():
     assert "ARG BASE=python:3.11.14-slim-trixie" in STEPS
-    assert [step.split()[1] for step in STEPS if step.startswith("FROM")] == ["${BASE}"] * 2
+    bases = [step.split()[1] for step in STEPS if step.startswith("FROM")]
+    assert bases == ["${BASE}", "${BASE}", "pipeline", "pipeline"]
+
+
+def test_the_image_that_serves_begins_with_options_that_the_command_knows():
+    assert "FROM pipeline AS serve" in STEPS
+    (entry,) = (json.loads(step.partition(" ")[2]) for step in STEPS if "ENTRYPOINT" in step)
+    (options,) = (json.loads(step.partition(" ")[2]) for step in STEPS if step.startswith("CMD"))
+    assert entry[:3] == ["python", "-m", "pipelines.serve"]
+    assert STEPS[-1] == "FROM pipeline"  # what is built unless another is named
+    given = serve.parser().parse_args([*entry[3:], *options])
+    assert (given.host, given.model) == ("0.0.0.0", "models:/aegan@champion")
 
 
 def test_the_container_is_not_root():

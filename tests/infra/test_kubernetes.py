@@ -16,7 +16,9 @@ import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines import serve
 from pipelines.base import identity
+from pipelines.serving import endpoint
 
 FOLDER = Path(__file__).parents[2] / "infra/kubernetes"
 KUBERNETES_VERSION = "1.32"
@@ -242,3 +244,46 @@ def test_files_that_a_kustomization_names_are_there(file):
     named += [patch["path"] for patch in content.get("patches", []) if "path" in patch]
     named += [name for maker in content.get("configMapGenerator", []) for name in maker["envs"]]
     assert [name for name in named if not (file.parent / name).exists()] == []
+
+
+SERVING = {file.stem: YAML(typ="safe").load(file) for file in (FOLDER / "serving").glob("*.yaml")}
+
+
+def test_serving_is_as_the_schemas_of_kubernetes_say():
+    for name in ("deployment", "service", "networkpolicy"):
+        kubernetes_validate.validate(SERVING[name], KUBERNETES_VERSION, strict=True)
+    assert {f"{name}.yaml" for name in SERVING} == {
+        "kustomization.yaml",
+        *SERVING["kustomization"]["resources"],
+    }
+
+
+def test_a_serving_pod_has_no_more_rights_than_its_user_needs():
+    pod = SERVING["deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["automountServiceAccountToken"] is False
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_probes_ask_what_the_server_answers_and_its_end_is_waited_for():
+    template = SERVING["deployment"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] in endpoint.METHODS
+    assert container["ports"] == [{"name": "http", "containerPort": serve.PORT}]
+    wait = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert template["spec"]["terminationGracePeriodSeconds"] > serve.END_SECONDS + wait
+    given = serve.parser().parse_args(container["args"])
+    assert given.name == [SERVING["service"]["metadata"]["name"]]  # by which clients call it
+
+
+def test_the_service_and_the_policy_concern_the_serving_pods():
+    labels = SERVING["deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert SERVING["deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert SERVING["service"]["spec"]["selector"] == labels
+    assert SERVING["networkpolicy"]["spec"]["podSelector"]["matchLabels"] == labels

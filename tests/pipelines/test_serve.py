@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ class Server:
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self._log = process, log
         give_up = time.monotonic() + START_SECONDS
-        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/invocations", self.log)):
+        while not (found := re.search(r"http://[\d.]+:(\d+)/invocations", self.log)):
             assert process.poll() is None, self.log
             assert time.monotonic() < give_up, self.log
             time.sleep(0.1)
@@ -88,13 +90,15 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, code: str = "") -> Iterator[Server]:
+def serving(
+    model: Path, folder: Path, code: str = "", *, arguments: tuple[str, ...] = ()
+) -> Iterator[Server]:
     """The server as its command starts it; `code` runs first, to make limits short."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
     start = f"{code}\nfrom pipelines import serve\nserve.run_stage(serve.main)"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", start, "--model", str(model), "--port", "0"],
+            [sys.executable, "-c", start, "--model", str(model), "--port", "0", *arguments],
             cwd=ROOT,
             stdout=output,
             stderr=output,
@@ -122,8 +126,9 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def impatient(folder: Path) -> Iterator[Server]:
-    """A server whose clocks run thirty times as fast."""
+    """A server whose clocks run thirty times as fast, and where few may wait."""
     code = "from pipelines.serving import endpoint as e\ne.BODY_SECONDS, e.IDLE_SECONDS = 1, 2"
+    code += "\ne.MAX_WAITING = 8"
     with serving(folder, folder.parent, code) as running:
         yield running
 
@@ -430,19 +435,16 @@ def test_an_answer_that_nobody_takes_is_dropped(impatient: Server) -> None:
     assert impatient.ask(b"", "/ping", "GET")[0] == 200
 
 
-def test_more_requests_at_once_than_may_wait_are_told_to_come_back(server: Server) -> None:
-    statuses: list[int] = []
+def at_once(clients: int, ask: Callable[[int], Any]) -> list[Any]:
+    """What so many clients are answered."""
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(ask, range(clients)))
 
-    def ask() -> None:
-        statuses.append(server.ask_for("generate", [], count=400)[0])
 
-    threads = [threading.Thread(target=ask) for _ in range(endpoint.MAX_WAITING + 16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(statuses) == {200, 503}
-    assert server.ask_for("generate", [])[0] == 200
+def test_more_requests_at_once_than_may_wait_are_told_to_come_back(impatient: Server) -> None:
+    answers = at_once(24, lambda _: impatient.ask_for("generate", [], count=400))
+    assert {status for status, _ in answers} == {200, 503}
+    assert impatient.ask_for("generate", [])[0] == 200
 
 
 def test_a_fault_of_the_server_s_own_is_a_500_without_a_word_of_its_inside(
@@ -472,6 +474,215 @@ def test_the_server_ends_with_the_last_answer_and_without_a_trace(
         assert running.process.wait(timeout=30) == 0
         assert answers == [200]
         assert len(running.log.splitlines()) == 1
+
+
+def jpeg(size: tuple[int, int], **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").resize(size).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def send(server: Server, content: bytes, query: str = "", **headers: str) -> tuple[int, str, bytes]:
+    """An image file as it is => status, kind and body of the answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(
+        "POST", f"/invocations{query}", content, {"Content-Type": "image/jpeg"} | names
+    )
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, response.headers["Content-Type"], body
+
+
+def test_an_image_file_comes_back_as_its_reconstruction(server: Server, folder: Path) -> None:
+    model, photo = aegan.load(folder), jpeg((60, 40))
+    status, kind, body = send(server, photo, Accept="image/png")
+    assert (status, kind) == (200, "image/png")
+    image = {"image": base64.b64encode(photo).decode()}
+    [record] = server.ask_for("reconstruct", [image])[1]["predictions"]
+    assert base64.b64decode(record["image"]) == body
+    assert json.loads(send(server, photo)[2]) == {"predictions": [record]}
+    [encoded] = json.loads(send(server, photo, "?operation=encode")[2])["predictions"]
+    assert len(encoded["latent"]) == model.latent_dim
+
+
+def test_a_picture_is_given_only_where_the_answer_is_one(server: Server) -> None:
+    png = {"Accept": "image/png"}
+    request = {"dataframe_records": [], "params": {"operation": "generate", "count": 2}}
+    check_refusal(*server.ask(json.dumps(request).encode(), **png), expected=406)
+    status, _, body = send(server, jpeg((20, 20)), "?operation=encode", **png)
+    check_refusal(status, json.loads(body), expected=406)
+
+
+@pytest.mark.parametrize(
+    ("content", "query", "message"),
+    [
+        (b"no image", "", "not an image"),
+        (b"", "", "empty file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "", "HEIC .* pillow-heif"),
+        (jpeg((20, 20))[:-400], "", "ends too early"),
+        (jpeg((20, 20)), "?seed=1", "params.seed belongs to generate"),
+        (jpeg((20, 20)), "?size=1", "param .*size.* is unknown"),
+    ],
+)
+def test_a_file_that_is_no_usable_image_is_a_400_with_its_reason(
+    server: Server, content: bytes, query: str, message: str
+) -> None:
+    if "HEIC" in message and importlib.util.find_spec("pillow_heif"):
+        pytest.skip("HEIC can be read here")
+    status, _, body = send(server, content, query)
+    assert status == 400
+    assert re.search(message, json.loads(body)["message"])
+
+
+def test_a_picture_of_48_megapixels_is_answered(server: Server) -> None:
+    assert send(server, jpeg((8000, 6000), quality=60), Accept="image/png")[0] == 200
+
+
+def test_a_gray_model_and_one_without_encoder_say_what_they_do(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "gan", encoder=False)
+    with serving(folder, tmp_path) as gan:
+        status, _, body = send(gan, jpeg((20, 20)))
+        check_refusal(status, json.loads(body))
+        assert "no encoder" in json.loads(body)["message"]
+        assert gan.ask_for("generate", [])[0] == 200
+    with serving(write_model(tmp_path / "gray", channels=1), tmp_path) as gray:
+        _, _, body = send(gray, jpeg((20, 20)), Accept="image/png")
+        assert Image.open(io.BytesIO(body)).mode == "L"
+
+
+def test_requests_at_once_share_passes_and_are_answered_as_alone(
+    server: Server, folder: Path
+) -> None:
+    images = [base64.b64encode(jpeg((20 + n, 20))).decode() for n in range(40)]
+
+    def ask(number: int) -> tuple[int, Any]:
+        if number % 10 == 3:
+            return server.ask_for("encode", [{"image": "AAAA"}])
+        operation = "encode" if number % 2 else "reconstruct"
+        return server.ask_for(operation, [{"image": images[number]}])
+
+    alone = [ask(number) for number in range(40)]
+    passes = metric(server, "aegan_batch_rows_count")
+    together = at_once(40, ask)
+    assert metric(server, "aegan_batch_rows_count") - passes < 40  # 54 without batches
+    for (status, one), (again, other) in zip(alone, together, strict=True):
+        assert status == again
+        if status != 200:
+            assert one == other  # and it spoils no other's answer
+        elif "latent" in one["predictions"][0]:
+            expected, found = (torch.tensor(a["predictions"][0]["latent"]) for a in (one, other))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        else:
+            difference = pixels(one["predictions"]).int() - pixels(other["predictions"]).int()
+            assert difference.abs().max() <= 1
+
+
+def metric(server: Server, name: str) -> float:
+    """The sum of a series of /metrics over its labels."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    found = [line for line in lines if re.match(rf"{name}(\{{.*\}})? ", line)]
+    return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
+def test_small_requests_go_between_the_passes_of_a_large_one(server: Server) -> None:
+    large = threading.Thread(target=server.ask_for, args=("generate", []), kwargs={"count": 1024})
+    large.start()
+    time.sleep(0.05)
+    assert server.ask_for("generate", [])[0] == 200
+    assert large.is_alive()
+    large.join()
+
+
+def test_a_pass_that_fails_with_one_request_is_answered_for_the_others(
+    folder: Path, tmp_path: Path
+) -> None:
+    code = "from pipelines.serving import batching as b\nrun = b.run\n"
+    code += "b.run = lambda m, n, x: 1 / 0 if (x.abs() > 9).any() else run(m, n, x)"  # a bug
+    with serving(folder, tmp_path, code) as server:
+        rows = [[{"latent": [9.5 if n == 5 else 0.1 * n] * LATENT_DIM}] for n in range(12)]
+        answers = at_once(12, lambda n: server.ask_for("generate", rows[n]))
+        assert [status for status, _ in answers] == [200] * 5 + [500] + [200] * 6
+
+
+def test_who_goes_away_takes_no_place(server: Server) -> None:
+    body = json.dumps(
+        {"dataframe_records": [], "params": {"operation": "generate", "count": 1024}}
+    ).encode()
+    head = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    give_up = time.monotonic() + 20
+    while metric(server, 'aegan_requests_total{address="/invocations",status="gone"}') < 20:
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    assert metric(server, "aegan_requests_at_work") == 0
+    assert server.ask_for("generate", [])[0] == 200
+
+
+def test_many_requests_with_malformed_ones_among_them_leave_no_trace(server: Server) -> None:
+    image = {"image": base64.b64encode(jpeg((30, 30))).decode()}
+
+    def ask(client: int) -> list[int]:
+        malformed = b'{"dataframe_records": [{"image": "AAAA"}], "params": {"operation": "encode"}}'
+        return [
+            server.ask(malformed)[0]
+            if number % 10 == client % 10
+            else server.ask_for("reconstruct", [image])[0]
+            for number in range(20)
+        ]
+
+    before = metric(server, "process_resident_memory_bytes")
+    statuses = [status for found in at_once(32, ask) for status in found]
+    assert (statuses.count(200), statuses.count(400)) == (576, 64)
+    assert metric(server, "process_resident_memory_bytes") - before < 64 * 2**20
+
+
+def test_what_is_counted_has_few_names(server: Server) -> None:
+    for number in range(20):
+        server.ask(b"", f"/unknown-{number}", "GET")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    assert 'address="other",status="404"' in text
+    assert "unknown" not in text
+    assert 'aegan_model_info{version="model"} 1.0' in text
+    assert len(text.splitlines()) < 400
+
+
+def test_the_description_is_openapi_and_the_page_needs_no_network(server: Server) -> None:
+    _, document = server.ask(b"", "/openapi.json", "GET")
+    assert document["openapi"].startswith("3.1")
+    assert {*document["paths"]} <= {*endpoint.METHODS}
+    for path, methods in document["paths"].items():
+        assert {method.upper() for method in methods} <= {*endpoint.METHODS[path]}
+    params = document["paths"]["/invocations"]["post"]["requestBody"]["content"]
+    example = params["application/json"]["schema"]["example"]
+    assert server.ask(json.dumps(example).encode())[0] == 200
+    page = server.raw(b"GET /docs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert b"text/html" in page
+    assert not re.search(rb"""(src|href)=.?(https?:)?//""", page)
+    assert b"default-src 'none'" in page
+
+
+def test_its_own_number_and_the_names_it_was_told_are_answered(
+    folder: Path, tmp_path: Path
+) -> None:
+    with serving(folder, tmp_path, arguments=("--name", "aegan.example")) as named:
+        for host, status in (("aegan.example", 200), ("AEGAN.example:80", 200), ("other", 403)):
+            assert named.ask(b"", "/readyz", "GET", Host=host)[0] == status
+    ready = {"status": "ready", "model": "model", "problem": ""}
+    with serving(folder, tmp_path, arguments=("--host", "127.0.0.2")) as elsewhere:
+        connection = http.client.HTTPConnection("127.0.0.2", elsewhere.port, timeout=60)
+        connection.request("GET", "/readyz")
+        assert json.loads(connection.getresponse().read()) == ready
+        connection.close()
 
 
 def run(*arguments: str, **environment: str) -> str:
