@@ -87,7 +87,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
         if address == source_address.DESIGNED:
             yield _manifold(config)
         elif scheme == "kaggle":
-            yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
+            yield Source(address, read_folder(fetch_kaggle(address.partition(":")[2])))
         elif is_one:
             storage.download_object(address, fetched)
             yield Source(address, read_archive(fetched, address), fetched)
@@ -130,7 +130,7 @@ def _manifold(config: DataConfig) -> Source:
     return Source("manifold", entries(), factors=tuple(f.name for f in designed_faces.FACTORS))
 
 
-def _fetch_kaggle(handle: str) -> Path:
+def fetch_kaggle(handle: str) -> Path:
     """The folder of a Kaggle data set, from kagglehub's cache or from Kaggle."""
     if not re.fullmatch(r"[\w-]+/[\w-]+(/versions/\d+)?", handle, re.ASCII):
         raise UserError(f"kaggle:{handle} is no data set: expected kaggle:owner/name")

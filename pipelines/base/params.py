@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -158,13 +159,19 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
     if not overlay.exists():
         available = ", ".join(str(file) for file in sorted(Path("presets").glob("*.yaml")))
         raise UserError(f"{overlay} not found; available: {available}")
+    values = YAML(typ="safe").load(overlay.read_text(encoding="utf-8"))
+    if unknown := [name for name in values if name not in SECTIONS]:
+        raise UserError(f"{overlay}: unknown section {unknown[0]}; valid: {', '.join(SECTIONS)}")
+    return apply_values(values, path)
+
+
+def apply_values(values: Mapping[str, Mapping[str, Any]], path: Path) -> list[str]:
+    """Write sections' values into a params.yaml, keeping comments; returns what changed."""
     yaml = YAML()
     document = yaml.load(path.read_text(encoding="utf-8"))
     changed = []
-    for name, values in YAML(typ="safe").load(overlay.read_text(encoding="utf-8")).items():
-        if name not in SECTIONS:
-            raise UserError(f"{overlay}: unknown section {name}; valid: {', '.join(SECTIONS)}")
-        for key, value in values.items():
+    for name, section in values.items():
+        for key, value in section.items():
             if document[name].get(key) != value:
                 before = written(document[name].get(key))
                 changed.append(f"{name}.{key}: {before} -> {written(value)}")

@@ -13,8 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -145,24 +145,35 @@ def installed_version(package: str) -> str:
         return ""
 
 
-def run_dvc(*arguments: str) -> None:
-    """Run DVC and show what it says; a failure is a UserError with the failed stage's reason."""
+def run_dvc(
+    *arguments: str,
+    folder: Path | None = None,
+    within: Callable[["subprocess.Popen[str]"], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Run DVC and show what it says; a failure is a UserError with the failed stage's reason.
+
+    It works here or in a folder; `within` gives what is around it while it does.
+    """
     # Not DVC itself: what it takes from the bucket is checked.
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.project.dvc_command", *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=folder is not None,  # whoever started it there ends it, with all it runs
     )
     assert process.stdout is not None
     reasons: dict[str, str] = {}
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        kind, _, reason = line.strip().partition(": ")
-        if kind in ("error", "ERROR"):  # a stage's words, DVC's words
-            reasons.setdefault(kind, reason)
-    if process.wait() != 0:
+    with within(process):
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kind, _, reason = line.strip().partition(": ")
+            if kind in ("error", "ERROR"):  # a stage's words, DVC's words
+                reasons.setdefault(kind, reason)
+        process.wait()
+    if process.returncode != 0:
         reason = reasons.get("error") or reasons.get("ERROR") or "it did not say why"
         raise UserError(f"dvc {arguments[0]} failed: {reason}")
 
