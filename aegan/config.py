@@ -547,6 +547,18 @@ class RegisterConfig:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig:
+    """Retraining by itself when images have changed (`aegan retrain`, docs/retraining.md)."""
+
+    start: Literal["champion", "anew"]  # weights to begin with, where images are of the same kind
+    on_drift: Literal["ask", "anew"]  # images of another kind: a person decides, or train anew
+    max_hours: Annotated[
+        float, Interval(gt=0, le=10_000)
+    ]  # of one retraining, which can go on later
+    price_per_hour: Annotated[float, Interval(ge=0, le=1e6)]  # in any currency; 0 shows hours alone
+
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "preprocess": PreprocessConfig,
@@ -558,6 +570,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "interpolate": InterpolateConfig,
     "register": RegisterConfig,
+    "retrain": RetrainConfig,
 }
 COMPARISONS = {  # bound => whether a value is within it, and how it is said
     "gt": (operator.gt, "above {}"),

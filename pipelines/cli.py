@@ -5,9 +5,10 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from pipelines.base.errors import UserError, run_stage
 
@@ -56,6 +57,29 @@ def doctor(context: typer.Context) -> None:
     from pipelines.project import doctor
 
     doctor.main(context.args)
+
+
+@app.command()
+def retrain(
+    dry_run: Annotated[bool, Option(help="Say what would be done, and write nothing.")] = False,
+    until: Annotated[str, Option(metavar="STEP", help="End after this step.")] = "",
+    force: Annotated[str, Option(metavar="STEP", help="Do this step and those after again.")] = "",
+    accept_drift: Annotated[
+        str, Option(metavar="ID", help="Train on images of another kind, which it asked about.")
+    ] = "",
+    reason: Annotated[str, Option(metavar="TEXT", help="Why, for the ledger.")] = "",
+) -> None:
+    """Look for new images; check, train, compare and promote by itself (docs/retraining.md).
+
+    Exits with 0 if a model was promoted or there was nothing to do, 3 if it was refused or a
+    person is asked, 4 if another retraining is at work.
+    """
+    from pipelines import retrain
+
+    options = retrain.Options(
+        dry_run=dry_run, until=until, force=force, accept_drift=accept_drift, reason=reason
+    )
+    raise typer.Exit(retrain.main(options))
 
 
 if __name__ == "__main__":

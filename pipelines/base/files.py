@@ -43,10 +43,7 @@ def project_folder() -> Path:
     """Where the user's files are: here, or, in a copy (COPIES), the original's folder."""
     here = Path.cwd()
     copies = (
-        folder
-        for folder in here.parents
-        for copy in COPIES
-        if here.is_relative_to(folder / copy)
+        folder for folder in here.parents for copy in COPIES if here.is_relative_to(folder / copy)
     )
     return next(copies, here)
 

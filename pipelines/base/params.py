@@ -168,6 +168,7 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
 def apply_values(values: Mapping[str, Mapping[str, Any]], path: Path) -> list[str]:
     """Write sections' values into a params.yaml, keeping comments; returns what changed."""
     yaml = YAML()
+    yaml.preserve_quotes = True
     document = yaml.load(path.read_text(encoding="utf-8"))
     changed = []
     for name, section in values.items():

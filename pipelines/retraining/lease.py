@@ -90,9 +90,7 @@ class _BucketLease(Lease):
 
     def _write(self, etag: str, until: float) -> str:
         content = json.dumps(asdict(_Terms(self._owner, self._number, until))).encode()
-        return (
-            storage.retry(lambda: storage.replace_object(self._url, content, etag=etag)) or ""
-        )
+        return storage.retry(lambda: storage.replace_object(self._url, content, etag=etag)) or ""
 
     def _beat(self) -> None:
         while not self._released.wait(self._seconds / 3):

@@ -95,6 +95,7 @@ class Entry:
     reasons: list[str] = field(default_factory=list)
     champion_after: str = ""
     accepted: str = ""  # why a drift was accepted by hand
+    told: bool = False  # whether the webhook has taken the message of its outcome
     format: int = FORMAT
 
 

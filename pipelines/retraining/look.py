@@ -11,7 +11,7 @@ from aegan.files import sha256_of_json
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
-from pipelines.ingest import https, source_address
+from pipelines.ingest import https, kaggle, source_address
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ def look(config: DataConfig) -> tuple[str, str]:
     if address == source_address.DESIGNED:
         return address, sha256_of_json(params.as_dict(config))
     if scheme == "s3":
-        state = _hash(f"{url}\0{size}\0{etag}" for url, size, etag in storage.list_versions(address))
+        state = _hash(
+            f"{url}\0{size}\0{etag}" for url, size, etag in storage.list_versions(address)
+        )
     elif scheme == "kaggle":
-        from pipelines.download import fetch_kaggle  # a new version only
-
-        state = str(fetch_kaggle(address.partition(":")[2]))
+        state = str(kaggle.fetch(address.partition(":")[2]))  # the folder of its newest version
     elif scheme in ("http", "https"):
         state = https.state(address)
     else:

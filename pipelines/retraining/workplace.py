@@ -55,7 +55,8 @@ class Workplace:
     """The worktree at `retraining/work`."""
 
     def __init__(self) -> None:
-        self.folder = project_folder() / WORK
+        self.project = project_folder()
+        self.folder = self.project / WORK
 
     def prepare(self, commit: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Its files as of a commit, with other values of some parameters, by section."""
@@ -64,7 +65,13 @@ class Workplace:
             _git("worktree", "add", "--quiet", "--force", "--detach", str(self.folder), commit)
         _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
         params.apply_values(settings, self.folder / params.PARAMS_FILE)
-        _configure_dvc(project_folder(), self.folder)
+        config = _dvc_config(self.project)
+        with (self.folder / ".dvc/config.local").open("w", encoding="utf-8") as file:
+            config.write(file)
+
+    def has_remote(self) -> bool:
+        """Whether the project has a DVC remote by default, where data is pushed to."""
+        return _dvc_config(self.project).has_option("core", "remote")
 
     def dvc(self, *arguments: str, deadline: float = float("inf")) -> None:
         """Run DVC there; UserError with the failed stage's words.
@@ -115,16 +122,17 @@ class Workplace:
         return _git("rev-parse", "HEAD", folder=self.folder)
 
 
-def _configure_dvc(project: Path, copy: Path) -> None:
-    """The project's own settings of DVC and its cache; no git, for DVC knows no worktrees."""
+def _dvc_config(project: Path) -> configparser.ConfigParser:
+    """The project's settings of DVC with its cache, and no git: DVC knows no worktrees."""
     config = configparser.ConfigParser(interpolation=None)
-    config.read(project / ".dvc/config.local")
-    ours = {"core": {"no_scm": "true"}, "cache": {"dir": str(project / ".dvc/cache")}}
-    for section, values in ours.items():
-        config[section] = {**values, **(config[section] if config.has_section(section) else {})}
-    config["core"]["no_scm"] = "true"
-    with (copy / ".dvc/config.local").open("w", encoding="utf-8") as file:
-        config.write(file)
+    config.read([project / ".dvc/config", project / ".dvc/config.local"])
+    for section in ("core", "cache"):
+        if not config.has_section(section):
+            config.add_section(section)
+    config.set("core", "no_scm", "true")
+    if not config.has_option("cache", "dir"):
+        config.set("cache", "dir", str(project / ".dvc/cache"))
+    return config
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
