@@ -17,6 +17,7 @@ import boto3
 import pytest
 
 from aegan.config import DataConfig
+from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
 from pipelines.retraining import lease, messages, workplace
@@ -311,7 +312,7 @@ def test_the_worktree_has_the_commit_and_the_users_folder_stays_as_it_is(project
     work = workplace.Workplace()
     before = (project / "params.yaml").read_text()
     work.prepare(workplace.last_commit(), {"training": {"start_from": "models:/aegan/3"}})
-    assert "start_from: models:/aegan/3" in (work.folder / "params.yaml").read_text()
+    assert params.read(work.folder / "params.yaml")["training"]["start_from"] == "models:/aegan/3"
     assert work.has_remote()
     (work.folder / "dvc.lock").write_text("locked")
     work.prepare(workplace.last_commit(), {})
