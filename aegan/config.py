@@ -556,6 +556,8 @@ class RetrainConfig:
     max_hours: Annotated[
         float, Interval(gt=0, le=10_000)
     ]  # of one retraining, which can go on later
+    max_champion_days: Annotated[float, Interval(gt=0, le=10_000)]  # before `aegan health` says so
+    max_look_hours: Annotated[float, Interval(gt=0, le=10_000)]  # the same of the last look
     price_per_hour: Annotated[float, Interval(ge=0, le=1e6)]  # in any currency; 0 shows hours alone
 
 

@@ -82,5 +82,13 @@ def retrain(
     raise typer.Exit(retrain.main(options))
 
 
+@app.command()
+def health() -> None:
+    """Exit with 2 if the champion is too old, or nobody has looked for new images for too long."""
+    from pipelines.retraining import health
+
+    raise typer.Exit(health.main())
+
+
 if __name__ == "__main__":
     main()

@@ -67,15 +67,16 @@ def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
     entry = new_entry(seen=seen, source=source, settings=_settings(), champion=champion)
     earlier = ledger.entries()
     if not options.dry_run:
+        ledger.looked()
         _tell_late(ledger, earlier)
     entry = next((known for known in earlier if _is_the_same(known, entry)), entry)
     _apply(options, entry)
-    if entry.outcome and not entry.steps.keys() - STEPS.keys():
+    if entry.outcome:
         told = "; ".join(entry.reasons)
         log.info(
             "nothing new since retraining %s, which ended: %s (%s)", entry.id, entry.outcome, told
         )
-        return 0 if entry.outcome == "promoted" else EXIT_CODES[entry.outcome]
+        return 0
     if options.dry_run:
         _show_plan(entry, earlier, config)
         return 0

@@ -19,6 +19,7 @@ from pipelines.base.files import clear_disk_errors, project_folder
 from pipelines.bucket import storage
 
 FOLDER = "retraining"
+LOOKED = "looked"  # holds when a source was last looked at: `aegan health`
 FORMAT = 1
 ID = re.compile(r"[0-9a-f]{12}")
 
@@ -116,6 +117,10 @@ class Ledger:
 
     def save(self, entry: Entry) -> None:
         self._place.write(f"{entry.id}.json", json.dumps(asdict(entry), indent=1) + "\n")
+
+    def looked(self) -> None:
+        """Remember that somebody has looked at the source now."""
+        self._place.write(LOOKED, json.dumps({"time": time.time()}))
 
 
 def new_entry(*, seen: str, source: str, settings: str, champion: str) -> Entry:
