@@ -76,7 +76,7 @@ def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
         log.info(
             "nothing new since retraining %s, which ended: %s (%s)", entry.id, entry.outcome, told
         )
-        return 0
+        return EXIT_CODES["asks"] if entry.outcome == "asks" else 0
     if options.dry_run:
         _show_plan(entry, earlier, config)
         return 0
