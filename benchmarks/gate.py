@@ -30,8 +30,8 @@ from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from benchmarks.rows import Results, table
 from pipelines.base import params
-from pipelines.registry import gate, reference
-from pipelines.registry.comparison import GATED, Examination, compare, mean
+from pipelines.registry import reference
+from pipelines.registry.comparison import GATED, Examination, compare, has_variety, mean
 from tests.shards import write_shards
 
 IMAGE_SIZE, BASE_CHANNELS, LATENT_DIM = 16, 8, 8
@@ -166,7 +166,7 @@ def report(results: Results) -> str:
 def counted(pairs: Sequence[tuple[Any, Any]], margin: float, noise: dict[str, float]) -> str:
     """`refused / all` of pairs of a candidate's and a champion's draws."""
     refused = [
-        not gate.has_variety(candidate)
+        not has_variety(candidate)
         or any(
             change.refused for change in compare(candidate, champion, margin=margin, noise=noise)
         )

@@ -38,7 +38,8 @@ GATED: dict[str, Literal["lower", "higher"]] = {
     "coverage_random": "higher",
     "reconstruction_mae": "lower",
 }
-VARIETY = "variety"  # of samples, as a share of the reference's: a floor holds it, no champion
+VARIETY = "variety"  # of samples' features, as a share of the reference's: no champion is asked
+MIN_VARIETY = 0.3  # real images have 1, copies of one image 0
 CACHE = Path("artifacts/gate")
 
 Row = dict[str, float]  # figures of one draw
@@ -139,6 +140,11 @@ def compare(
             )
         )
     return changes
+
+
+def has_variety(rows: Sequence[Row]) -> bool:
+    """Whether samples have not collapsed."""
+    return mean(rows, VARIETY) >= MIN_VARIETY  # NaN has not
 
 
 def mean(rows: Sequence[Row], metric: str) -> float:

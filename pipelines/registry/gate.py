@@ -26,19 +26,20 @@ from pipelines.base.outputs import SHARDS
 from pipelines.registry import decisions, gate_page, tracking
 from pipelines.registry.comparison import (
     CACHE,
+    MIN_VARIETY,
     VARIETY,
     Change,
     Examination,
     Row,
     compare,
     error_of_the_mean_image,
+    has_variety,
     mean,
 )
 from pipelines.registry.mlflow_store import UnsoundModelError
 from pipelines.registry.reference import ANOTHER, Reference, current_or_first
 
 PAGE, FIGURES = CACHE / "index.html", CACHE / "comparison.json"
-MIN_VARIETY = 0.3  # of samples' features; real images have 1, copies of one image 0
 FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
 FRESH_SECONDS = 300  # also where other programs leave it little of the machine
 PASSED, REFUSED = "passed", "refused"
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class _RefusedError(Exception):
-    """A check that a version does not pass; the message says which and why."""
+    """A check that a version does not pass; its arguments are the reasons, sentences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +74,16 @@ def gate(config: RegisterConfig, version: str) -> Verdict:
     reference = current_or_first(SHARDS)
     PAGE.unlink(missing_ok=True)  # of an earlier version
     FIGURES.unlink(missing_ok=True)
-    reasons: list[str] = []
     with TemporaryDirectory() as folder:
         try:
             candidate = _sound_model(name, version, Path(folder) / "candidate")
             other = _champion(name, champion, Path(folder) / "champion") if champion else None
-            reasons += _compare(candidate, other, reference, version, champion, config.gate_margin)
+            margin = config.gate_margin
+            reasons = _compare(candidate, other, reference, version, champion, margin)
             passed = True
         except _RefusedError as error:
-            reasons += error.args
-            passed = False
-    verdict = Verdict(version=version, champion=champion, passed=passed, reasons=tuple(reasons))
+            reasons, passed = error.args, False
+    verdict = Verdict(version=version, champion=champion, passed=passed, reasons=reasons)
     _record(name, verdict, reference)
     return verdict
 
@@ -198,11 +198,6 @@ def _check_size(model: aegan.AEGAN | None, name: str, reference: Reference) -> N
             "are here; versions of two sizes are compared by nobody but you (`aegan promote "
             "VERSION --force --reason TEXT`)"
         )
-
-
-def has_variety(rows: Sequence[Row]) -> bool:
-    """Whether samples have not collapsed."""
-    return mean(rows, VARIETY) >= MIN_VARIETY  # NaN has not
 
 
 def _floors(rows: Sequence[Row], reference: Reference) -> list[str]:

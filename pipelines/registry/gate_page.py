@@ -12,7 +12,15 @@ from torch import Tensor
 
 import aegan
 from aegan.pictures import to_pil
-from pipelines.registry.comparison import DRAWS, GATED, VARIETY, Change, Row, mean
+from pipelines.registry.comparison import (
+    DRAWS,
+    GATED,
+    MIN_VARIETY,
+    VARIETY,
+    Change,
+    Row,
+    mean,
+)
 from pipelines.registry.reference import Reference
 
 SHOWN = 10  # latents, and reference images
@@ -20,7 +28,7 @@ EXPLAINED = {
     "frechet_distance": "how far samples are from the reference images, in learned features",
     "coverage_random": "share of the reference images with a sample close by, in random features",
     "reconstruction_mae": "how far reconstructions are from the reference images",
-    VARIETY: "spread of samples' learned features, as a share of the reference's",
+    VARIETY: f"spread of samples' features, as a share of the reference's: at least {MIN_VARIETY}",
 }
 
 Examined = tuple[str, aegan.AEGAN, Sequence[Row]]  # version, its networks, figures of each draw
@@ -61,10 +69,9 @@ def render(
         version=candidate[0],
         champion=champion[0] if champion else None,
         reference=reference,
-        changes=changes,
         refusals=refusals,
         notes=notes,
-        figures=_figures(candidate, champion),
+        figures=_figures(candidate, champion, changes),
         explained=EXPLAINED,
         draws=DRAWS,
         same_latents=same_latents,
@@ -76,10 +83,18 @@ def render(
     )
 
 
-def _figures(candidate: Examined, champion: Examined | None) -> list[dict[str, Any]]:
-    """Mean and standard error over the draws, of what both or one of them has."""
+def _figures(
+    candidate: Examined, champion: Examined | None, changes: Sequence[Change]
+) -> list[dict[str, Any]]:
+    """The means over the draws that each has, and how they compare if they were compared."""
+    compared = {change.metric: change for change in changes}
     return [
-        {"name": name, "candidate": _mean(candidate, name), "champion": _mean(champion, name)}
+        {
+            "name": name,
+            "candidate": _mean(candidate, name),
+            "champion": _mean(champion, name),
+            "change": compared.get(name),
+        }
         for name in (*GATED, VARIETY)
     ]
 

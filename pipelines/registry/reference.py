@@ -33,9 +33,9 @@ from pipelines.base import locks
 from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors, project_folder, read_json
 from pipelines.base.names import shown
+from pipelines.base.outputs import REFERENCE, REFERENCE_DVC
 from pipelines.base.trained_model import shown_split
 
-FOLDER, DVC_FILE = "reference", "reference.dvc"
 CURRENT = "current.json"
 MAX_IMAGES, MAX_BYTES = 2000, 2**28  # of pixels, for large images
 MIN_IMAGES = 8  # fewer say nothing about distances
@@ -66,12 +66,12 @@ class Reference:
 
 def current() -> Reference | None:
     """The reference that counts; None if none was cut yet. Raises UserError."""
-    folder = project_folder() / FOLDER
+    folder = project_folder() / REFERENCE
     if not (folder / CURRENT).exists():
-        if (project_folder() / DVC_FILE).exists():
+        if (project_folder() / REFERENCE_DVC).exists():
             raise UserError(
-                f"{DVC_FILE} names a reference split that is not here: run "
-                f"`.venv/bin/dvc pull {DVC_FILE}`"
+                f"{REFERENCE_DVC} names a reference split that is not here: run "
+                f"`.venv/bin/dvc pull {REFERENCE_DVC}`"
             )
         return None
     sha256 = read_json(folder / CURRENT, stage="register").get("sha256")
@@ -107,8 +107,8 @@ def cut(shards: Path, *, reason: str) -> Reference:
         "dataset_sha256": manifest["dataset_sha256"],
         "preprocess_sha256": manifest["preprocess_sha256"],
     }
-    folder = project_folder() / FOLDER
-    with locks.hold(FOLDER), clear_disk_errors(folder):
+    folder = project_folder() / REFERENCE
+    with locks.hold(str(REFERENCE)), clear_disk_errors(folder):
         if not (folder / f"{sha256}.parquet").exists():  # else its noise would be lost
             with new_file(folder / f"{sha256}.parquet") as temporary:
                 temporary.write_bytes(content)
@@ -122,7 +122,7 @@ def cut(shards: Path, *, reason: str) -> Reference:
 
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     """Keep with a reference how figures on it scatter over training seeds; raises UserError."""
-    file = project_folder() / FOLDER / f"{reference.sha256}.json"
+    file = project_folder() / REFERENCE / f"{reference.sha256}.json"
     with clear_disk_errors(file):
         write_json(file, reference.facts | {"noise": noise})
     _track()
@@ -188,7 +188,7 @@ def _read(folder: Path, sha256: str) -> Reference:
 
 
 def _cure() -> str:
-    return f"`.venv/bin/dvc checkout {DVC_FILE}` puts it back; {ANOTHER}"
+    return f"`.venv/bin/dvc checkout {REFERENCE_DVC}` puts it back; {ANOTHER}"
 
 
 def _track() -> None:
@@ -197,10 +197,11 @@ def _track() -> None:
     if not (project / ".dvc").is_dir():
         return
     # Not DVC itself: what it does is checked and locked.
-    command = [sys.executable, "-m", "pipelines.project.dvc_command", "add", "--quiet", FOLDER]
+    dvc = [sys.executable, "-m", "pipelines.project.dvc_command"]
+    command = [*dvc, "add", "--quiet", str(REFERENCE)]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        log.info("DVC keeps it: `git add %s`, and `.venv/bin/dvc push` shares it", DVC_FILE)
+        log.info("DVC keeps it: `git add %s`, and `.venv/bin/dvc push` shares it", REFERENCE_DVC)
     else:
         reason = (done.stderr or done.stdout).strip().rpartition("\n")[2]
-        log.warning("warning: `.venv/bin/dvc add %s` failed: %s", FOLDER, reason)
+        log.warning("warning: `.venv/bin/dvc add %s` failed: %s", REFERENCE, reason)
