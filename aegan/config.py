@@ -541,9 +541,12 @@ class RegisterConfig:
     alias: Annotated[
         str,
         Predicate(
-            re.compile(r"(?!(latest|v\d+)$)[\w-]{1,250}", re.ASCII | re.IGNORECASE).fullmatch
+            re.compile(
+                r"(?!(latest|v\d+|champion|previous)$)[\w-]{1,250}", re.ASCII | re.IGNORECASE
+            ).fullmatch
         ),
-        "letters, digits, - and _, but not latest or v and a number, which MLflow keeps for itself",
+        "letters, digits, - and _, but not latest or v and a number, which MLflow keeps for "
+        "itself, and not champion or previous, which `aegan promote` decides",
     ]
     # Whether a registered version becomes the champion: by hand, or if the gate lets it pass.
     promote: Literal["manual", "gate"]

@@ -3,8 +3,11 @@
 Those modules are imported inside the functions, so that `aegan --help` loads no torch, MLflow, Ray.
 """
 
+import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+REFUSED = 3  # exit status
+Json = Annotated[bool, typer.Option("--json", help="for programs")]
+Reason = Annotated[str, typer.Option(help="why, for the log")]
 ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their arguments themselves
     "add_help_option": False,
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
@@ -58,6 +64,63 @@ def doctor(context: typer.Context) -> None:
     doctor.main(context.args)
 
 
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the registered versions: aliases, scores, when, from which data."""
+    from pipelines.registry import champions
+
+    found = champions.models(_model_name())
+    _print_all(found, None if as_json else champions.table_of_models)
+
+
+@app.command()
+def history(as_json: Json = False) -> None:
+    """List every promotion, refusal and rollback: who, when, why."""
+    from pipelines.registry import champions, decisions
+
+    found = decisions.history(_model_name())
+    _print_all(found, None if as_json else champions.table_of_decisions)
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(min=1)],
+    force: Annotated[bool, typer.Option("--force", help="whatever the gate said")] = False,
+    reason: Reason = "",
+) -> None:
+    """Make a version the champion; exit status 3 if the gate has not passed it."""
+    from pipelines.registry import champions
+
+    try:
+        print(champions.promote(_model_name(), str(version), force=force, reason=reason))
+    except champions.Refused as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from None
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(min=1, help="a former champion's version")] = None,
+    reason: Reason = "",
+) -> None:
+    """Make the previous champion the champion again."""
+    from pipelines.registry import champions
+
+    print(champions.rollback(_model_name(), to=str(to or ""), reason=reason))
+
+
+def _model_name() -> str:
+    from aegan.config import RegisterConfig
+    from pipelines.base import params
+
+    return params.load(RegisterConfig).model_name
+
+
+def _print_all(found: list[Any], table: Callable[[list[Any]], str] | None) -> None:
+    """Print dataclasses as a table, or as JSON where there is none."""
+    print(table(found) if table else json.dumps([asdict(one) for one in found], indent=2))
+
+
 @app.command("gate")
 def gate_command(
     version: Annotated[
@@ -84,7 +147,7 @@ def gate_command(
     config = params.load(RegisterConfig)
     verdict = gate.gate(config, version or tracking.aliased(config.model_name, config.alias))
     print(gate.said(verdict))
-    raise typer.Exit(0 if verdict.passed else gate.EXIT_REFUSED)
+    raise typer.Exit(0 if verdict.passed else REFUSED)
 
 
 reference = typer.Typer(help="The images that versions are compared on.", rich_markup_mode=None)

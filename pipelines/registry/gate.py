@@ -43,7 +43,6 @@ PAGE, FIGURES = CACHE / "index.html", CACHE / "comparison.json"
 FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
 FRESH_SECONDS = 300  # also where other programs leave it little of the machine
 PASSED, REFUSED = "passed", "refused"
-EXIT_REFUSED = 3  # of the command; 1 is an error
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")  # of the process, which needs no password
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,16 +21,20 @@ from aegan import model_folder
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
 from pipelines.base.names import shown
-from pipelines.registry import mlflow_store
+from pipelines.registry import decisions, mlflow_store
 from pipelines.registry.mlflow_store import (
     UnsoundModelError,
     alone,
     check_place,
     open_store,
+    quoted,
     readable_errors,
     tracking_uri,
+    twice,
+    unless_there,
     without_credentials,
 )
+from pipelines.registry.standing import ALIASES
 
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
 MAX_POINTS, MAX_PARAMS = 1000, 100  # that MLflow takes in one request
@@ -90,7 +94,7 @@ def register(record: Record, *, experiment: str, model_name: str, alias: str) ->
         if not registered:
             registered = _create_version(mlflow, client, record, experiment, model_name, identity)
         _end_unfinished(client, experiment, identity)
-        _twice(client.set_registered_model_alias, model_name, alias, registered.number)
+        twice(client.set_registered_model_alias, model_name, alias, registered.number)
         return registered
 
 
@@ -128,7 +132,7 @@ def log_trial(
         client = mlflow.MlflowClient()
         parent = _search_run(mlflow, client, search, experiment)
         experiment_id = client.get_run(parent).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {_quoted(name)}"
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = {quoted(name)}"
         for run in client.search_runs([experiment_id], query):
             if run.info.status == "FINISHED" and tags.items() <= run.data.tags.items():
                 return
@@ -142,7 +146,7 @@ def log_trial(
 def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     """The id of the run of that name, which is made where there is none."""
     experiment_id = _experiment(mlflow, experiment)
-    found = client.search_runs([experiment_id], f"tags.search = {_quoted(search)}")
+    found = client.search_runs([experiment_id], f"tags.search = {quoted(search)}")
     if found:
         run_id: str = found[0].info.run_id
         return run_id
@@ -182,6 +186,7 @@ def fetch_model(uri: str, folder: Path) -> Path:
     places; where the version says what it holds (`model_sha256`), they must be that, or it is an
     UnsoundModelError.
     """
+    uri = pinned(uri)
     with readable_errors():
         repository, recorded = _open_files(uri)
         model = folder / "model"
@@ -290,11 +295,14 @@ def _no_larger_files(max_bytes: int) -> Iterator[None]:
 def pinned(uri: str) -> str:
     """`models:/aegan@candidate` => `models:/aegan/3`, the version that it means now.
 
-    An address without alias stays as it is. Raises UserError.
+    An address without alias stays as it is. `champion` and `previous` are what the log of decisions
+    says, wherever MLflow's alias points. Raises UserError.
     """
     name, _, alias = uri.removeprefix("models:/").partition("@")
     if not alias:
         return uri
+    if alias in ALIASES and (decided := decisions.aliased(name, alias)):
+        return f"models:/{name}/{decided}"
     with readable_errors():
         mlflow = open_store(writing=False)
         try:
@@ -310,17 +318,12 @@ def pinned(uri: str) -> str:
         return f"models:/{name}/{found.version}"
 
 
-def _quoted(text: str) -> str:
-    """A text as a value in a filter of MLflow, which has two quotes and no way to escape them."""
-    return f'"{text}"' if "'" in text else f"'{text}'"
-
-
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
     """The first version of that content whose files are still there.
 
     The first: numbers only grow, so that all who register one content at once agree on it.
     """
-    query = f"name = {_quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
+    query = f"name = {quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
     for found in client.search_model_versions(query, order_by=["version_number ASC"]):
         uri = f"models:/{model_name}/{found.version}"
         files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
@@ -350,7 +353,7 @@ def _create_version(
             check_place(run.info.artifact_uri, f"a new run of the experiment {experiment}")
             _log_record(client, run.info.run_id, record)
             model = _log_model(mlflow, record.model_folder)
-            with _unless_there():
+            with unless_there():
                 client.create_registered_model(model_name)
             client.create_model_version(
                 model_name,
@@ -364,7 +367,7 @@ def _create_version(
         first = _find_version(mlflow, client, model_name, record.content_sha256)
         if not first or not run or first.run_id == run.info.run_id:
             raise
-        _delete_versions(client, run, keep=first)
+        _delete_versions(client, model_name, run, keep=first)
         return first
     first = _find_version(mlflow, client, model_name, record.content_sha256)
     if not first:
@@ -372,21 +375,21 @@ def _create_version(
             f"{model_name}: the version that was just made is not there any more: another program "
             "has deleted it; run the same command again"
         )
-    _delete_versions(client, run, keep=first)
+    _delete_versions(client, model_name, run, keep=first)
     if first.run_id != run.info.run_id:
         _remove_run(client, run)
         return first
     return replace(first, reused=False)
 
 
-def _delete_versions(client: Any, run: Any, *, keep: Version) -> None:
-    """Delete what was made from a run, but for the version that counts.
+def _delete_versions(client: Any, model_name: str, run: Any, *, keep: Version) -> None:
+    """Delete what was made from a run, but for the version that counts, and decisions about it.
 
     A server may have made one although it answered with an error, or two where a request was sent
     again.
     """
     for made in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-        if str(made.version) != keep.number:
+        if made.name == model_name and str(made.version) != keep.number:
             client.delete_model_version(made.name, made.version)
 
 
@@ -395,7 +398,7 @@ def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -
     found = client.get_experiment_by_name(experiment)
     if not found or found.lifecycle_stage != "active":
         return
-    conditions = [f"tags.{name} = {_quoted(value)}" for name, value in identity.items()]
+    conditions = [f"tags.{name} = {quoted(value)}" for name, value in identity.items()]
     query = " AND ".join(["attributes.status != 'FINISHED'", *conditions])
     for run in client.search_runs([found.experiment_id], query):
         if "registered_model" not in run.data.tags:  # a search's, or somebody else's
@@ -420,7 +423,7 @@ def _remove_run(client: Any, run: Any) -> None:
 
 def _logged_models(client: Any, run: Any) -> list[Any]:
     found: list[Any] = client.search_logged_models(
-        [run.info.experiment_id], f"source_run_id = {_quoted(run.info.run_id)}"
+        [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
     )
     return found
 
@@ -431,27 +434,6 @@ def _experiment(mlflow: Any, name: str) -> str:
     check_place(experiment.artifact_location, f"the experiment {name}")
     experiment_id: str = experiment.experiment_id
     return experiment_id
-
-
-def _twice(call: Callable[..., Any], *arguments: Any) -> None:
-    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        call(*arguments)
-    except MlflowException:
-        call(*arguments)
-
-
-@contextmanager
-def _unless_there() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _log_numbers(
@@ -481,7 +463,7 @@ def _log_record(client: Any, run_id: str, record: Record) -> None:
         profile=json.dumps(record.dataset["profile"]),
     )
     training = InputTag("mlflow.data.context", "training")
-    _twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
+    twice(client.log_inputs, run_id, [DatasetInput(dataset, [training])])
     for folder, paths in record.files.items():
         for path in paths:
             log = client.log_artifacts if path.is_dir() else client.log_artifact
