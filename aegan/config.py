@@ -548,6 +548,9 @@ class RegisterConfig:
         "letters, digits, - and _, but not latest or v and a number, which MLflow keeps for "
         "itself, and not champion or previous, which `aegan promote` decides",
     ]
+    # Whether a registered version becomes the champion: by hand, or if the gate lets it pass.
+    promote: Literal["manual", "gate"]
+    gate_margin: Fraction  # a figure may be worse than the champion's by this share of it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,5 +153,57 @@ def _print_all(found: list[Any], table: Callable[[list[Any]], str] | None) -> No
     print(table(found) if table else json.dumps([asdict(one) for one in found], indent=2))
 
 
+@app.command("gate")
+def gate_command(
+    version: Annotated[
+        str, typer.Argument(help="number of a version; else what `register.alias` means")
+    ] = "",
+    measure_noise: Annotated[
+        bool, typer.Option("--measure-noise", help="train with other seeds instead, once")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="how many, for --measure-noise", min=3)] = 5,
+    steps: Annotated[
+        int, typer.Option(help="of each training; 0: `training.num_steps`", min=0)
+    ] = 0,
+) -> None:
+    """Check a registered version: promoted (exit 0) or refused (exit 3), and why."""
+    from aegan.config import RegisterConfig
+    from pipelines.base import params
+    from pipelines.registry import gate, noise, tracking
+
+    if measure_noise:
+        shares = noise.measure_noise(seeds=seeds, num_steps=steps)
+        for name, share in shares.items():
+            print(f"{name}: {share:.1%} worse is what another seed can make")
+        return
+    config = params.load(RegisterConfig)
+    verdict = gate.gate(config, version or tracking.aliased(config.model_name, config.alias))
+    print(gate.said(verdict))
+    raise typer.Exit(0 if verdict.passed else REFUSED)
+
+
+reference = typer.Typer(help="The images that versions are compared on.", rich_markup_mode=None)
+app.add_typer(reference, name="reference")
+
+
+@reference.command("show")
+def show_reference() -> None:
+    """Say which reference split counts."""
+    from pipelines.registry import reference
+
+    print(reference.said(reference.current()))
+
+
+@reference.command("new")
+def new_reference(
+    reason: Annotated[str, typer.Option(help="why; kept with it, and shown")],
+) -> None:
+    """Cut another reference split from the test images; scores on two are never compared."""
+    from pipelines.base.outputs import SHARDS
+    from pipelines.registry import reference
+
+    print(reference.said(reference.cut(SHARDS, reason=reason)))
+
+
 if __name__ == "__main__":
     main()

@@ -20,7 +20,7 @@ from pipelines.base.files import clear_disk_errors, hash_files, project_folder, 
 from pipelines.base.identity import code_of, code_sha256
 from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
-from pipelines.registry import mlflow_store, tracking
+from pipelines.registry import gate, mlflow_store, tracking
 
 TRAINED, MODEL = RunFolder(TRAIN), TRAIN / "model"
 CURVES, SCORES = TRAIN / "curves.csv", Path("artifacts/evaluate/metrics.json")
@@ -175,6 +175,8 @@ def main() -> None:
     print(f"{done} {config.model_name} version {version.number}, alias {config.alias}")
     print(f"model: models:/{config.model_name}@{config.alias} in {uri}")
     print(f"MLflow page: {uri if uri.startswith('http') else f'make{where} mlflow'}")
+    if config.promote == "gate":
+        print(gate.said(gate.gate(config, version.number)))
 
 
 if __name__ == "__main__":

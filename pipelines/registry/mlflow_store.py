@@ -44,6 +44,10 @@ PATIENCE_SECONDS = 600  # with another registration in the same store
 AGAIN = "then run the same command again"
 
 
+class UnsoundModelError(UserError):
+    """A model's files are not those that were registered, or none that a model can have."""
+
+
 def set_environment() -> None:
     """Switch MLflow's telemetry and chatter off; has to come before anything imports it."""
     for name, value in ENVIRONMENT.items():
@@ -169,7 +173,7 @@ def readable_errors() -> Iterator[None]:
     except UserError:
         raise
     except aegan.ModelError as error:
-        raise UserError(str(error)) from None
+        raise UnsoundModelError(str(error)) from None
     except Exception as error:
         of_a_store = type(error).__module__.startswith(
             ("mlflow.", "sqlalchemy.", "botocore.", "requests.", "sqlite3")

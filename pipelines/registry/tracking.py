@@ -20,8 +20,10 @@ import aegan
 from aegan import model_folder
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
+from pipelines.base.names import shown
 from pipelines.registry import decisions, mlflow_store
 from pipelines.registry.mlflow_store import (
+    UnsoundModelError,
     alone,
     check_place,
     open_store,
@@ -181,16 +183,13 @@ def fetch_model(uri: str, folder: Path) -> Path:
     """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
 
     Only the files of a model are asked for, none larger than a model can be, from the store's own
-    places; where the version says what it holds (`model_sha256`), they must be that.
+    places; where the version says what it holds (`model_sha256`), they must be that, or it is an
+    UnsoundModelError.
     """
     uri = pinned(uri)
     with readable_errors():
-        mlflow = open_store(writing=False)
-        place, recorded = _locate(mlflow.MlflowClient(), uri)
-        check_place(place, uri)
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        repository, model = get_artifact_repository(place), folder / "model"
+        repository, recorded = _open_files(uri)
+        model = folder / "model"
         model.mkdir()
         with _no_larger_files(MAX_FILE_BYTES):
 
@@ -204,11 +203,63 @@ def fetch_model(uri: str, folder: Path) -> Path:
                 if name != model_folder.CONFIG:
                     download(name)
     if recorded and hash_files([model]) != recorded:
-        raise UserError(
+        raise UnsoundModelError(
             f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "
             "they were changed or damaged in the store; register the model again"
         )
     return model
+
+
+def check_files(model_name: str, version: str) -> None:
+    """UnsoundModelError unless a version says what it holds, and its folder holds nothing else."""
+    uri = f"models:/{model_name}/{version}"
+    with readable_errors():
+        repository, recorded = _open_files(uri)
+        if not recorded:
+            raise UnsoundModelError(
+                f"{uri} has no model_sha256: it was not registered by this pipeline"
+            )
+        known = {model_folder.CONFIG, model_folder.LATENTS, *model_folder.FILES.values()}
+        names = {Path(file.path).name for file in repository.list_artifacts("artifacts/model")}
+    if others := sorted(names - known):
+        raise UnsoundModelError(f"{uri} holds {shown(others[0])}, which is no file of a model")
+
+
+def check_version(model_name: str, version: str) -> None:
+    """UserError unless there is a version of that number."""
+    with readable_errors():
+        mlflow = open_store(writing=False)
+        try:
+            mlflow.MlflowClient().get_model_version(model_name, version)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(
+                f"there is no version {version} of {model_name} in MLflow at "
+                f"{without_credentials(tracking_uri())}; `make mlflow` shows what there is"
+            ) from None
+
+
+def aliased(model_name: str, alias: str) -> str:
+    """The number of the version that an alias means; raises UserError."""
+    return pinned(f"models:/{model_name}@{alias}").rpartition("/")[2]
+
+
+def set_tags(model_name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Tags of a model version; raises UserError."""
+    with readable_errors(), alone():
+        client = open_store().MlflowClient()
+        for name, value in tags.items():
+            client.set_model_version_tag(model_name, version, name, value)
+
+
+def _open_files(uri: str) -> tuple[Any, str | None]:
+    """The files of a model, in one of the store's own places, and the hash they should have."""
+    place, recorded = _locate(open_store(writing=False).MlflowClient(), uri)
+    check_place(place, uri)
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(place), recorded
 
 
 def _locate(client: Any, uri: str) -> tuple[str, str | None]:

@@ -29,7 +29,13 @@ from pipelines.registry import mlflow_store, tracking
 from tests.latents import add_density, small_density
 from tests.trained import ROOT, RUN_NAME, START, write_project
 
-CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
+CONFIG = RegisterConfig(
+    experiment="aegan",
+    model_name="aegan",
+    alias="candidate",
+    promote="manual",
+    gate_margin=0.05,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
