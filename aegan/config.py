@@ -343,6 +343,15 @@ ADDED: dict[str, Any] = {
     "training.augmentation_probability": 0.0,
     "training.augmentation_target": 0.0,
     "training.augmentation_images": 100_000,
+    "retrain.drift_images": 2000,
+    "retrain.drift_level": 0.05,
+    "retrain.drift_min_effect": 0.15,
+    "retrain.max_changed_fraction": 0.2,
+    "retrain.max_duplicate_fraction": 0.5,
+    "retrain.max_quarantined_fraction": 0.1,
+    "retrain.max_vanished_fraction": 0.2,
+    "retrain.min_new_images": 200,
+    "retrain.seed": 0,
 }
 
 
@@ -547,6 +556,23 @@ class RegisterConfig:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig:
+    """Which new images a retraining takes without asking anybody (docs/retraining.md)."""
+
+    drift_images: Annotated[int, Ge(2), Le(10_000)]  # of new and of old ones that are compared
+    # Chance of a false alarm; an alarm needs an effect (Cliff's delta) above the least one, too.
+    drift_level: Annotated[float, Interval(gt=0, lt=1)]
+    drift_min_effect: Probability
+    # Of the old images, beyond which a retraining is refused.
+    max_changed_fraction: Probability
+    max_vanished_fraction: Probability
+    max_duplicate_fraction: Probability  # of the new files, beyond which somebody is asked
+    max_quarantined_fraction: Probability  # of the new files, beyond which it is refused
+    min_new_images: Count  # fewer wait for more
+    seed: Seed
+
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "preprocess": PreprocessConfig,
@@ -558,6 +584,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "interpolate": InterpolateConfig,
     "register": RegisterConfig,
+    "retrain": RetrainConfig,
 }
 COMPARISONS = {  # bound => whether a value is within it, and how it is said
     "gt": (operator.gt, "above {}"),

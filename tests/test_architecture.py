@@ -15,6 +15,7 @@ from pipelines.base import identity
 ROOT = Path(__file__).parent.parent
 WINGS = (  # imports run down this list, and never up
     "project",
+    "retraining",
     "jobs",
     "serving",
     "search",

@@ -1,0 +1,138 @@
+"""Level and power of the check of new images (docs/retraining.md), over sample sizes.
+
+    .venv/bin/python -m benchmarks.drift --json FILE [--archive ZIP] [--model FOLDER]
+
+New and old images are drawn again and again from one pool. For the level they are of one kind: how
+often is there a false alarm? For the power the new ones have been changed: how often is that found?
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+
+import aegan
+from aegan.data import designed_faces
+from aegan.data.image_files import decode_image
+from aegan.metrics import drift
+from aegan.metrics.features import installed_features
+from aegan.networks import AEGAN
+from benchmarks.rows import Results, Row, table
+from tests.damage import blur, gray, jpeg, turned_hue
+
+LEVEL, MIN_EFFECT = 0.05, 0.15
+COUNTS = (25, 50, 100, 200, 400)  # images of each sample
+DRAWS_OF_LEVEL, DRAWS_OF_POWER = 200, 50
+SAME = "of the same kind"
+CHANGES = {
+    "hue turned by 60°": lambda images: turned_hue(images, 60),
+    "hue turned by 15°": lambda images: turned_hue(images, 15),
+    "blur of sigma 0.5": lambda images: blur(images, 0.5),
+    "gray": lambda images: gray(images, 1),
+    "half the colour": lambda images: gray(images, 0.5),
+    "JPEG of quality 10": lambda images: jpeg(images, 10),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--archive", type=Path, help=".zip of images; else designed faces")
+    parser.add_argument("--model", type=Path, help="folder of a model whose E(x) is compared too")
+    parser.add_argument("--images", type=int, default=1000, help="of the pool")
+    parser.add_argument("--size", type=int, default=32, help="their side in pixels")
+    options = parser.parse_args()
+    model = aegan.load(options.model) if options.model else None
+    settings = {"archive": options.archive and options.archive.name, "model": model is not None}
+    settings |= {"images": options.images, "size": options.size}
+    results = Results(options.json, settings)
+    if not results.rows:
+        for row in measure(options.archive, options.images, options.size, model):
+            results.add(row)
+    print(as_table(results.rows))
+
+
+def measure(archive: Path | None, count: int, size: int, model: AEGAN | None) -> Iterator[Row]:
+    """A row for each kind of new images and number of them."""
+    images = faces(count, size) if archive is None else pictures(archive, count, size)
+    old = describe(images, model)
+    kinds = {SAME: old} | {name: describe(c(images), model) for name, c in CHANGES.items()}
+    if archive is None:
+        kinds["other backgrounds"] = describe(faces(count, size, background=0.25), model)
+    for kind, new in kinds.items():
+        for number in (n for n in COUNTS if 2 * n <= count):
+            draws = DRAWS_OF_LEVEL if kind == SAME else DRAWS_OF_POWER
+            yield {"kind": kind, "images": number} | alarms(new, old, number, draws=draws)
+
+
+def alarms(new: drift.Described, old: drift.Described, number: int, *, draws: int) -> Row:
+    """How often `number` new images are told from as many old ones, and each test's mean effect."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(draws):
+        order = random.permutation(len(old.values["brightness"]))
+        samples = some(new, order[:number]), some(old, order[number : 2 * number])
+        found.append(drift.run_tests(*samples, seed=0))  # their order is as random as any seed
+    significant = [any(test.p_adjusted < LEVEL for test in tests) for tests in found]
+    shifted = [
+        any(test.tells(level=LEVEL, min_effect=MIN_EFFECT) for test in tests) for tests in found
+    ]
+    effects = {
+        test.name: float(np.mean([abs(tests[place].effect) for tests in found]))
+        for place, test in enumerate(found[0])
+    }
+    return {
+        "draws": draws,
+        "alarms": float(np.mean(shifted)),
+        "significant": float(np.mean(significant)),
+        "effects": effects,
+    }
+
+
+def describe(images: np.ndarray, model: AEGAN | None) -> drift.Described:
+    return drift.describe(torch.from_numpy(images), model=model, features=installed_features())
+
+
+def some(described: drift.Described, rows: np.ndarray) -> drift.Described:
+    return drift.Described(
+        vectors={name: vectors[rows] for name, vectors in described.vectors.items()},
+        values={name: values[rows] for name, values in described.values.items()},
+    )
+
+
+def faces(count: int, size: int, *, background: float = 1.0) -> np.ndarray:
+    """Designed faces, whose backgrounds have a part of the hues."""
+    names = [factor.name for factor in designed_faces.FACTORS]
+    factors = designed_faces.sample_factors(np.arange(count), seed=0)
+    factors[:, names.index("background_hue")] *= background
+    return designed_faces.render(factors, image_size=size)
+
+
+def pictures(archive: Path, count: int, size: int) -> np.ndarray:
+    """Random images of an archive, prepared as by the pipeline."""
+    with ZipFile(archive) as file:
+        names = sorted(name for name in file.namelist() if name.endswith((".png", ".jpg")))
+        chosen = np.random.default_rng(0).choice(names, count, replace=False)
+        return np.stack([
+            decode_image(file.read(str(name)), image_size=size, image_channels=3, fit="crop")
+            for name in chosen
+        ])  # fmt: skip
+
+
+def as_table(rows: list[Row]) -> str:
+    counts = sorted({row["images"] for row in rows if "images" in row})
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows if "images" in row):
+        own = {row["images"]: row for row in rows if row["kind"] == kind}
+        effects = own[counts[-1]]["effects"]
+        largest = max(effects, key=lambda name: effects[name])
+        shares = [f"{own[count]['alarms']:.1%}" for count in counts]
+        lines.append([kind, *shares, f"{largest}, {effects[largest]:.2f}"])
+    headings = ["new images", *map(str, counts), f"largest effect (mean, at {counts[-1]})"]
+    return table(headings, lines)
+
+
+if __name__ == "__main__":
+    main()

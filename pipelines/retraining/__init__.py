@@ -1,0 +1,1 @@
+"""A refresh of the model by new images: what is checked, decided and remembered."""
