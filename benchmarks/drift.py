@@ -7,7 +7,6 @@ often is there a false alarm? For the power the new ones have been changed: how 
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -24,15 +23,13 @@ from benchmarks.rows import Results, Row, table
 from tests.damage import blur, gray, jpeg, turned_hue
 
 LEVEL, MIN_EFFECT = 0.05, 0.15
-COUNTS = (25, 50, 100, 200, 400)  # images of each sample
-DRAWS_OF_LEVEL, DRAWS_OF_POWER = 200, 50
+COUNTS = (25, 50, 100, 200)  # images of each sample
+DRAWS_OF_LEVEL, DRAWS_OF_POWER = 200, 20
 SAME = "of the same kind"
 CHANGES = {
     "hue turned by 60°": lambda images: turned_hue(images, 60),
-    "hue turned by 15°": lambda images: turned_hue(images, 15),
     "blur of sigma 0.5": lambda images: blur(images, 0.5),
     "gray": lambda images: gray(images, 1),
-    "half the colour": lambda images: gray(images, 0.5),
     "JPEG of quality 10": lambda images: jpeg(images, 10),
 }
 
@@ -42,20 +39,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--archive", type=Path, help=".zip of images; else designed faces")
     parser.add_argument("--model", type=Path, help="folder of a model whose E(x) is compared too")
-    parser.add_argument("--images", type=int, default=1000, help="of the pool")
+    parser.add_argument("--images", type=int, default=500, help="of the pool")
     parser.add_argument("--size", type=int, default=32, help="their side in pixels")
     options = parser.parse_args()
     model = aegan.load(options.model) if options.model else None
     settings = {"archive": options.archive and options.archive.name, "model": model is not None}
     settings |= {"images": options.images, "size": options.size}
     results = Results(options.json, settings)
-    if not results.rows:
-        for row in measure(options.archive, options.images, options.size, model):
-            results.add(row)
+    measure(options.archive, options.images, options.size, model, results)
     print(as_table(results.rows))
 
 
-def measure(archive: Path | None, count: int, size: int, model: AEGAN | None) -> Iterator[Row]:
+def measure(
+    archive: Path | None, count: int, size: int, model: AEGAN | None, results: Results
+) -> None:
     """A row for each kind of new images and number of them."""
     images = faces(count, size) if archive is None else pictures(archive, count, size)
     old = describe(images, model)
@@ -65,7 +62,9 @@ def measure(archive: Path | None, count: int, size: int, model: AEGAN | None) ->
     for kind, new in kinds.items():
         for number in (n for n in COUNTS if 2 * n <= count):
             draws = DRAWS_OF_LEVEL if kind == SAME else DRAWS_OF_POWER
-            yield {"kind": kind, "images": number} | alarms(new, old, number, draws=draws)
+            row = {"kind": kind, "images": number}
+            if not results.find(**row):
+                results.add(row | alarms(new, old, number, draws=draws))
 
 
 def alarms(new: drift.Described, old: drift.Described, number: int, *, draws: int) -> Row:
@@ -122,9 +121,9 @@ def pictures(archive: Path, count: int, size: int) -> np.ndarray:
 
 
 def as_table(rows: list[Row]) -> str:
-    counts = sorted({row["images"] for row in rows if "images" in row})
+    counts = sorted({row["images"] for row in rows})
     lines = []
-    for kind in dict.fromkeys(row["kind"] for row in rows if "images" in row):
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         own = {row["images"]: row for row in rows if row["kind"] == kind}
         effects = own[counts[-1]]["effects"]
         largest = max(effects, key=lambda name: effects[name])

@@ -27,6 +27,7 @@ SAME_FORM = ("image_size", "image_channels", "fit", "value_range")  # of the man
 COPIES = ("identical file", "duplicate", "near duplicate of an image in another split")
 HARMLESS = ("hidden or system file", "companions of images, not read")
 SHEET_COLUMNS, SHEET_PIXELS = 4, 64  # least side of an image on the sheet
+MOST_FORMATS = 8  # that are named
 
 Ids = NDArray[np.str_]
 
@@ -251,7 +252,9 @@ def _new_images(count: int, config: RetrainConfig) -> Finding:
 
 def _formats(sources: Ids) -> Finding:
     formats = Counter(PurePosixPath(str(source)).suffix.lower() or "none" for source in sources)
-    counts = ", ".join(f"{count:,} {cell(name)}" for name, count in formats.most_common())
+    counts = ", ".join(
+        f"{count:,} {cell(name)}" for name, count in formats.most_common(MOST_FORMATS)
+    )
     return Finding(
         name="formats",
         value=len(formats),
