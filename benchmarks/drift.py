@@ -1,13 +1,16 @@
 """Level and power of the check of new images (docs/retraining.md), over sample sizes.
 
     .venv/bin/python -m benchmarks.drift --json FILE [--archive ZIP] [--model FOLDER]
+    .venv/bin/python -m benchmarks.drift --json FILE --cost
 
 New and old images are drawn again and again from one pool. For the level they are of one kind: how
 often is there a false alarm? For the power the new ones have been changed: how often is that found?
 """
 
 import argparse
+import time
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -16,15 +19,18 @@ import torch
 import aegan
 from aegan.data import designed_faces
 from aegan.data.image_files import decode_image
+from aegan.files import write_json
 from aegan.metrics import drift
-from aegan.metrics.features import installed_features
+from aegan.metrics.features import extract, feature_extractor, installed_features
 from aegan.networks import AEGAN
+from benchmarks.machine import describe as describe_machine
 from benchmarks.rows import Results, Row, table
 from tests.damage import blur, gray, jpeg, turned_hue
 
 LEVEL, MIN_EFFECT = 0.05, 0.15
 COUNTS = (25, 50, 100, 200)  # images of each sample
 DRAWS_OF_LEVEL, DRAWS_OF_POWER = 200, 20
+TIMED, MANY = 200, 2000  # images whose cost is measured
 SAME = "of the same kind"
 CHANGES = {
     "hue turned by 60°": lambda images: turned_hue(images, 60),
@@ -41,7 +47,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model whose E(x) is compared too")
     parser.add_argument("--images", type=int, default=500, help="of the pool")
     parser.add_argument("--size", type=int, default=32, help="their side in pixels")
+    parser.add_argument("--cost", action="store_true", help="measure processor time instead")
     options = parser.parse_args()
+    if options.cost:
+        write_json(options.json, found := cost(options.size))
+        print(found)
+        return
     model = aegan.load(options.model) if options.model else None
     settings = {"archive": options.archive and options.archive.name, "model": model is not None}
     settings |= {"images": options.images, "size": options.size}
@@ -65,6 +76,32 @@ def measure(
             row = {"kind": kind, "images": number}
             if not results.find(**row):
                 results.add(row | alarms(new, old, number, draws=draws))
+
+
+def cost(size: int) -> dict[str, Any]:
+    """Processor seconds of one thread: for the tests of many images, and to describe a thousand."""
+    torch.set_num_threads(1)
+    machine = describe_machine("torch")
+    images = torch.from_numpy(faces(TIMED, size))
+    extractor = feature_extractor(installed_features(), 3)
+    started = time.process_time()
+    features = extract(extractor, images)
+    extracted = time.process_time()
+    values = drift.pixel_statistics(images)
+    described = time.process_time()
+    many = drift.Described(
+        vectors={"features": features.repeat(MANY // TIMED, 1)},
+        values={name: np.tile(column, MANY // TIMED) for name, column in values.items()},
+    )
+    tested_from = time.process_time()
+    drift.run_tests(many, many, seed=0)
+    return {
+        "machine": machine,
+        "size": size,
+        "features_of_1000": (extracted - started) / TIMED * 1000,
+        "pixels_of_1000": (described - extracted) / TIMED * 1000,
+        f"tests_of_{MANY}_and_{MANY}": time.process_time() - tested_from,
+    }
 
 
 def alarms(new: drift.Described, old: drift.Described, number: int, *, draws: int) -> Row:

@@ -1,11 +1,11 @@
 """Whether new images are of the kind of the old ones, and how large a difference is.
 
 Each test has a p and an effect. The p says whether chance explains a difference, and falls with the
-number of images whatever the difference; the effect says how large it is, and does not. Only both
-together are a shift. All effects are Cliff's delta (1993): of a random new and a random old image,
-how much more often the new one has the higher value than the lower one; 0: one kind, 1 or -1: each
-new image can be told from each old one. Below .147 a delta is usually called negligible, from .474
-on large (Romano et al. 2006).
+number of images whatever the difference; the effect says how large it is, whatever their number.
+Only both together are a shift. All effects are Cliff's delta (1993): of a random new and a random
+old image, how much more often the new one has the higher value than the lower one; 0: one kind, 1
+or -1: each new image can be told from each old one. Below .147 a delta is usually called
+negligible, from .474 on large (Romano et al. 2006).
 """
 
 from dataclasses import dataclass
