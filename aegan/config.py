@@ -343,6 +343,21 @@ ADDED: dict[str, Any] = {
     "training.augmentation_probability": 0.0,
     "training.augmentation_target": 0.0,
     "training.augmentation_images": 100_000,
+    "retrain.start": "champion",
+    "retrain.on_drift": "ask",
+    "retrain.max_hours": 24.0,
+    "retrain.price_per_hour": 0.0,
+    "retrain.max_champion_days": 30.0,
+    "retrain.max_look_hours": 48.0,
+    "retrain.drift_images": 2000,
+    "retrain.drift_level": 0.05,
+    "retrain.drift_min_effect": 0.15,
+    "retrain.max_changed_fraction": 0.2,
+    "retrain.max_duplicate_fraction": 0.5,
+    "retrain.max_quarantined_fraction": 0.1,
+    "retrain.max_vanished_fraction": 0.2,
+    "retrain.min_new_images": 200,
+    "retrain.seed": 0,
 }
 
 
@@ -559,12 +574,21 @@ class RetrainConfig:
 
     start: Literal["champion", "anew"]  # weights to begin with, where images are of the same kind
     on_drift: Literal["ask", "anew"]  # images of another kind: a person decides, or train anew
-    max_hours: Annotated[
-        float, Interval(gt=0, le=10_000)
-    ]  # of one retraining, which can go on later
+    max_hours: Annotated[float, Interval(gt=0, le=10_000)]  # of one; it can go on later
+    price_per_hour: Annotated[float, Interval(ge=0, le=1e6)]  # in any currency; 0 shows hours alone
     max_champion_days: Annotated[float, Interval(gt=0, le=10_000)]  # before `aegan health` says so
     max_look_hours: Annotated[float, Interval(gt=0, le=10_000)]  # the same of the last look
-    price_per_hour: Annotated[float, Interval(ge=0, le=1e6)]  # in any currency; 0 shows hours alone
+    drift_images: Annotated[int, Ge(2), Le(10_000)]  # of new and of old ones that are compared
+    # Chance of a false alarm; an alarm needs an effect (Cliff's delta) above the least one, too.
+    drift_level: Annotated[float, Interval(gt=0, lt=1)]
+    drift_min_effect: Probability
+    # Of the old images, beyond which a retraining is refused.
+    max_changed_fraction: Probability
+    max_vanished_fraction: Probability
+    max_duplicate_fraction: Probability  # of the new files, beyond which somebody is asked
+    max_quarantined_fraction: Probability  # of the new files, beyond which it is refused
+    min_new_images: Count  # fewer wait for more
+    seed: Seed
 
 
 SECTIONS: dict[str, type] = {

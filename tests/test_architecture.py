@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 WINGS = (  # imports run down this list, and never up
     "retraining",
     "project",
+    "retraining",
     "jobs",
     "serving",
     "search",
