@@ -7,7 +7,6 @@ nothing to do. Exit codes: 0 promoted or nothing to do, 3 refused, 4 another is 
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from aegan.config import ComputeConfig, DataConfig, RegisterConfig, RetrainConfi
 from aegan.files import sha256_of_json
 from pipelines.base import identity, params
 from pipelines.base.errors import UserError
-from pipelines.registry import decisions
+from pipelines.registry import decisions, mlflow_store
 from pipelines.retraining import lease, messages, workplace
 from pipelines.retraining.ledger import Entry, Ledger, Step, new_entry, place_of
 from pipelines.retraining.look import look
@@ -60,7 +59,7 @@ def main(options: Options) -> int:
 def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
     commit = workplace.last_commit()
     config, registry = params.load(RetrainConfig), params.load(RegisterConfig)
-    champion = decisions.champion(registry.model_name) or ""
+    champion = _champion(registry.model_name)
     begun = time.time()
     source, seen = look(params.load(DataConfig))
     log.info("look: %s, %.1f s", source, time.time() - begun)
@@ -85,6 +84,12 @@ def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
         work=workplace.Workplace(), lease=held, deadline=begun + config.max_hours * 3600,
     )  # fmt: skip
     return _go_through(retraining, ledger, options)
+
+
+def _champion(model_name: str) -> str:
+    """Its version; "" where there is none, or no registry yet."""
+    file = mlflow_store.database_file()
+    return "" if file and not file.exists() else decisions.champion(model_name) or ""
 
 
 def _is_the_same(known: Entry, new: Entry) -> bool:
@@ -149,7 +154,7 @@ def _go_through(retraining: Retraining, ledger: Ledger, options: Options) -> int
         if entry.outcome:
             break
         if name == options.until:
-            log.info("ends after the step %s, as asked for; the same command goes on", name)
+            log.info("ends after the step %s; the same command goes on", name)
             return 0
     seconds = sum(step.seconds for step in entry.steps.values())
     log.info("retraining %s: %s", entry.id, entry.outcome)
@@ -174,9 +179,8 @@ def _show_plan(entry: Entry, earlier: list[Entry], config: RetrainConfig) -> Non
 
 
 def _message(entry: Entry) -> dict[str, Any]:
-    result: Mapping[str, Any] = entry.steps["gate"].result if "gate" in entry.steps else {}
     return {
-        "id": f"{entry.id}-{result.get('decision', entry.outcome)}",
+        "id": f"{entry.id}-{entry.outcome}",
         "retraining": entry.id,
         "source": entry.source,
         "outcome": entry.outcome,

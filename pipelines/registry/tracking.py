@@ -245,6 +245,14 @@ def aliased(model_name: str, alias: str) -> str:
     return pinned(f"models:/{model_name}@{alias}").rpartition("/")[2]
 
 
+def tags_of(model_name: str, version: str) -> dict[str, str]:
+    """The tags of a registered version; raises UserError."""
+    with readable_errors():
+        client = open_store(writing=False).MlflowClient()
+        tags: dict[str, str] = client.get_model_version(model_name, version).tags
+        return tags
+
+
 def set_tags(model_name: str, version: str, tags: Mapping[str, str]) -> None:
     """Tags of a model version; raises UserError."""
     with readable_errors(), alone():

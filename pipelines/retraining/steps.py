@@ -2,23 +2,26 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import chdir
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aegan.config import RegisterConfig, RetrainConfig
+from aegan.config import PreprocessConfig, RegisterConfig, RetrainConfig
+from aegan.files import remove
+from aegan.metrics.features import installed_features
+from pipelines.base import params
 from pipelines.base.files import read_json
-from pipelines.base.outputs import RAW, SHARDS
-from pipelines.registry import decisions, gate, tracking
-from pipelines.registry.reference import current_reference
+from pipelines.base.outputs import PREPROCESS, RAW, REFERENCE, SHARDS
+from pipelines.registry import gate, reference, tracking
 from pipelines.retraining import check
 from pipelines.retraining.lease import Lease
 from pipelines.retraining.ledger import Entry
 from pipelines.retraining.workplace import Workplace
 
+QUARANTINE = PREPROCESS / "quarantine.csv"
 REGISTRATION = Path("artifacts/register/registration.json")
-QUARANTINE = Path("artifacts/preprocess/quarantine.csv")
-BEFORE = "images_before"  # a copy of the champion's images, beside the worktree
+BEFORE = "before"  # a copy of the champion's images, beside the worktree
 
 OUTCOME, REASONS = "outcome", "reasons"  # of a result that ends the retraining
 EXIT_CODES = {"promoted": 0, "nothing new": 0, "waits": 0, "refused": 3, "asks": 3}
@@ -40,8 +43,9 @@ class Retraining:
         return self.entry.steps[step].result
 
     @property
-    def images_before(self) -> Path:
-        return self.work.folder.with_name(BEFORE)
+    def before(self) -> check.Preprocessed:
+        """The champion's images, if they are on this machine."""
+        return preprocessed(self.work.folder.with_name(BEFORE))
 
     def prepare(self, start: str = "") -> None:
         """The worktree at the commit, set to begin with these weights; the gate is ours."""
@@ -62,59 +66,79 @@ def fetch(retraining: Retraining) -> dict[str, Any]:
     return {key: raw[key] for key in ("source_sha256", "files", "bytes")}
 
 
+def preprocessed(folder: Path) -> check.Preprocessed:
+    """What the stage preprocess has left in a project's folder, or a copy of that."""
+    return check.Preprocessed(shards=folder / SHARDS, quarantine=folder / QUARANTINE)
+
+
 def _keep_images_of_champion(retraining: Retraining) -> None:
-    """Copy the shards that the champion was trained on, before new ones take their place.
+    """Copy the images that the champion was trained on, before new ones take their place.
 
     They lie where the last retraining or the last `make run` left them, or nowhere on this machine.
     """
-    wanted, kept = _champions_dataset(retraining), retraining.images_before
-    work = retraining.work
-    for place in (kept, work.folder / SHARDS, work.project / SHARDS):
-        if wanted and _dataset_of(place) == wanted:
-            if place != kept:
-                shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(place, kept)
+    work, kept = retraining.work, retraining.before
+    wanted = _champions_dataset(retraining)
+    for found in (kept, preprocessed(work.folder), preprocessed(work.project)):
+        if wanted and _dataset_of(found) == wanted:
+            if found != kept:
+                remove(work.folder.with_name(BEFORE))
+                shutil.copytree(found.shards, kept.shards)
+                kept.quarantine.parent.mkdir(parents=True)
+                shutil.copy(found.quarantine, kept.quarantine)
             return
-    shutil.rmtree(kept, ignore_errors=True)
+    remove(work.folder.with_name(BEFORE))
 
 
-def _dataset_of(shards: Path) -> str:
-    """The hash of the images in a folder; "" where there are none."""
-    manifest = shards / "manifest.json"
-    return read_json(manifest, stage="preprocess")["dataset_sha256"] if manifest.exists() else ""
+def _dataset_of(images: check.Preprocessed) -> str:
+    """Their hash; "" where there are none."""
+    manifest = images.shards / "manifest.json"
+    if not manifest.exists():
+        return ""
+    sha256: str = read_json(manifest, stage="preprocess")["dataset_sha256"]
+    return sha256
 
 
 def _champions_dataset(retraining: Retraining) -> str:
     """The hash of the images that the champion was trained on; "" without one."""
-    if not retraining.entry.champion:
+    champion = retraining.entry.champion
+    if not champion:
         return ""
-    tags = tracking.tags_of(retraining.registry.model_name, retraining.entry.champion)
-    return tags.get("dataset_sha256", "")
+    return tracking.tags_of(retraining.registry.model_name, champion).get("dataset_sha256", "")
 
 
 def check_images(retraining: Retraining) -> dict[str, Any]:
     """Decode what is new, and look whether it is fit to train on and like what was there."""
     retraining.prepare()
     retraining.work.dvc("repro", "preprocess", deadline=retraining.deadline)
-    shards = retraining.work.folder / SHARDS
-    dataset = _dataset_of(shards)
-    if dataset == _champions_dataset(retraining):
-        return {OUTCOME: "nothing new", REASONS: ["the images are those of the champion"]}
-    before = retraining.images_before if retraining.images_before.exists() else None
-    model = None
-    if retraining.entry.champion:
-        address = f"models:/{retraining.registry.model_name}/{retraining.entry.champion}"
-        model = tracking.load_model(address)
-    findings = check.examine(
-        shards,
-        before,
-        quarantine=retraining.work.folder / QUARANTINE,
-        reference=current_reference(),
-        model=model,
-        config=retraining.config,
-        odd_images=retraining.work.folder.parent / f"{retraining.entry.id}-odd.png",
-    )
-    return {"dataset_sha256": dataset, "findings": [finding.as_dict() for finding in findings]}
+    new, old = preprocessed(retraining.work.folder), retraining.before
+    found: dict[str, Any] = {"dataset_sha256": _dataset_of(new), "findings": []}
+    if not retraining.entry.champion:
+        return found | {"note": "there is no champion to compare with"}
+    if _dataset_of(new) == _champions_dataset(retraining):
+        return found | {OUTCOME: "nothing new", REASONS: ["the images are the champion's"]}
+    if not _dataset_of(old):
+        return found | {"note": "the champion's images are not on this machine: not compared"}
+    model = tracking.load_model(_address(retraining, retraining.entry.champion))
+    with chdir(retraining.work.folder):
+        frozen = reference.current_or_first(old.shards)
+        done = check.check(
+            new,
+            old,
+            reference=retraining.work.project / REFERENCE / f"{frozen.sha256}.parquet",
+            model=model,
+            features=installed_features(),
+            preprocess=params.load(PreprocessConfig),
+            config=retraining.config,
+            sheet=retraining.work.folder.with_name(f"{retraining.entry.id}-odd.png"),
+        )
+    return found | {
+        "findings": [asdict(finding) for finding in done.findings],
+        "near_reference": list(done.left_out),
+    }
+
+
+def _address(retraining: Retraining, version: str) -> str:
+    return f"models:/{retraining.registry.model_name}/{version}"
 
 
 def decide(retraining: Retraining) -> dict[str, Any]:
@@ -133,7 +157,7 @@ def decide(retraining: Retraining) -> dict[str, Any]:
         return {OUTCOME: "asks", REASONS: [*shifted, cure]}
     champion = retraining.entry.champion
     if champion and not shifted and retraining.config.start == "champion":
-        return {"start": f"models:/{retraining.registry.model_name}/{champion}"}
+        return {"start": _address(retraining, champion)}
     return {"start": ""}
 
 
@@ -162,13 +186,11 @@ def pass_gate(retraining: Retraining) -> dict[str, Any]:
     """Compare with the champion on the reference, and promote or refuse: the only such place."""
     version = retraining.result("train")["version"]
     retraining.lease.check()
-    passed = gate.decide(retraining.registry.model_name, version)
-    outcome = "promoted" if passed.promoted else "refused"
-    champion = decisions.champion(retraining.registry.model_name) or ""
-    return {
-        "decision": passed.number, "champion": champion, OUTCOME: outcome,
-        REASONS: list(passed.reasons),
-    }  # fmt: skip
+    with chdir(retraining.work.folder):  # where the images are that a first reference is cut from
+        verdict = gate.gate(retraining.registry, version)
+    champion = version if verdict.passed else retraining.entry.champion
+    outcome = "promoted" if verdict.passed else "refused"
+    return {"champion": champion, OUTCOME: outcome, REASONS: list(verdict.reasons)}
 
 
 STEPS: dict[str, Callable[[Retraining], dict[str, Any]]] = {
