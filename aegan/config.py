@@ -560,7 +560,8 @@ class RegisterConfig:
 class RetrainConfig:
     """Which new images a retraining takes without asking anybody (docs/retraining.md)."""
 
-    drift_images: Annotated[int, Ge(2), Le(10_000)]  # of new and of old ones that are compared
+    # Of new and of old ones that are compared, at most.
+    drift_images: Annotated[int, Interval(ge=2, le=5000), "memory grows with its square"]
     # Chance of a false alarm; an alarm needs an effect (Cliff's delta) above the least one, too.
     drift_level: Annotated[float, Interval(gt=0, lt=1)]
     drift_min_effect: Probability
