@@ -578,7 +578,8 @@ class RetrainConfig:
     price_per_hour: Annotated[float, Interval(ge=0, le=1e6)]  # in any currency; 0 shows hours alone
     max_champion_days: Annotated[float, Interval(gt=0, le=10_000)]  # before `aegan health` says so
     max_look_hours: Annotated[float, Interval(gt=0, le=10_000)]  # the same of the last look
-    drift_images: Annotated[int, Ge(2), Le(10_000)]  # of new and of old ones that are compared
+    # Of new and of old ones that are compared, at most.
+    drift_images: Annotated[int, Interval(ge=2, le=5000), "memory grows with its square"]
     # Chance of a false alarm; an alarm needs an effect (Cliff's delta) above the least one, too.
     drift_level: Annotated[float, Interval(gt=0, lt=1)]
     drift_min_effect: Probability

@@ -29,15 +29,20 @@ from tests.damage import blur, gray, jpeg, turned_hue
 
 LEVEL, MIN_EFFECT = 0.05, 0.15
 COUNTS = (25, 50, 100, 200)  # images of each sample
-DRAWS_OF_LEVEL, DRAWS_OF_POWER = 200, 20
+DRAWS_OF_LEVEL, DRAWS_OF_POWER = 500, 20
 TIMED, MANY = 200, 2000  # images whose cost is measured
 SAME = "of the same kind"
 CHANGES = {
     "hue turned by 60°": lambda images: turned_hue(images, 60),
+    "hue turned by 15°": lambda images: turned_hue(images, 15),
     "blur of sigma 0.5": lambda images: blur(images, 0.5),
+    "blur of sigma 0.3": lambda images: blur(images, 0.3),
     "gray": lambda images: gray(images, 1),
+    "a tenth of the colour lost": lambda images: gray(images, 0.1),
     "JPEG of quality 10": lambda images: jpeg(images, 10),
+    "JPEG of quality 75": lambda images: jpeg(images, 75),
 }
+BACKGROUNDS = {"a quarter of the backgrounds": 0.25, "two thirds of the backgrounds": 0.67}
 
 
 def main() -> None:
@@ -69,7 +74,8 @@ def measure(
     old = describe(images, model)
     kinds = {SAME: old} | {name: describe(c(images), model) for name, c in CHANGES.items()}
     if archive is None:
-        kinds["other backgrounds"] = describe(faces(count, size, background=0.25), model)
+        for name, part in BACKGROUNDS.items():
+            kinds[name] = describe(faces(count, size, background=part), model)
     for kind, new in kinds.items():
         for number in (n for n in COUNTS if 2 * n <= count):
             draws = DRAWS_OF_LEVEL if kind == SAME else DRAWS_OF_POWER

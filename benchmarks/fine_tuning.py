@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--kind", choices=["other", "same"], default="other")
-    parser.add_argument("--keep", type=Path, help="folder for the runs, to look at or go on with")
+    parser.add_argument("--keep", type=Path, help="folder for the runs, to look at")
     options = parser.parse_args()
     results = Results(options.json, {"kind": options.kind})
     with tempfile.TemporaryDirectory() as scratch:
