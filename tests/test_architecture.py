@@ -14,7 +14,6 @@ from pipelines.base import identity
 
 ROOT = Path(__file__).parent.parent
 WINGS = (  # imports run down this list, and never up
-    "retraining",
     "project",
     "retraining",
     "jobs",
