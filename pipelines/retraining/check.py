@@ -299,7 +299,7 @@ def _near_reference(count: int) -> Finding:
         value=count,
         threshold=None,
         verdict="ok",
-        sentence=f"{count:,} new images are near duplicates of reference images: left out",
+        sentence=f"{count:,} new images are near duplicates of reference images: not compared",
     )
 
 
