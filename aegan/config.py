@@ -343,6 +343,21 @@ ADDED: dict[str, Any] = {
     "training.augmentation_probability": 0.0,
     "training.augmentation_target": 0.0,
     "training.augmentation_images": 100_000,
+    "retrain.start": "champion",
+    "retrain.on_drift": "ask",
+    "retrain.max_hours": 24.0,
+    "retrain.price_per_hour": 0.0,
+    "retrain.max_champion_days": 30.0,
+    "retrain.max_look_hours": 48.0,
+    "retrain.drift_images": 2000,
+    "retrain.drift_level": 0.05,
+    "retrain.drift_min_effect": 0.15,
+    "retrain.max_changed_fraction": 0.2,
+    "retrain.max_duplicate_fraction": 0.5,
+    "retrain.max_quarantined_fraction": 0.1,
+    "retrain.max_vanished_fraction": 0.2,
+    "retrain.min_new_images": 200,
+    "retrain.seed": 0,
 }
 
 
@@ -542,10 +557,40 @@ class RegisterConfig:
     alias: Annotated[
         str,
         Predicate(
-            re.compile(r"(?!(latest|v\d+)$)[\w-]{1,250}", re.ASCII | re.IGNORECASE).fullmatch
+            re.compile(
+                r"(?!(latest|v\d+|champion|previous)$)[\w-]{1,250}", re.ASCII | re.IGNORECASE
+            ).fullmatch
         ),
-        "letters, digits, - and _, but not latest or v and a number, which MLflow keeps for itself",
+        "letters, digits, - and _, but not latest or v and a number, which MLflow keeps for "
+        "itself, and not champion or previous, which `aegan promote` decides",
     ]
+    # Whether a registered version becomes the champion: by hand, or if the gate lets it pass.
+    promote: Literal["manual", "gate"]
+    gate_margin: Fraction  # a figure may be worse than the champion's by this share of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig:
+    """Retraining by itself when images have changed (`aegan retrain`, docs/retraining.md)."""
+
+    start: Literal["champion", "anew"]  # weights to begin with, where images are of the same kind
+    on_drift: Literal["ask", "anew"]  # images of another kind: a person decides, or train anew
+    max_hours: Annotated[float, Interval(gt=0, le=10_000)]  # of one; it can go on later
+    price_per_hour: Annotated[float, Interval(ge=0, le=1e6)]  # in any currency; 0 shows hours alone
+    max_champion_days: Annotated[float, Interval(gt=0, le=10_000)]  # before `aegan health` says so
+    max_look_hours: Annotated[float, Interval(gt=0, le=10_000)]  # the same of the last look
+    # Of new and of old ones that are compared, at most.
+    drift_images: Annotated[int, Interval(ge=2, le=5000), "memory grows with its square"]
+    # Chance of a false alarm; an alarm needs an effect (Cliff's delta) above the least one, too.
+    drift_level: Annotated[float, Interval(gt=0, lt=1)]
+    drift_min_effect: Probability
+    # Of the old images, beyond which a retraining is refused.
+    max_changed_fraction: Probability
+    max_vanished_fraction: Probability
+    max_duplicate_fraction: Probability  # of the new files, beyond which somebody is asked
+    max_quarantined_fraction: Probability  # of the new files, beyond which it is refused
+    min_new_images: Count  # fewer wait for more
+    seed: Seed
 
 
 SECTIONS: dict[str, type] = {
@@ -559,6 +604,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "interpolate": InterpolateConfig,
     "register": RegisterConfig,
+    "retrain": RetrainConfig,
 }
 COMPARISONS = {  # bound => whether a value is within it, and how it is said
     "gt": (operator.gt, "above {}"),

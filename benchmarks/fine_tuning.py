@@ -1,16 +1,17 @@
-"""300 new pictures: going on from a model of 12,000 others, against training anew.
+"""New pictures: going on from a model that has learnt 12,000 others, against training anew.
 
-    .venv/bin/python -m benchmarks.fine_tuning --json FILE
+    .venv/bin/python -m benchmarks.fine_tuning --json FILE [--kind same]
 
-The model has learnt the designed faces. The new pictures are of a kind that it has not seen: faces
-that look far to one side, with red and blue exchanged. Both ways take the same steps on the same
-pictures; their averaged networks are judged on pictures of the new kind that neither was given.
+The model has learnt the designed faces. The 300 new pictures are of a kind that it has not seen:
+faces that look far to one side, with red and blue exchanged. With `--kind same`, as in a scheduled
+retraining, they are 1,200 more designed faces, which are trained on together with the others. Both
+ways take the same steps on the same pictures; their networks are judged on pictures of the new kind
+that neither was given.
 """
 
 import argparse
 import itertools
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,18 +22,18 @@ import aegan
 from aegan.config import TrainConfig
 from aegan.data import designed_faces
 from aegan.data.dataset import read_manifest
-from aegan.files import write_json
 from aegan.metrics.features import installed_features
 from aegan.training import loop, start
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import Judge
-from benchmarks.machine import describe
+from benchmarks.rows import Results
 from pipelines.base import params
 from tests.shards import write_shards
 
 IMAGE_SIZE = 32
 LARGE, SMALL, JUDGES = 12_000, 300, 1_000  # images
+ADDED = LARGE // 10  # of the same kind
 FIRST_STEPS = 1_000  # of the model that is gone on from
 STEPS = (50, 100, 200, 300)  # after which both are judged
 SEEDS = (1, 2, 3)
@@ -46,48 +47,56 @@ Row = dict[str, float | str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--kind", choices=["other", "same"], default="other")
     parser.add_argument("--keep", type=Path, help="folder for the runs, to look at")
     options = parser.parse_args()
-    began, machine = time.perf_counter(), describe("torch", "numpy")
+    results = Results(options.json, {"kind": options.kind})
     with tempfile.TemporaryDirectory() as scratch:
-        rows = compare(options.keep or Path(scratch))
-    result = {"machine": machine, "minutes": (time.perf_counter() - began) / 60, "rows": rows}
-    write_json(options.json, result)
-    print(table(rows))
-    print(f"{machine['cpu']}, {result['minutes']:.0f} minutes")
+        compare(options.keep or Path(scratch), options.kind, results)
+    print(table(results.rows))
 
 
-def compare(folder: Path) -> list[Row]:
-    """A row for each way, seed and number of steps."""
+def compare(folder: Path, kind: str, results: Results) -> None:
+    """A row for each way, seed, number of steps and set of weights."""
     config = params.load(TrainConfig)
     old, new = folder / "old", folder / "new"
-    write_shards(old, {"train": faces(LARGE), "validation": faces(100, start=LARGE)})
-    some = new_kind(SMALL + 2 * JUDGES)
-    write_shards(new, {"train": some[:SMALL], "validation": some[SMALL : SMALL + JUDGES]})
-    judge = Judge(torch.from_numpy(some[SMALL + JUDGES :]), features=installed_features())
+    held_out = faces(100, start=LARGE)
+    write_shards(old, {"train": faces(LARGE), "validation": held_out})
+    if kind == "other":
+        some = new_kind(SMALL + 2 * JUDGES)
+        write_shards(new, {"train": some[:SMALL], "validation": some[SMALL : SMALL + JUDGES]})
+        unseen = some[SMALL + JUDGES :]
+    else:
+        start_of_new = LARGE + len(held_out)
+        added = faces(ADDED, start=start_of_new)
+        both = np.concatenate([faces(LARGE), added])
+        write_shards(new, {"train": both, "validation": held_out})
+        unseen = faces(JUDGES, start=start_of_new + ADDED)
+    judge = Judge(torch.from_numpy(unseen), features=installed_features())
 
     first = shortened(config, num_steps=FIRST_STEPS, interval=FIRST_STEPS)
     train(first, old, folder / "first")
     model = folder / "model"
     export_model(RunFolder(folder / "first").checkpoint(FIRST_STEPS), model)
-    rows = []
-    for seed in SEEDS:
-        for way in WAYS:
-            one = shortened(config, num_steps=STEPS[-1], interval=STEPS[0], seed=seed)
-            run_folder = folder / f"{way.replace(' ', '-')}-{seed}"
-            if way != "anew":
-                manifest = read_manifest(new)
-                found = start.read(model, one, manifest)
-                start.begin(found, one, manifest, run_folder, address=str(model))
-            train(one, new, run_folder)
-            for step in STEPS:
-                export_model(RunFolder(run_folder).checkpoint(step), run_folder / "model")
-                for weights in ("ema", "raw"):
-                    networks = aegan.load(run_folder / "model", weights=weights)
-                    scores = judge.scores(networks, seed=0)
-                    rows.append({"way": way, "seed": seed, "steps": step, "weights": weights})
-                    rows[-1] |= {key.removeprefix("validation_"): scores[key] for key in scores}
-    return rows
+    for seed, way in itertools.product(SEEDS, WAYS):
+        if results.find(seed=seed, way=way):
+            continue
+        one = shortened(config, num_steps=STEPS[-1], interval=STEPS[0], seed=seed)
+        run_folder = folder / f"{way.replace(' ', '-')}-{seed}"
+        if way != "anew":
+            manifest = read_manifest(new)
+            found = start.read(model, one, manifest)
+            start.begin(found, one, manifest, run_folder, address=str(model))
+        train(one, new, run_folder)
+        rows = []
+        for step in STEPS:
+            export_model(RunFolder(run_folder).checkpoint(step), run_folder / "model")
+            for weights in ("ema", "raw"):
+                networks = aegan.load(run_folder / "model", weights=weights)
+                scores = judge.scores(networks, seed=0)
+                rows.append({"way": way, "seed": seed, "steps": step, "weights": weights})
+                rows[-1] |= {key.removeprefix("validation_"): scores[key] for key in scores}
+        results.add(*rows)
 
 
 def faces(count: int, *, start: int = 0) -> np.ndarray:

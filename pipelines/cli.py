@@ -6,6 +6,8 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+REFUSED = 3  # exit status
 ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their arguments themselves
     "add_help_option": False,
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
@@ -33,6 +36,7 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Say what was done as one JSON object.")]
+Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why, for the log.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")]
 Picture = Annotated[Path, typer.Argument(help="An image file of any kind that training takes.")]
 Frames = Annotated[
@@ -43,6 +47,12 @@ Way = Annotated[
     typer.Option(help="slerp: the path of the model's prior, a great circle; linear: straight."),
 ]
 Strip = Annotated[Path, typer.Option(help="A strip, .png, or a film, .gif, .webp or .mp4.")]
+Source = Annotated[
+    str, typer.Argument(help="An image, a folder or archive of images, s3://bucket/prefix.")
+]
+Folder = Annotated[
+    str, typer.Option("--out", help="A folder; the same command again goes on in it.")
+]
 Png = Annotated[Path, typer.Option(help="A name that ends in .png.")]
 
 
@@ -271,13 +281,8 @@ def serve(context: typer.Context) -> None:
     serve.main(context.args)
 
 
-MODEL = typer.Option("", help="models:/NAME@ALIAS or /3, a folder; else what register names.")
-OUT = typer.Option("", help="A folder; the same command again goes on in it.")
-SOURCE = typer.Argument(help="An image, a folder or archive of images, s3://bucket/prefix.")
-
-
 @app.command()
-def encode(source: str = SOURCE, out: str = OUT, model: str = MODEL) -> None:
+def encode(source: Source, out: Folder = "", model: Model = "") -> None:
     """Latents of images, to Parquet; of one image without --out to the terminal, as JSON."""
     from pipelines.serving import batch
 
@@ -285,11 +290,155 @@ def encode(source: str = SOURCE, out: str = OUT, model: str = MODEL) -> None:
 
 
 @app.command()
-def reconstruct(source: str = SOURCE, out: str = OUT, model: str = MODEL) -> None:
+def reconstruct(source: Source, out: Folder = "", model: Model = "") -> None:
     """Images as the model sees them: encoded and drawn again, as PNG files."""
     from pipelines.serving import batch
 
     batch.main("reconstruct", source, out, model)
+
+
+@app.command()
+def retrain(
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be done, and write nothing.")
+    ] = False,
+    until: Annotated[str, typer.Option(metavar="STEP", help="End after this step.")] = "",
+    force: Annotated[
+        str, typer.Option(metavar="STEP", help="Do this step and those after it again.")
+    ] = "",
+    accept_drift: Annotated[
+        str, typer.Option(metavar="ID", help="Train on images that it has asked about.")
+    ] = "",
+    reason: Reason = "",
+) -> None:
+    """Look for new images; check, train, compare and promote by itself (docs/retraining.md).
+
+    Exits with 0 if a model was promoted or there was nothing to do, 3 if it was refused or a
+    person is asked, 4 if another retraining is at work.
+    """
+    from pipelines import retrain
+
+    options = retrain.Options(
+        dry_run=dry_run, until=until, force=force, accept_drift=accept_drift, reason=reason
+    )
+    raise typer.Exit(retrain.main(options))
+
+
+@app.command()
+def health() -> None:
+    """Exit with 2 if the champion is too old, or nobody has looked for new images for too long."""
+    from pipelines.retraining import health
+
+    raise typer.Exit(health.main())
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the registered versions: aliases, scores, when, from which data."""
+    from pipelines.registry import champions
+
+    found = champions.models(_model_name())
+    _print_all(found, None if as_json else champions.table_of_models)
+
+
+@app.command()
+def history(as_json: Json = False) -> None:
+    """List every promotion, refusal and rollback: who, when, why."""
+    from pipelines.registry import champions, decisions
+
+    found = decisions.history(_model_name())
+    _print_all(found, None if as_json else champions.table_of_decisions)
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(min=1)],
+    force: Annotated[bool, typer.Option("--force", help="whatever the gate said")] = False,
+    reason: Reason = "",
+) -> None:
+    """Make a version the champion; exit status 3 if the gate has not passed it."""
+    from pipelines.registry import champions
+
+    try:
+        print(champions.promote(_model_name(), str(version), force=force, reason=reason))
+    except champions.Refused as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        raise typer.Exit(REFUSED) from None
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(min=1, help="a former champion's version")] = None,
+    reason: Reason = "",
+) -> None:
+    """Make the previous champion the champion again."""
+    from pipelines.registry import champions
+
+    print(champions.rollback(_model_name(), to=str(to or ""), reason=reason))
+
+
+def _model_name() -> str:
+    from aegan.config import RegisterConfig
+    from pipelines.base import params
+
+    return params.load(RegisterConfig).model_name
+
+
+def _print_all(found: list[Any], table: Callable[[list[Any]], str] | None) -> None:
+    """Print dataclasses as a table, or as JSON where there is none."""
+    print(table(found) if table else json.dumps([asdict(one) for one in found], indent=2))
+
+
+@app.command("gate")
+def gate_command(
+    version: Annotated[
+        str, typer.Argument(help="number of a version; else what `register.alias` means")
+    ] = "",
+    measure_noise: Annotated[
+        bool, typer.Option("--measure-noise", help="train with other seeds instead, once")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="how many, for --measure-noise", min=3)] = 5,
+    steps: Annotated[
+        int, typer.Option(help="of each training; 0: `training.num_steps`", min=0)
+    ] = 0,
+) -> None:
+    """Check a registered version: promoted (exit 0) or refused (exit 3), and why."""
+    from aegan.config import RegisterConfig
+    from pipelines.base import params
+    from pipelines.registry import gate, noise, tracking
+
+    if measure_noise:
+        shares = noise.measure_noise(seeds=seeds, num_steps=steps)
+        for name, share in shares.items():
+            print(f"{name}: {share:.1%} worse is what another seed can make")
+        return
+    config = params.load(RegisterConfig)
+    verdict = gate.gate(config, version or tracking.aliased(config.model_name, config.alias))
+    print(gate.said(verdict))
+    raise typer.Exit(0 if verdict.passed else REFUSED)
+
+
+reference = typer.Typer(help="The images that versions are compared on.", rich_markup_mode=None)
+app.add_typer(reference, name="reference")
+
+
+@reference.command("show")
+def show_reference() -> None:
+    """Say which reference split counts."""
+    from pipelines.registry import reference
+
+    print(reference.said(reference.current()))
+
+
+@reference.command("new")
+def new_reference(
+    reason: Annotated[str, typer.Option(help="why; kept with it, and shown")],
+) -> None:
+    """Cut another reference split from the test images; scores on two are never compared."""
+    from pipelines.base.outputs import SHARDS
+    from pipelines.registry import reference
+
+    print(reference.said(reference.cut(SHARDS, reason=reason)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ With `data.in_place` only the listing of a bucket's prefix is stored, and the fi
 import hashlib
 import io
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from pipelines.base.names import shown
 from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW
 from pipelines.base.progress import progress
 from pipelines.bucket import storage
-from pipelines.ingest import https, source_address
+from pipelines.ingest import https, kaggle, source_address
 from pipelines.ingest.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
 from pipelines.ingest.quarantine import kind_of_reason, summary
 from pipelines.ingest.shards import ShardWriter
@@ -87,7 +86,7 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
         if address == source_address.DESIGNED:
             yield _manifold(config)
         elif scheme == "kaggle":
-            yield Source(address, read_folder(_fetch_kaggle(address.partition(":")[2])))
+            yield Source(address, read_folder(kaggle.fetch(address.partition(":")[2])))
         elif is_one:
             storage.download_object(address, fetched)
             yield Source(address, read_archive(fetched, address), fetched)
@@ -128,22 +127,6 @@ def _manifold(config: DataConfig) -> Source:
                 yield RawFile(name, png.getvalue(), tuple(values.tolist()))
 
     return Source("manifold", entries(), factors=tuple(f.name for f in designed_faces.FACTORS))
-
-
-def _fetch_kaggle(handle: str) -> Path:
-    """The folder of a Kaggle data set, from kagglehub's cache or from Kaggle."""
-    if not re.fullmatch(r"[\w-]+/[\w-]+(/versions/\d+)?", handle, re.ASCII):
-        raise UserError(f"kaggle:{handle} is no data set: expected kaggle:owner/name")
-    import kagglehub  # slow to import, needed by this source alone
-
-    try:
-        return Path(kagglehub.dataset_download(handle))
-    except Exception as error:  # kagglehub documents no error types of its own
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"kaggle:{handle} cannot be fetched ({cause}): check the name and the network; "
-            "a private set needs KAGGLE_USERNAME and KAGGLE_KEY"
-        ) from None
 
 
 def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipelines.base.files import clear_disk_errors, hash_files, project_folder, 
 from pipelines.base.identity import code_of, code_sha256
 from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
-from pipelines.registry import card, mlflow_store, tracking, training_record
+from pipelines.registry import card, gate, mlflow_store, tracking, training_record
 from pipelines.registry.live_run import send_rest, tags_of_all
 from pipelines.registry.mlflow_runs import Point
 
@@ -173,6 +173,8 @@ def main() -> None:
         print(f"not signed anew: aegan sign models:/{config.model_name}/{version.number}")
     print(f"model: models:/{config.model_name}@{config.alias} in {uri}")
     print(f"MLflow page: {uri if uri.startswith('http') else f'make{where} mlflow'}")
+    if config.promote == "gate":
+        print(gate.said(gate.gate(config, version.number)))
 
 
 if __name__ == "__main__":

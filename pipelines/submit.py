@@ -23,6 +23,7 @@ from pipelines.base import params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors
 from pipelines.base.names import shown
+from pipelines.base.outputs import REFERENCE_DVC
 from pipelines.base.outside import path_inside
 from pipelines.bucket import storage
 from pipelines.jobs import job_result, ray_jobs, shipment
@@ -198,9 +199,9 @@ def submit(
 
 
 def push_data(address: str) -> None:
-    """Give the job the data that dvc.lock names and this machine has."""
+    """Give the job the data that dvc.lock and reference.dvc name and this machine has."""
     set_remote(address)
-    if DVC_LOCK.exists():
+    if DVC_LOCK.exists() or REFERENCE_DVC.exists():
         _dvc("push", "--remote", DVC_REMOTE)
 
 

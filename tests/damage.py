@@ -4,6 +4,7 @@ from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
 from scipy import ndimage
 
@@ -49,3 +50,15 @@ def jpeg(images: np.ndarray, quality: float) -> np.ndarray:
 def colour(images: np.ndarray, gray_levels: float) -> np.ndarray:
     """More red, less blue."""
     return (images + np.array([gray_levels, 0, -gray_levels])).clip(0, 255).round().astype(np.uint8)
+
+
+def turned_hue(images: np.ndarray, degrees: float) -> np.ndarray:
+    hsv = rgb_to_hsv(images / 255)
+    hsv[..., 0] = (hsv[..., 0] + degrees / 360) % 1
+    return (255 * hsv_to_rgb(hsv)).round().astype(np.uint8)
+
+
+def gray(images: np.ndarray, share: float) -> np.ndarray:
+    """Colours that have lost a share of their distance from gray."""
+    luma = images @ np.array([0.299, 0.587, 0.114])
+    return (images + share * (luma[..., None] - images)).round().astype(np.uint8)

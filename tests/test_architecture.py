@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 WINGS = (  # imports run down this list, and never up
     "commands",
     "project",
+    "retraining",
     "jobs",
     "serving",
     "search",
@@ -33,12 +34,12 @@ OWNERS = {  # library => the only modules and wings of pipelines/ that may impor
     "optuna": {"search"},
     "ruamel": {"base.params"},
     "uvicorn": {"serve", "serving"},
-    "kagglehub": {"download"},
+    "kagglehub": {"ingest.kaggle"},
 }
 STAGES = {
     "download", "preprocess", "train", "evaluate", "interpolate", "report", "register", "tune",
 }  # fmt: skip
-COMMANDS = {"cli", "params", "serve", "submit"}  # for people
+COMMANDS = {"cli", "params", "retrain", "serve", "submit"}  # for people
 DVC_FILES = {"tune": "tune/dvc.yaml"}  # of stages that `dvc repro` does not run by default
 MAY_IMPORT = {"tune": {"train"}}  # a search consists of trainings
 NOT_IN_OUTPUTS = {  # ours that stages import but need not depend on, and why

@@ -6,7 +6,6 @@ import re
 import shutil
 import sqlite3
 import subprocess
-import sys
 import time
 from contextlib import chdir, closing
 from pathlib import Path
@@ -16,15 +15,15 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from aegan.data import designed_faces
-from pipelines.base import locks, outputs, params
+from pipelines.base import locks, outputs
 from pipelines.bucket import finished_run
 from pipelines.registry import mlflow_files
+from tests.projects import make_project
 from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 STAGES = ["download", "preprocess", "train", "evaluate", "interpolate", "report", "register"]
-COPIED = [".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", "params.yaml"]
 SMALL_PARAMETERS = {
     "data": {"manifold_images": 200, "manifold_size": 16},
     "preprocess": {"image_size": 16},
@@ -79,19 +78,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("pipeline") / "my project"
     (folder.parent / "home").mkdir()
-    for name in ("aegan", "pipelines"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / ".dvc").mkdir()
-    (folder / "docs").mkdir()
-    (folder / ".venv").symlink_to(sys.prefix)
-    for file in COPIED:
-        shutil.copy(ROOT / file, folder / file)
-    ignored = (ROOT / ".gitignore").read_text().replace("/.venv/", "/.venv")  # here it is a link
-    (folder / ".gitignore").write_text(ignored)
-    with (folder.parent / "small.yaml").open("w") as overlay:
-        YAML().dump(SMALL_PARAMETERS, overlay)
-    params.apply_overlay(folder.parent / "small.yaml", folder / "params.yaml")
-
+    make_project(folder, SMALL_PARAMETERS)
     run(folder, "git", "init", "--quiet")
     run(folder, "git", "add", ".")
     author = ("-c", "user.name=A Tester", "-c", "user.email=tester@localhost")

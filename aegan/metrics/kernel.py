@@ -11,15 +11,16 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> float:
     however small they are.
     """
     a, b = features_a.double(), features_b.double()
-    return float(_mean_of_pairs(a) + _mean_of_pairs(b) - 2 * _kernel(a, b).mean())
+    return float(_mean_of_pairs(a) + _mean_of_pairs(b) - 2 * kernel(a, b).mean())
 
 
 def _mean_of_pairs(features: Tensor) -> Tensor:
     """Mean kernel of two different members of a set."""
-    among = _kernel(features, features)
+    among = kernel(features, features)
     count = len(features)
     return (among.sum() - torch.trace(among)) / (count * (count - 1))
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
+def kernel(a: Tensor, b: Tensor) -> Tensor:
+    """Of each pair of [N, D] and [M, D] => [N, M]."""
     return (a @ b.T / a.shape[1] + 1) ** 3

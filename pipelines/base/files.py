@@ -17,6 +17,8 @@ from pipelines.base.errors import UserError
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
+COPIES = (".dvc/tmp/exps", "retraining/work")  # of the project: of `dvc exp run --temp`, of retrain
+
 
 def read_bytes(file: Path, *, stage: str) -> bytes:
     """What a stage has written; UserError that names the stage where it has not."""
@@ -38,9 +40,11 @@ def read_json(file: Path, *, stage: str) -> dict[str, Any]:
 
 
 def project_folder() -> Path:
-    """Where the user's files are: here, or, in DVC's copy (`dvc exp run --temp`), the original."""
+    """Where the user's files are: here, or, in a copy (COPIES), the original's folder."""
     here = Path.cwd()
-    copies = (folder for folder in here.parents if here.is_relative_to(folder / ".dvc/tmp/exps"))
+    copies = (
+        folder for folder in here.parents for copy in COPIES if here.is_relative_to(folder / copy)
+    )
     return next(copies, here)
 
 

@@ -16,6 +16,8 @@ from pipelines.base.names import shown
 RAW, SHARDS = Path("artifacts/raw"), Path("artifacts/shards")
 PREPROCESS, TRAIN = Path("artifacts/preprocess"), Path("artifacts/train")
 INTERPOLATE, TUNE = Path("artifacts/interpolate"), Path("artifacts/tune")
+# No output, but the user's: images that versions are compared on (pipelines/registry/reference.py).
+REFERENCE, REFERENCE_DVC = Path("reference"), Path("reference.dvc")
 PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples", "fitted_samples")
 PLOTS = ("slices", "parallel_coordinates", "importance")
 FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a stage writes there

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -86,8 +87,19 @@ def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
+    raw = _with_added_sections(raw)
     _check_keys(f"{path}: sections", raw, list(SECTIONS))
     return raw
+
+
+def _with_added_sections(raw: dict[str, Any]) -> dict[str, Any]:
+    """A file of an earlier version, with the sections that are new as a whole."""
+    new = [
+        name
+        for name, kind in SECTIONS.items()
+        if all(f"{name}.{field.name}" in config.ADDED for field in dataclasses.fields(kind))
+    ]
+    return {name: config.with_new_names(name, {}) for name in new} | raw
 
 
 def _parse(name: str, values: Any, kind: type) -> Any:
@@ -163,13 +175,14 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
 
 
 def change(
-    sections: dict[str, dict[str, Any]], path: Path = PARAMS_FILE, *, said_by: str
+    sections: Mapping[str, Mapping[str, Any]], path: Path = PARAMS_FILE, *, said_by: str
 ) -> list[str]:
     """Write values into params.yaml, keeping comments and all that is not named.
 
     Returns what changed. Raises UserError, before anything is written, where they do not fit.
     """
     yaml = YAML()
+    yaml.preserve_quotes = True
     document = yaml.load(path.read_text(encoding="utf-8"))
     changed = []
     for name, values in sections.items():
@@ -182,7 +195,8 @@ def change(
                 document[name][key] = value
     text = StringIO()
     yaml.dump(document, text)
-    _checked(_with_latent_dim(YAML(typ="safe").load(text.getvalue()), unknown=1))
+    result = _with_added_sections(YAML(typ="safe").load(text.getvalue()))
+    _checked(_with_latent_dim(result, unknown=1))
     files.write_text(path, text.getvalue())
     return changed
 

@@ -102,6 +102,11 @@ def read_object(url: str, *, etag: str = "") -> bytes:
 
     The same for one of more than MAX_READ_BYTES, whatever a listing said of it.
     """
+    return _read(url, etag=etag)[0]
+
+
+def _read(url: str, *, etag: str = "") -> tuple[bytes, str]:
+    """The content of one object and its etag."""
     bucket, key = _split(url)
     with _clear_errors(url, "read"):
         for attempt in range(1, READ_ATTEMPTS + 1):
@@ -110,8 +115,7 @@ def read_object(url: str, *, etag: str = "") -> bytes:
                 if etag and answer["ETag"] != etag:
                     raise StorageError(f"{url} has changed: its etag was {etag}", code=CHANGED)
                 _check_size(url, answer["ContentLength"], MAX_READ_BYTES)
-                content: bytes = answer["Body"].read()
-                return content
+                return answer["Body"].read(), answer["ETag"]
             except BotoCoreError:
                 if attempt == READ_ATTEMPTS:
                     raise
@@ -120,8 +124,14 @@ def read_object(url: str, *, etag: str = "") -> bytes:
 
 def read_object_if_any(url: str) -> bytes | None:
     """The content of one object; None if there is none."""
+    found = read_version_if_any(url)
+    return None if found is None else found[0]
+
+
+def read_version_if_any(url: str) -> tuple[bytes, str] | None:
+    """The content of one object and its etag; None if there is none."""
     try:
-        return read_object(url)
+        return _read(url)
     except StorageError as error:
         if error.code == "NoSuchKey":
             return None
@@ -148,6 +158,24 @@ def write_object(url: str, content: bytes) -> None:
     bucket, key = _split(url)
     with _clear_errors(url, "written"):
         _client().put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def replace_object(url: str, content: bytes, *, etag: str) -> str | None:
+    """The same if the object there still has this etag ("": if there is none); its new etag.
+
+    None if somebody else has written meanwhile.
+    """
+    bucket, key = _split(url)
+    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+    try:
+        with _clear_errors(url, "written"):
+            answer = _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+    except StorageError as error:
+        if error.code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+            return None
+        raise
+    new: str = answer["ETag"]
+    return new
 
 
 def upload_object(file: Path, url: str) -> None:

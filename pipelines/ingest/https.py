@@ -8,8 +8,9 @@ import ipaddress
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from socket import socket
@@ -102,8 +103,26 @@ def _watched(work: Callable[[Event], None], file: Path, name: str) -> None:
         given_up.set()
 
 
+def state(url: str) -> str:
+    """What the server says of a file that lies there now, not read; UserError as of `fetch`."""
+    with _answer_of(url) as answer:
+        told = {key: answer.headers.get(key, "") for key in ("ETag", "Last-Modified")}
+        length = answer.headers.get("Content-Length", "")
+    if not any(told.values()):
+        log.warning("%s: its server does not say when it has changed", without_secrets(url))
+        return f"{time.time()}"
+    return "\0".join((*told.values(), length))
+
+
 def _fetch(url: str, file: Path, given_up: Event) -> None:
     """One try."""
+    with _answer_of(url) as answer:
+        _save(answer, file, given_up)
+
+
+@contextmanager
+def _answer_of(url: str) -> Iterator[requests.Response]:
+    """The server's answer, whose bytes are still to be read."""
     name = without_secrets(url)
     problem = f"{name} cannot be fetched"
     cure = "check the address and the network, then run the same command again"
@@ -118,7 +137,7 @@ def _fetch(url: str, file: Path, given_up: Event) -> None:
                 url, stream=True, timeout=TIMEOUT_SECONDS, headers=plain_bytes
             ) as answer:
                 _check_answer(answer, name)
-                _save(answer, file, given_up)
+                yield answer
     except (requests.ConnectionError, requests.Timeout) as error:
         raise _PassingError(f"{problem} ({type(error).__name__})", cure) from None
     except (requests.RequestException, HTTPError, ValueError) as error:  # the last for no address

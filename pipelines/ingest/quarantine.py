@@ -3,8 +3,10 @@
 import csv
 from collections import Counter
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
 
+from pipelines.base.files import read_bytes
 from pipelines.base.names import shown
 
 FORMULA_SIGNS = "=+-@＝＋－＠"  # a spreadsheet would run what follows
@@ -22,12 +24,19 @@ def write_quarantine(rows: Iterable[tuple[str, str]], file: Path) -> Counter[str
         quarantine = csv.writer(out, lineterminator="\n")
         quarantine.writerow(["source", "reason"])
         for source, reason in rows:
-            quarantine.writerow([_cell(source), _cell(reason)])
+            quarantine.writerow([cell(source), cell(reason)])
             kinds[kind_of_reason(reason)] += 1
     return kinds
 
 
-def _cell(text: str) -> str:
+def read_quarantine(file: Path) -> list[tuple[str, str]]:
+    """Each (source, reason), escaped as they were written; UserError where the table is missing."""
+    text = read_bytes(file, stage="preprocess").decode("utf-8")
+    return [(source, reason) for source, reason in list(csv.reader(StringIO(text)))[1:]]
+
+
+def cell(text: str) -> str:
+    """A name or reason as the table has it."""
     text = shown(text)
     return f"'{text}" if text.startswith(tuple(FORMULA_SIGNS)) else text
 

@@ -19,7 +19,7 @@ EXPECTED = (
 )
 # Where runs and tools write: no place for pictures. Below artifacts/, any folder may be a link.
 WORKPLACES = (
-    *("artifacts", "report", "runs", "mlruns", ".dvc", ".git", ".venv"),
+    *("artifacts", "report", "runs", "retraining", "mlruns", ".dvc", ".git", ".venv"),
     *map(str, outputs.FOLDERS),
 )
 OLD_OUTPUTS = {"data/raw": outputs.RAW, "data/shards": outputs.SHARDS}  # earlier: where now

@@ -13,8 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from packaging.requirements import Requirement  # which Ray needs, too
 
 from pipelines.base.errors import UserError, run_stage
+from pipelines.base.outputs import REFERENCE_DVC
 
 # What a bare cluster may lack is imported inside functions, after the versions were checked.
 
@@ -74,6 +75,9 @@ def run_pipeline(remote: str, *stages: str) -> None:
     # The stages' `python` is this one; DVC writes nowhere but into this folder.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["DVC_SITE_CACHE_DIR"] = str(Path(".dvc/tmp").resolve())
+    if REFERENCE_DVC.exists():
+        with suppress(UserError):  # who has no gate can do without, and the gate says what is wrong
+            run_dvc("pull", str(REFERENCE_DVC))
     try:
         run_dvc("repro", "--pull", *stages)
     except UserError:
@@ -145,24 +149,35 @@ def installed_version(package: str) -> str:
         return ""
 
 
-def run_dvc(*arguments: str) -> None:
-    """Run DVC and show what it says; a failure is a UserError with the failed stage's reason."""
+def run_dvc(
+    *arguments: str,
+    folder: Path | None = None,
+    within: Callable[["subprocess.Popen[str]"], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Run DVC and show what it says; a failure is a UserError with the failed stage's reason.
+
+    It works here or in a folder; `within` gives what is around it while it does.
+    """
     # Not DVC itself: what it takes from the bucket is checked.
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.project.dvc_command", *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=folder is not None,  # whoever started it there ends it, with all it runs
     )
     assert process.stdout is not None
     reasons: dict[str, str] = {}
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        kind, _, reason = line.strip().partition(": ")
-        if kind in ("error", "ERROR"):  # a stage's words, DVC's words
-            reasons.setdefault(kind, reason)
-    if process.wait() != 0:
+    with within(process):
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kind, _, reason = line.strip().partition(": ")
+            if kind in ("error", "ERROR"):  # a stage's words, DVC's words
+                reasons.setdefault(kind, reason)
+        process.wait()
+    if process.returncode != 0:
         reason = reasons.get("error") or reasons.get("ERROR") or "it did not say why"
         raise UserError(f"dvc {arguments[0]} failed: {reason}")
 
@@ -170,9 +185,14 @@ def run_dvc(*arguments: str) -> None:
 def collect_result() -> dict[str, Any]:
     """What a driver needs to make the job's results its own."""
     from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
     with Repo() as repo:
-        outputs = [output for output in repo.index.outs if Path(output.def_path).exists()]
+        outputs = [
+            output
+            for output in repo.index.outs
+            if isinstance(output.stage, PipelineStage) and Path(output.def_path).exists()
+        ]
         metrics = repo.metrics.show()[""]["data"]
     return {
         "dvc_lock": DVC_LOCK.read_text(encoding="utf-8"),

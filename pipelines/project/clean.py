@@ -14,6 +14,7 @@ from pipelines.base.errors import run_stage
 WRITTEN = outputs.FOLDERS | {  # folder => what runs write there; `*` crosses folders
     Path("artifacts/evaluate"): ("metrics.json", "summary.json", "latent.png"),
     Path("artifacts/register"): ("registration.json",),
+    Path("artifacts/gate"): ("index.html", "comparison.json", "*.safetensors"),
     locks.LOCKS: ("*",),
     Path("report"): ("index.html",),
     Path("tune"): ("dvc.lock",),

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from aegan.files import write_json, write_text
 from aegan.training.run_folder import Row, RunFolder
 from pipelines.base.files import read_json
-from pipelines.registry.mlflow_runs import create_run, log_numbers, make_experiment, quoted
-from pipelines.registry.mlflow_store import alone, open_store, readable_errors
+from pipelines.registry.mlflow_runs import create_run, log_numbers, make_experiment
+from pipelines.registry.mlflow_store import alone, open_store, quoted, readable_errors
 from pipelines.registry.training_record import determined_params, system_points, tags, train_points
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # words of MLflow

@@ -1,6 +1,6 @@
 """Runs of MLflow: how they are found, and filled in batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipelines.registry.mlflow_store import check_place
@@ -61,21 +61,6 @@ def log_numbers(
     client.log_batch(
         run_id, metrics=last, tags=[RunTag(name, str(v)) for name, v in (tags or {}).items()]
     )
-
-
-def quoted(text: str) -> str:
-    """A text as a value in a filter of MLflow, which has two quotes and no way to escape them."""
-    return f'"{text}"' if "'" in text else f"'{text}'"
-
-
-def twice(call: Callable[..., Any], *arguments: Any) -> None:
-    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        call(*arguments)
-    except MlflowException:
-        call(*arguments)
 
 
 def _batches(items: list[Any], size: int) -> list[list[Any]]:

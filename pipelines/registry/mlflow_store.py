@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ BUCKETS = ("s3", "gs")
 SQLITE_WAIT_SECONDS = 5
 PATIENCE_SECONDS = 600  # with another registration in the same store
 AGAIN = "then run the same command again"
+
+
+class UnsoundModelError(UserError):
+    """A model's files are not those that were registered, or none that a model can have."""
 
 
 def set_environment() -> None:
@@ -169,7 +173,7 @@ def readable_errors() -> Iterator[None]:
     except UserError:
         raise
     except aegan.ModelError as error:
-        raise UserError(str(error)) from None
+        raise UnsoundModelError(str(error)) from None
     except Exception as error:
         of_a_store = type(error).__module__.startswith(
             ("mlflow.", "sqlalchemy.", "botocore.", "requests.", "sqlite3")
@@ -234,6 +238,33 @@ def _check_sqlite(file: Path, *, writing: bool) -> None:
 def _user_version(database: sqlite3.Connection) -> int:
     (number,) = database.execute("PRAGMA user_version").fetchone()
     return int(number)
+
+
+def quoted(text: str) -> str:
+    """A text as a value in a filter of MLflow, which has two quotes and no way to escape them."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
+def twice(call: Callable[..., Any], *arguments: Any) -> None:
+    """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call(*arguments)
+    except MlflowException:
+        call(*arguments)
+
+
+@contextmanager
+def unless_there() -> Iterator[None]:
+    """What is to be made may be there already."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _create(mlflow: Any, file: Path) -> None:

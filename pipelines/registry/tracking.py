@@ -25,28 +25,32 @@ from aegan.training.state import export_model
 from pipelines.base import package, params
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files, project_folder
+from pipelines.base.names import shown
 from pipelines.base.outputs import TRAIN
-from pipelines.registry import mlflow_store
+from pipelines.registry import decisions, mlflow_store
 from pipelines.registry.live_run import REGISTERED
 from pipelines.registry.mlflow_runs import (
     Point,
     create_run,
     log_numbers,
     make_experiment,
-    quoted,
-    twice,
 )
 from pipelines.registry.mlflow_store import (
+    UnsoundModelError,
     alone,
     check_place,
     open_store,
+    quoted,
     readable_errors,
     tracking_uri,
+    twice,
+    unless_there,
     without_credentials,
 )
+from pipelines.registry.standing import ALIASES
 
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
-PICTURES = "interpolations"  # folder in a package
+CARD, PICTURES = "README.md", "interpolations"  # in a package
 MAX_DESCRIPTION = 5000  # characters that MLflow keeps of it
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
 MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
@@ -237,8 +241,10 @@ def fetch_model(uri: str, folder: Path) -> Path:
     """Download the model of `models:/aegan@candidate` into `folder/model`; raises UserError.
 
     Only the files of a model are asked for, none larger than a model can be, from the store's own
-    places; where the version says what it holds (`model_sha256`), they must be that.
+    places; where the version says what it holds (`model_sha256`), they must be that, or it is an
+    UnsoundModelError.
     """
+    uri = pinned(uri)
     if keys := package.trusted_keys():
         folder = fetch_package(uri, folder, keys)
         package.check(folder, keys, called=uri)
@@ -294,7 +300,7 @@ def _fetch(repository: Any, recorded: str | None, uri: str, folder: Path) -> Pat
         if name != model_folder.CONFIG:
             _download(repository, name, model)
     if recorded and hash_files([model]) != recorded:
-        raise UserError(
+        raise UnsoundModelError(
             f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "
             "they were changed or damaged in the store; register the model again"
         )
@@ -305,6 +311,58 @@ def _download(repository: Any, name: str, model: Path) -> None:
     """One file, as it is called here: a listing would be the store's to write."""
     (model / name).parent.mkdir(parents=True, exist_ok=True)
     repository._download_file(f"{MODEL_FILES}/{name}", str(model / name))
+
+
+def check_files(model_name: str, version: str) -> None:
+    """UnsoundModelError unless a version says what it holds, and its folder holds nothing else."""
+    uri = f"models:/{model_name}/{version}"
+    with readable_errors():
+        repository, recorded = _open_repository(uri)
+        if not recorded:
+            raise UnsoundModelError(
+                f"{uri} has no model_sha256: it was not registered by this pipeline"
+            )
+        known = {model_folder.CONFIG, model_folder.LATENTS, *model_folder.FILES.values()}
+        known |= {CARD, PICTURES, package.SUMS, package.SIGNATURE}
+        names = {Path(file.path).name for file in repository.list_artifacts(MODEL_FILES)}
+    if others := sorted(names - known):
+        raise UnsoundModelError(f"{uri} holds {shown(others[0])}, which is no file of a model")
+
+
+def check_version(model_name: str, version: str) -> None:
+    """UserError unless there is a version of that number."""
+    with readable_errors():
+        mlflow = open_store(writing=False)
+        try:
+            mlflow.MlflowClient().get_model_version(model_name, version)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(
+                f"there is no version {version} of {model_name} in MLflow at "
+                f"{without_credentials(tracking_uri())}; `make mlflow` shows what there is"
+            ) from None
+
+
+def aliased(model_name: str, alias: str) -> str:
+    """The number of the version that an alias means; raises UserError."""
+    return pinned(f"models:/{model_name}@{alias}").rpartition("/")[2]
+
+
+def tags_of(model_name: str, version: str) -> dict[str, str]:
+    """The tags of a registered version; raises UserError."""
+    with readable_errors():
+        client = open_store(writing=False).MlflowClient()
+        tags: dict[str, str] = client.get_model_version(model_name, version).tags
+        return tags
+
+
+def set_tags(model_name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Tags of a model version; raises UserError."""
+    with readable_errors(), alone():
+        client = open_store().MlflowClient()
+        for name, value in tags.items():
+            client.set_model_version_tag(model_name, version, name, value)
 
 
 def _locate(client: Any, uri: str) -> tuple[str, str | None]:
@@ -340,11 +398,14 @@ def _no_larger_files(max_bytes: int) -> Iterator[None]:
 def pinned(uri: str) -> str:
     """`models:/aegan@candidate` => `models:/aegan/3`, the version that it means now.
 
-    An address without alias stays as it is. Raises UserError.
+    An address without alias stays as it is. `champion` and `previous` are what the log of decisions
+    says, wherever MLflow's alias points. Raises UserError.
     """
     name, _, alias = uri.removeprefix("models:/").partition("@")
     if not alias:
         return uri
+    if alias in ALIASES and (decided := decisions.aliased(name, alias)):
+        return f"models:/{name}/{decided}"
     with readable_errors():
         mlflow = open_store(writing=False)
         try:
@@ -399,7 +460,7 @@ def _create_version(
         with _failed_unless_done(client, run):
             _log_record(client, run.info.run_id, record, points)
             model_id = _log_model(mlflow, client, run, record)
-            with _unless_there():
+            with unless_there():
                 client.create_registered_model(model_name)
             client.create_model_version(
                 model_name,
@@ -415,7 +476,7 @@ def _create_version(
         first = _find_version(mlflow, client, model_name, record.content_sha256)
         if not first or first.run_id == run.info.run_id:
             raise
-        _delete_versions(client, run, keep=first)
+        _delete_versions(client, model_name, run, keep=first)
         return first
     first = _find_version(mlflow, client, model_name, record.content_sha256)
     if not first:
@@ -423,7 +484,7 @@ def _create_version(
             f"{model_name}: the version that was just made is not there any more: another program "
             "has deleted it; run the same command again"
         )
-    _delete_versions(client, run, keep=first)
+    _delete_versions(client, model_name, run, keep=first)
     if first.run_id != run.info.run_id:
         _remove_run(client, run)
         return first
@@ -460,14 +521,14 @@ def _failed_unless_done(client: Any, run: Any) -> Iterator[None]:
         raise
 
 
-def _delete_versions(client: Any, run: Any, *, keep: Version) -> None:
-    """Delete what was made from a run, but for the version that counts.
+def _delete_versions(client: Any, model_name: str, run: Any, *, keep: Version) -> None:
+    """Delete what was made from a run, but for the version that counts, and decisions about it.
 
     A server may have made one although it answered with an error, or two where a request was sent
     again.
     """
     for made in client.search_model_versions(f"run_id = '{run.info.run_id}'"):
-        if str(made.version) != keep.number:
+        if made.name == model_name and str(made.version) != keep.number:
             client.delete_model_version(made.name, made.version)
 
 
@@ -504,17 +565,6 @@ def _logged_models(client: Any, run: Any) -> list[Any]:
         [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
     )
     return found
-
-
-@contextmanager
-def _unless_there() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _log_record(client: Any, run_id: str, record: Record, points: Sequence[Point]) -> None:
@@ -580,7 +630,7 @@ def _write_package(record: Record, folder: Path) -> None:
     (folder / PICTURES).mkdir()
     for picture in record.pictures:
         shutil.copy(picture, folder / PICTURES)
-    (folder / "README.md").write_text(record.card, encoding="utf-8")
+    (folder / CARD).write_text(record.card, encoding="utf-8")
     package.write_sums(folder)
     if key := package.signing_key():
         package.sign(folder, key)

@@ -51,8 +51,9 @@ from pipelines.ingest.entries import (
 from pipelines.ingest.quarantine import summary, write_quarantine
 from pipelines.ingest.shards import write_parquet
 from pipelines.ingest.sources import list_bucket, read_archive, read_folder
+from pipelines.registry import tracking
 from pipelines.serving.decoding import Decoded, Decoder, Form, decode_on_cluster
-from pipelines.serving.served import Served, load, registered_model
+from pipelines.serving.served import Served, load
 
 PART_BATCHES = 16  # of BATCH_SIZE files: what a run that is cut off does again, at most
 EXPECTED = "a folder, an image, a .zip, .tar, .parquet, .npy or .npz file, or s3://bucket/prefix"
@@ -77,7 +78,7 @@ def main(operation: Operation, source: str, out: str, model: str) -> None:
     is_one = path.is_file() and not is_many(path)
     if not out and not (is_one and operation == "encode"):
         raise UserError("--out is missing: name a folder for the results")
-    served = load(model or registered_model())
+    served = load(model or tracking.default_model())
     check_encoder(operation, served.model)
     if not is_one or not (out == "" or out.lower().endswith(".png")):
         run(operation, source, Path(out), served)

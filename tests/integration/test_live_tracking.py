@@ -35,7 +35,7 @@ from pipelines.registry.live_run import (
 from pipelines.train import train
 from tests.compose import free_port, wait_until
 from tests.live_runs import GrowingRun, points_in, runs_in, tags_in
-from tests.mlflow_server import Server
+from tests.servers import SQLiteServer
 from tests.tiny import PARAMS, tiny_config, tiny_shards
 
 pytestmark = [
@@ -50,14 +50,14 @@ KILLS = 10
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SQLiteServer]:
+    running = SQLiteServer(tmp_path_factory.mktemp("server"))
     yield running
     running.kill()
 
 
 @pytest.fixture
-def database(server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+def database(server: SQLiteServer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The server's, which `MLFLOW_TRACKING_URI` names."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     return server.folder / "mlflow.db"
@@ -189,7 +189,7 @@ def test_wherever_a_sender_is_killed_the_next_one_doubles_and_loses_nothing(
 
 
 def test_a_server_that_is_killed_and_comes_back_gets_the_rest_by_sync_and_nothing_twice(
-    server: Server, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: SQLiteServer, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.chdir(tmp_path)

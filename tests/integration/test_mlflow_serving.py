@@ -32,7 +32,13 @@ from tests.trained import ROOT, write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
-CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
+CONFIG = RegisterConfig(
+    experiment="aegan",
+    model_name="aegan",
+    alias="candidate",
+    promote="manual",
+    gate_margin=0.05,
+)
 BIN = Path(sys.executable).parent
 START_SECONDS = 240
 MODEL = Path("artifacts/train/model")

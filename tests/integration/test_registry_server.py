@@ -16,14 +16,14 @@ from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
 from tests.compose import wait_until
-from tests.mlflow_server import Server
 from tests.registrations import Registrations, registrations
+from tests.servers import SQLiteServer
 from tests.trained import write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
 
 
-class Registry(Server):
+class Registry(SQLiteServer):
     """And what is registered there."""
 
     def versions(self) -> list[int]:

@@ -9,6 +9,7 @@ from aegan.config import (
     DataConfig,
     LossConfig,
     ModelConfig,
+    RetrainConfig,
     Schedule,
     TrainConfig,
     TrainingConfig,
@@ -36,6 +37,15 @@ def edit(file: Path, old: str, new: str) -> None:
 def test_every_section_of_the_projects_own_parameters_is_valid(name):
     section = params.SECTIONS[name]
     assert isinstance(params.load(section, ROOT / "params.yaml"), section)
+
+
+def test_a_file_without_a_section_that_is_new_as_a_whole_is_taken_as_if_it_had_it(file):
+    today = params.load(RetrainConfig, file)
+    text = file.read_text()
+    file.write_text(text[: text.index("\nretrain:")])
+    assert params.load(RetrainConfig, file) == today
+    assert params.apply_overlay(ROOT / "presets/paper.yaml", file)
+    assert params.load(RetrainConfig, file) == today
 
 
 @pytest.mark.fault("names from outside")

@@ -31,7 +31,13 @@ from pipelines.registry.live_run import send_rest
 from tests.latents import add_density, small_density
 from tests.trained import ROOT, RUN_NAME, START, write_project
 
-CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
+CONFIG = RegisterConfig(
+    experiment="aegan",
+    model_name="aegan",
+    alias="candidate",
+    promote="manual",
+    gate_margin=0.05,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -461,6 +462,19 @@ def test_a_result_holds_lock_metrics_and_what_dvc_does_not_store(stages):
         "files": {"version.txt": "7\n"},
         "metrics": {"scores.json": {"score": 0.5}},
     }
+
+
+def test_the_reference_split_comes_to_a_job_and_is_none_of_its_results(stages):
+    Path("reference").mkdir()
+    write("reference/current.json", "{}")
+    job.run_dvc("add", "reference")
+    job.run_dvc("push")
+    shutil.rmtree("reference")
+    shutil.rmtree(".dvc/cache")
+    with pytest.raises(UserError, match="no images in set/"):
+        job.run_pipeline(str(stages / "bucket"))
+    assert Path("reference/current.json").read_text() == "{}"
+    assert job.collect_result()["outputs"] == ["images", "scores.json"]
 
 
 def test_a_failed_stages_own_words_are_the_reason(stages, capfd):

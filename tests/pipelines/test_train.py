@@ -454,7 +454,8 @@ def test_a_source_that_is_not_there_or_no_model_is_one_line(finished, tmp_path, 
 def test_a_registered_model_is_a_source(shards, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(write_project(tmp_path / "registry"))
-    register.register(RegisterConfig(experiment="x", model_name="faces", alias="best"))
+    names = {"experiment": "x", "model_name": "faces", "alias": "best"}
+    register.register(RegisterConfig(**names, promote="manual", gate_margin=0.05))
     config = replace(CONFIG, model=REGISTERED)
     project = Project(tmp_path / "project", shards)
     shutil.copytree("artifacts/train/model", "copy")

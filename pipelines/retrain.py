@@ -1,0 +1,203 @@
+"""`aegan retrain`: new images -> checked, trained, compared, promoted or refused, by itself.
+
+Steps follow one another (pipelines/retraining/steps.py); what each has found stands in a ledger, so
+that the same command goes on after a crash where it stopped, and does nothing where there is
+nothing to do. Exit codes: 0 promoted or nothing to do, 3 refused, 4 another is at work, 1 error.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aegan.config import ComputeConfig, DataConfig, RegisterConfig, RetrainConfig
+from aegan.files import sha256_of_json
+from pipelines.base import identity, params
+from pipelines.base.errors import UserError
+from pipelines.registry import decisions, mlflow_store
+from pipelines.retraining import lease, messages, workplace
+from pipelines.retraining.ledger import Entry, Ledger, Step, new_entry, place_of
+from pipelines.retraining.look import look
+from pipelines.retraining.steps import EXIT_CODES, OUTCOME, REASONS, STEPS, Retraining, cost
+
+BUSY = 4
+IGNORED = ("compute", "evaluate", "interpolate", "tune")  # sections that change no weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command was asked for."""
+
+    dry_run: bool = False
+    until: str = ""  # the last step to do
+    force: str = ""  # a step to do again, with all after it
+    accept_drift: str = ""  # the retraining whose drift is accepted
+    reason: str = ""
+
+
+def main(options: Options) -> int:
+    """Retrain if there is reason to; returns the exit code. Raises UserError."""
+    for name in (options.until, options.force):
+        if name and name not in STEPS:
+            raise UserError(f"{name} is no step: {', '.join(STEPS)}")
+    if (options.force or options.accept_drift) and not options.reason:
+        raise UserError("say why: --reason TEXT; it is kept in the ledger")
+    messages.address()  # a wrong one is said before anything is done
+    place = place_of(params.load(ComputeConfig).storage)
+    try:
+        if options.dry_run:
+            return _retrain(Ledger(place), lease.Lease(), options)
+        with lease.hold(place) as held:
+            return _retrain(Ledger(place), held, options)
+    except lease.BusyError as error:
+        log.error("%s", error)
+        return BUSY
+
+
+def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
+    commit = workplace.last_commit()
+    config, registry = params.load(RetrainConfig), params.load(RegisterConfig)
+    champion = _champion(registry.model_name)
+    begun = time.time()
+    source, seen = look(params.load(DataConfig))
+    log.info("look: %s, %.1f s", source, time.time() - begun)
+    entry = new_entry(seen=seen, source=source, settings=_settings(), champion=champion)
+    earlier = ledger.entries()
+    if not options.dry_run:
+        ledger.looked()
+        _tell_late(ledger, earlier)
+    entry = next((known for known in earlier if _is_the_same(known, entry)), entry)
+    _apply(options, entry)
+    if entry.outcome:
+        told = "; ".join(entry.reasons)
+        log.info(
+            "nothing new since retraining %s, which ended: %s (%s)", entry.id, entry.outcome, told
+        )
+        return EXIT_CODES["asks"] if entry.outcome == "asks" else 0
+    if options.dry_run:
+        _show_plan(entry, earlier, config)
+        return 0
+    retraining = Retraining(
+        entry=entry, commit=commit, config=config, registry=registry,
+        work=workplace.Workplace(), lease=held, deadline=begun + config.max_hours * 3600,
+    )  # fmt: skip
+    return _go_through(retraining, ledger, options)
+
+
+def _champion(model_name: str) -> str:
+    """Its version; "" where there is none, or no registry yet."""
+    file = mlflow_store.database_file()
+    return "" if file and not file.exists() else decisions.champion(model_name) or ""
+
+
+def _is_the_same(known: Entry, new: Entry) -> bool:
+    """Whether it is this one, or one that saw the same and ended with today's champion."""
+    same_facts = (known.seen, known.settings) == (new.seen, new.settings)
+    return known.id == new.id or (
+        same_facts and bool(known.outcome) and known.champion_after == new.champion
+    )
+
+
+def _settings() -> str:
+    """Hash of the parameters and the code that decide what comes out."""
+    sections = {key: value for key, value in params.read().items() if key not in IGNORED}
+    code = identity.code_sha256(
+        identity.code_of([f"pipelines.{stage}" for stage in ("preprocess", "train")])
+    )
+    return sha256_of_json([sections, code])
+
+
+def _apply(options: Options, entry: Entry) -> None:
+    """Take back what is to be done again."""
+    if options.accept_drift:
+        if entry.id != options.accept_drift:
+            raise UserError(
+                f"retraining {options.accept_drift} is not the one that is to be done now, "
+                f"{entry.id}: source, settings or champion have changed since"
+            )
+        if entry.outcome == "asks":
+            entry.accepted = options.reason
+            _take_back(entry, "decide")
+    if options.force:
+        entry.reasons = [f"{options.force} was done again: {options.reason}"]
+        _take_back(entry, options.force)
+
+
+def _take_back(entry: Entry, step: str) -> None:
+    names = list(STEPS)
+    for name in names[names.index(step) :]:
+        entry.steps.pop(name, None)
+    entry.outcome = ""
+
+
+def _go_through(retraining: Retraining, ledger: Ledger, options: Options) -> int:
+    entry, before = retraining.entry, retraining.entry.id
+    for name, work in STEPS.items():
+        depends_on = sha256_of_json([name, before, entry.accepted])
+        step = entry.steps.get(name)
+        if step is None or not step.output or step.input != depends_on:
+            step = entry.steps[name] = Step(depends_on, begun=time.time())
+            retraining.lease.check()
+            ledger.save(entry)
+            log.info("%s", name)
+            step.result = work(retraining)
+            step.seconds = time.time() - step.begun
+            step.output = before = sha256_of_json([depends_on, step.result])
+            if outcome := step.result.get(OUTCOME):
+                entry.outcome, entry.reasons = outcome, entry.reasons + step.result[REASONS]
+                entry.champion_after = step.result.get("champion", entry.champion)
+            retraining.lease.check()
+            ledger.save(entry)
+        before = step.output
+        if entry.outcome:
+            break
+        if name == options.until:
+            log.info("ends after the step %s; the same command goes on", name)
+            return 0
+    seconds = sum(step.seconds for step in entry.steps.values())
+    log.info("retraining %s: %s", entry.id, entry.outcome)
+    for reason in entry.reasons:
+        log.info("  %s", reason)
+    log.info("it took %s", cost(seconds, retraining.config))
+    _tell(ledger, entry)
+    return EXIT_CODES[entry.outcome]
+
+
+def _show_plan(entry: Entry, earlier: list[Entry], config: RetrainConfig) -> None:
+    """What would be done, and what it has cost before."""
+    todo = [name for name in STEPS if name not in entry.steps or not entry.steps[name].output]
+    print(f"retraining {entry.id} of {entry.source} would do: {', '.join(todo)}")
+    trained = [known for known in earlier if "train" in known.steps and known.outcome]
+    if trained:
+        seconds = [sum(step.seconds for step in known.steps.values()) for known in trained]
+        typical = sorted(seconds)[len(seconds) // 2]
+        print(f"the {len(trained)} before took {cost(typical, config)} (median)")
+    print(f"it would end after {config.max_hours:g} hours (retrain.max_hours)")
+    print("nothing was written")
+
+
+def _message(entry: Entry) -> dict[str, Any]:
+    return {
+        "id": f"{entry.id}-{entry.outcome}",
+        "retraining": entry.id,
+        "source": entry.source,
+        "outcome": entry.outcome,
+        "reasons": entry.reasons,
+        "champion": entry.champion_after,
+        "time": entry.begun,
+    }
+
+
+def _tell(ledger: Ledger, entry: Entry) -> None:
+    if not entry.told and messages.send(_message(entry)):
+        entry.told = True
+        ledger.save(entry)
+
+
+def _tell_late(ledger: Ledger, earlier: list[Entry]) -> None:
+    """Messages that could not be delivered when it was time."""
+    for entry in earlier:
+        if entry.outcome:
+            _tell(ledger, entry)

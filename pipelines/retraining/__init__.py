@@ -1,0 +1,1 @@
+"""Scheduled retraining: a ledger of steps, a look at the source, a workplace, a lease, messages."""

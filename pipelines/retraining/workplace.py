@@ -1,0 +1,166 @@
+"""Where a retraining works: a git worktree of the project's last commit, with a DVC of its own.
+
+The user's working folder is never touched. Source, registry and DVC's cache are the project's; what
+the stages write stays in the worktree, so that the next retraining goes on from there.
+"""
+
+import configparser
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.base.files import project_folder
+from pipelines.jobs.job import run_dvc
+from pipelines.retraining.ledger import FOLDER
+
+WORK = Path(FOLDER) / "work"
+ROBOT = {
+    f"GIT_{role}_{key}": value
+    for role in ("AUTHOR", "COMMITTER")
+    for key, value in (("NAME", "aegan retrain"), ("EMAIL", "aegan@localhost"))
+}
+END_SECONDS = 120.0  # for a training that is told to end to save its checkpoint
+
+
+class BudgetError(UserError):
+    """The time that a retraining may take is over."""
+
+
+def last_commit() -> str:
+    """Its hash; UserError where files that git knows differ from it."""
+    _git("rev-parse", "--git-dir", cure="a retraining runs what is committed: `git init` first")
+    changed = [
+        line[3:]
+        for line in _git("status", "--porcelain", "--untracked-files=no").split("\n")
+        if line and line[3:] != "dvc.lock"
+    ]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{changed[0]}{more}: changed and not committed; a retraining runs what is committed: "
+            "`git commit` or `git restore` it"
+        )
+    return _git("rev-parse", "HEAD")
+
+
+class Workplace:
+    """The worktree at `retraining/work`."""
+
+    def __init__(self) -> None:
+        self.project = project_folder()
+        self.folder = self.project / WORK
+
+    def prepare(self, commit: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Its files as of a commit, with other values of some parameters, by section."""
+        if not (self.folder / ".git").exists():
+            _git("worktree", "prune")
+            _git("worktree", "add", "--quiet", "--force", "--detach", str(self.folder), commit)
+        _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
+        params.change(settings, self.folder / params.PARAMS_FILE, said_by="aegan retrain")
+        config = _dvc_config(self.project)
+        with (self.folder / ".dvc/config.local").open("w", encoding="utf-8") as file:
+            config.write(file)
+
+    def has_remote(self) -> bool:
+        """Whether the project has a DVC remote by default, where data is pushed to."""
+        return _dvc_config(self.project).has_option("core", "remote")
+
+    def dvc(self, *arguments: str, deadline: float = float("inf")) -> None:
+        """Run DVC there; UserError with the failed stage's words.
+
+        At the deadline (seconds since 1970), or when we end, it gets a Ctrl-C, so that a training
+        saves its checkpoint; then BudgetError.
+        """
+        is_over = Event()
+
+        @contextmanager
+        def watched(process: "subprocess.Popen[str]") -> Iterator[None]:
+            def stop_at_deadline() -> None:
+                while process.poll() is None and not is_over.is_set():
+                    if time.time() >= deadline:
+                        is_over.set()
+                        os.killpg(process.pid, signal.SIGINT)
+                    time.sleep(1.0)
+
+            Thread(target=stop_at_deadline, name="deadline", daemon=True).start()
+            try:
+                yield
+            finally:
+                _end(process)
+
+        try:
+            run_dvc(*arguments, folder=self.folder, within=watched)
+        except UserError:
+            if is_over.is_set():
+                raise BudgetError(
+                    "retrain.max_hours is over: training has saved a checkpoint and ended; raise "
+                    "it and run the same command to go on from there"
+                ) from None
+            raise
+
+    def commit(self, name: str, message: str) -> str:
+        """A commit of dvc.lock and params.yaml on branch `retrain/NAME`, tagged `retrained/NAME`.
+
+        Returns its hash; of a name that is there already, that one's.
+        """
+        branch, tag = f"retrain/{name}", f"retrained/{name}"
+        if _git("tag", "--list", tag):
+            return _git("rev-parse", f"{tag}^{{commit}}")
+        _git("add", "--force", "dvc.lock", str(params.PARAMS_FILE), folder=self.folder)
+        if _git("diff", "--cached", "--name-only", folder=self.folder):
+            _git("commit", "--quiet", "--no-verify", "--message", message, folder=self.folder)
+        _git("branch", "--force", branch, "HEAD", folder=self.folder)
+        _git("tag", "--annotate", tag, "--message", message, folder=self.folder)
+        return _git("rev-parse", "HEAD", folder=self.folder)
+
+
+def _dvc_config(project: Path) -> configparser.ConfigParser:
+    """The project's settings of DVC with its cache, and no git: DVC knows no worktrees."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([project / ".dvc/config", project / ".dvc/config.local"])
+    for section in ("core", "cache"):
+        if not config.has_section(section):
+            config.add_section(section)
+    config.set("core", "no_scm", "true")
+    if not config.has_option("cache", "dir"):
+        config.set("cache", "dir", str(project / ".dvc/cache"))
+    return config
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Nothing of it goes on when we end."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _git(*arguments: str, folder: Path | None = None, cure: str = "") -> str:
+    """What git prints; UserError with its reason."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder or project_folder(),
+            env=os.environ | ROBOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UserError("git not found: a retraining runs what is committed; install git") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or done.stdout.strip() or "it did not say why").splitlines()
+        raise UserError(f"git {arguments[0]}: {reason[-1]}{f'; {cure}' if cure else ''}")
+    return done.stdout.strip("\n")

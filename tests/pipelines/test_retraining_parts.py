@@ -1,0 +1,337 @@
+"""The parts of a retraining that need no training: ledger, look, lease, messages, worktree."""
+
+import hashlib
+import hmac
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from aegan.config import DataConfig
+from pipelines.base import params
+from pipelines.base.errors import UserError
+from pipelines.bucket import storage
+from pipelines.retraining import lease, messages, workplace
+from pipelines.retraining.ledger import Bucket, Folder, Ledger, Place, Step, new_entry
+from pipelines.retraining.look import look
+from tests.s3 import s3_server
+
+pytestmark = pytest.mark.integration
+DATA = DataConfig(
+    source="pictures", in_place=False, manifold_images=10, manifold_size=16, manifold_seed=0
+)
+FACTS = {"seen": "a", "source": "pictures", "settings": "b", "champion": ""}
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: Any) -> str:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    storage._client.cache_clear()
+    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=name)
+    return f"s3://{name}/project"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: Any, tmp_path: Path) -> Place:
+    if request.param == "folder":
+        return Folder(tmp_path / "retraining")
+    return Bucket(request.getfixturevalue("bucket"))
+
+
+def test_what_is_saved_is_found_again_and_listed_by_age(place: Place) -> None:
+    ledger = Ledger(place)
+    assert ledger.entries() == []
+    second, first = new_entry(**FACTS), new_entry(**{**FACTS, "seen": "c"})
+    first.begun, second.begun = 1.0, 2.0
+    second.steps["fetch"] = Step("input", begun=1.5, output="output", result={"files": 3})
+    for entry in (second, first):
+        ledger.save(entry)
+    assert ledger.entries() == [first, second]
+    assert ledger.find(second.id) == second
+    assert ledger.find("0" * 12) is None
+
+
+def test_the_same_facts_have_the_same_id_and_any_other_another() -> None:
+    known = new_entry(**FACTS)
+    assert new_entry(**FACTS).id == known.id
+    others = {new_entry(**{**FACTS, key: "other"}).id for key in FACTS}
+    assert len(others - {known.id}) == len(FACTS)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"id": "other"}'])
+def test_a_damaged_entry_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
+    entry = new_entry(**FACTS)
+    (tmp_path / f"{entry.id}.json").write_bytes(content)
+    with pytest.raises(UserError, match=entry.id):
+        Ledger(Folder(tmp_path)).find(entry.id)
+
+
+def test_an_entry_of_another_retraining_is_refused(tmp_path: Path) -> None:
+    entry = new_entry(**FACTS)
+    Ledger(Folder(tmp_path)).save(entry)
+    (tmp_path / f"{entry.id}.json").rename(tmp_path / f"{'0' * 12}.json")
+    with pytest.raises(UserError, match="another retraining"):
+        Ledger(Folder(tmp_path)).find("0" * 12)
+
+
+def test_a_folder_looks_the_same_until_a_file_comes_goes_or_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pictures/of/cats"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(b"a")
+    seen = [look(DATA)]
+    assert look(DATA) == seen[0]
+    for change in (
+        lambda: (folder / "b.png").write_bytes(b"b"),
+        lambda: (folder / "b.png").write_bytes(b"bb"),
+        lambda: (folder / "b.png").rename(folder / "c.png"),
+        lambda: (folder / "c.png").unlink(),
+    ):
+        change()
+        seen.append(look(DATA))
+    assert {source for source, _ in seen} == {"pictures"}
+    assert len({state for _, state in seen}) == 4  # the last is the first again
+
+
+def test_a_prefix_looks_the_same_until_an_object_changes(bucket: str) -> None:
+    config = replace(DATA, source=bucket)
+    storage.write_object(f"{bucket}/a.png", b"a")
+    before = look(config)
+    assert look(config) == before
+    storage.write_object(f"{bucket}/a.png", b"A")
+    assert look(config) != before
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, dict[str, Any]]]:
+    """An HTTP server: its address, and what it answers and has heard."""
+    state: dict[str, Any] = {"heard": [], "status": [200], "ETag": '"1"'}
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            for name in ("ETag", "Last-Modified"):
+                if name in state:
+                    self.send_header(name, state[name])
+            self.send_header("Content-Length", "1000000")  # which nobody reads
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            state["heard"].append((dict(self.headers), content))
+            status = state["status"]
+            self.send_response(status.pop(0) if len(status) > 1 else status[0])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answering) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}", state
+        running.shutdown()
+        thread.join()
+
+
+def test_an_address_looks_the_same_until_its_etag_or_time_changes(
+    server: tuple[str, dict[str, Any]],
+) -> None:
+    address, state = server
+    config = replace(DATA, source=f"{address}/set.zip")
+    before = look(config)
+    assert look(config) == before
+    state["ETag"] = '"2"'
+    assert look(config) != before
+    del state["ETag"]
+    assert look(config) != look(config)  # nobody knows: it is fetched
+
+
+def test_a_message_is_signed_sent_again_and_kept_for_later(
+    server: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    address, state = server
+    monkeypatch.setenv(messages.ADDRESS, f"{address}/hook?token=hidden")
+    monkeypatch.setenv(messages.SECRET, "key")
+    state["status"] = [503, 200]
+    assert messages.send({"id": "1"})
+    (headers, content), again = state["heard"]
+    assert again[1] == content == b'{"id": "1"}'
+    digest = hmac.new(b"key", content, hashlib.sha256).hexdigest()
+    assert headers[messages.SIGNATURE] == f"sha256={digest}"
+    state["status"] = [500]
+    assert not messages.send({"id": "1"})
+    assert "500" in caplog.text
+    assert "hidden" not in caplog.text
+
+
+def test_a_message_goes_nowhere_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert messages.send({"id": "1"})  # to nobody
+    monkeypatch.setenv(messages.ADDRESS, "http://example.org/hook?token=hidden")
+    with pytest.raises(UserError, match="no https") as error:
+        messages.send({"id": "1"})
+    assert "hidden" not in str(error.value)
+
+
+def test_one_holds_the_lease_and_the_next_has_a_higher_number(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "one", tmp_path / "other"  # two machines: their file locks differ
+    for folder in (first, second):
+        folder.mkdir()
+    monkeypatch.chdir(first)
+    with lease.hold(Bucket(bucket)) as held:
+        monkeypatch.chdir(second)
+        with pytest.raises(lease.BusyError, match="at work"), lease.hold(Bucket(bucket)):
+            pass
+        held.check()
+    with lease.hold(Bucket(bucket)) as held:
+        held.check()
+    assert json.loads(storage.read_object(f"{bucket}/lease"))["number"] == 2
+
+
+def test_a_lease_is_put_off_while_its_holder_works(bucket: str, tmp_path: Path) -> None:
+    with lease.hold(Bucket(bucket), seconds=1.0) as held:
+        time.sleep(2.0)
+        held.check()
+        with pytest.raises(lease.BusyError), lease.hold(Bucket(bucket)):
+            pass
+
+
+def test_who_was_paused_past_its_end_is_told_and_does_not_take_it_back(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    monkeypatch.setattr(lease._BucketLease, "_beat", lambda self: None)  # it is paused
+    with lease.hold(Bucket(bucket), seconds=0.1) as paused:
+        time.sleep(0.2)
+        monkeypatch.chdir(tmp_path / "other")
+        with lease.hold(Bucket(bucket)) as held:
+            with pytest.raises(lease.LostError, match="nothing was published"):
+                paused.check()
+            held.check()
+
+
+def test_of_many_who_take_a_lease_at_once_one_has_it(bucket: str, tmp_path: Path) -> None:
+    taken, refused = [], []
+    barrier = threading.Barrier(8)
+
+    def take() -> None:
+        barrier.wait()
+        try:
+            taken.append(lease._BucketLease(bucket, 60.0))
+        except lease.BusyError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(taken), len(refused)) == (1, 7)
+    taken[0].release()
+
+
+def test_two_on_one_machine_exclude_each_other_without_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with lease.hold(Folder(tmp_path)) as held:
+        held.check()
+        with pytest.raises(lease.BusyError), lease.hold(Folder(tmp_path)):
+            pass
+
+
+def git(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=folder,
+        env=os.environ | workplace.ROBOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with our parameters under git, and in it as the working folder."""
+    folder = tmp_path / "project"
+    (folder / ".dvc").mkdir(parents=True)
+    root = Path(__file__).parents[2]
+    (folder / "params.yaml").write_text((root / "params.yaml").read_text())
+    (folder / ".dvc/config").write_text("[core]\n    remote = far\n")
+    (folder / ".gitignore").write_text("/retraining/\nconfig.local\n")
+    git("init", "--quiet", "--initial-branch=main", folder=folder)
+    git("add", "--all", folder=folder)
+    git("commit", "--quiet", "--message=first", folder=folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_what_is_not_committed_is_named(project: Path) -> None:
+    assert workplace.last_commit() == git("rev-parse", "HEAD", folder=project)
+    (project / "new.txt").write_text("git does not know it")
+    (project / "params.yaml").write_text("changed")
+    with pytest.raises(UserError, match=r"params\.yaml: changed and not committed"):
+        workplace.last_commit()
+
+
+def test_a_folder_without_git_is_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="git init"):
+        workplace.last_commit()
+
+
+def test_the_worktree_has_the_commit_and_the_users_folder_stays_as_it_is(project: Path) -> None:
+    work = workplace.Workplace()
+    before = (project / "params.yaml").read_text()
+    work.prepare(workplace.last_commit(), {"training": {"start_from": "models:/aegan/3"}})
+    assert params.read(work.folder / "params.yaml")["training"]["start_from"] == "models:/aegan/3"
+    assert work.has_remote()
+    (work.folder / "dvc.lock").write_text("locked")
+    work.prepare(workplace.last_commit(), {})
+    assert (work.folder / "params.yaml").read_text() == before
+    assert (work.folder / "dvc.lock").read_text() == "locked"
+    assert str(project / ".dvc/cache") in (work.folder / ".dvc/config.local").read_text()
+    assert (project / "params.yaml").read_text() == before
+    assert git("status", "--porcelain", folder=project) == ""
+    assert git("rev-parse", "--abbrev-ref", "HEAD", folder=project) == "main"
+
+
+def test_a_retraining_is_committed_once_on_a_branch_of_its_own(project: Path) -> None:
+    work = workplace.Workplace()
+    work.prepare(workplace.last_commit(), {"training": {"start_from": "models:/aegan/3"}})
+    (work.folder / "dvc.lock").write_text("locked")
+    commit = work.commit("0123", "retraining 0123")
+    assert work.commit("0123", "retraining 0123") == commit
+    assert git("rev-parse", "retrain/0123", folder=project) == commit
+    assert git("cat-file", "-t", "retrained/0123", folder=project) == "tag"
+    changed = git("show", "--name-only", "--format=", commit, folder=project).splitlines()
+    assert changed == ["dvc.lock", "params.yaml"]
+    assert git("log", "--oneline", "main", folder=project).count("\n") == 0
