@@ -8,12 +8,13 @@ It writes a model of its own, `benchmark-of-decisions`, with versions that hold 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from pipelines.registry import decisions, mlflow_store
+from pipelines.registry import decision_log, decisions, mlflow_store
 from pipelines.registry.mlflow_store import unless_there
 
-MODEL, ENTRIES, REPEATS = "benchmark-of-decisions", 100, 10
+MODEL, ENTRIES, REPEATS = "benchmark-of-decisions", 100, 5
 
 
 def main() -> None:
@@ -30,8 +31,12 @@ def main() -> None:
         other = next(version for version in versions if version != now)
         decisions.decide(MODEL, kind=kind, start=now, to=other, reasons=["timed"])
 
-    while len(decisions.history(MODEL)) < ENTRIES:
-        decide("promotion")
+    decide("promotion")
+    [first] = decisions.history(MODEL)
+    for number in range(2, ENTRIES + 1):
+        refusal = replace(first, kind="refusal", start=first.to, reasons=(f"number {number}",))
+        source, tags = f"models:/{MODEL}/{first.to}", decision_log.tags_of(refusal)
+        client.create_model_version(decision_log.log_of(MODEL), source, tags=tags)
     show("promotion", lambda: decide("promotion"))
     show("rollback", lambda: decide("rollback"))
     show("history", lambda: decisions.history(MODEL))
