@@ -51,7 +51,11 @@ class MLflowServer:
                 stderr=log,
             )
         health = f"{self.address}/health"
-        wait_until(lambda: requests.get(health, timeout=10).ok, seconds=240, what="a server")
+        try:
+            wait_until(lambda: requests.get(health, timeout=10).ok, seconds=240, what="a server")
+        except AssertionError:
+            self.kill()
+            raise
 
     def processes(self) -> list[int]:
         """Of the server and its workers."""
@@ -95,6 +99,6 @@ def postgres(password: str) -> Iterator[int]:
         subprocess.run(create, env=as_mlflow, check=True)
         yield port
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
         server.wait(30)
         shutil.rmtree(folder)
