@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aegan.config import ConfigError, RegisterConfig
+from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base import params
 from pipelines.base.errors import UserError
@@ -367,7 +367,7 @@ def model_id(client: Any, version: str) -> str:
 def test_register_points_no_alias_that_is_decided(alias: str, tmp_path: Path) -> None:
     settings = (ROOT / "params.yaml").read_text().replace("alias: candidate", f"alias: {alias}")
     (tmp_path / "params.yaml").write_text(settings)
-    with pytest.raises(ConfigError, match="which `aegan promote` decides"):
+    with pytest.raises(UserError, match="which `aegan promote` decides"):
         params.load(RegisterConfig, tmp_path / "params.yaml")
 
 
