@@ -201,8 +201,13 @@ def test_who_is_not_let_in_is_told_so_in_one_line(
     ).raise_for_status()
     for model in ("aegan", "aegan.decisions"):
         requests.post(
-            f"{guarded.address}/api/2.0/mlflow/registered-models/permissions/create",
-            json={"name": model, "username": "reader", "permission": "READ"},
+            f"{guarded.address}/api/3.0/mlflow/users/permissions/grant",
+            json={
+                "username": "reader",
+                "resource_type": "registered_model",
+                "resource_id": model,
+                "permission": "READ",
+            },
             auth=("admin", PASSWORD),
             timeout=60,
         ).raise_for_status()
