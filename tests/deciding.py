@@ -8,16 +8,25 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from pipelines.base.errors import UserError
 from pipelines.registry import mlflow_store
+from tests.trained import ROOT
 
 mlflow_store.set_environment()
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.deciding", "mlflow.pyfunc", "mlflow.store.model_registry.sqlalchemy_store"]
+    [
+        "tests.deciding",
+        "pipelines.registry.decisions",
+        "alembic.script",
+        "mlflow.store.db.utils",
+        "mlflow.store.model_registry.sqlalchemy_store",
+        "mlflow.store.tracking.sqlalchemy_store",
+    ]
 )
 WRITES = (b"POST", b"PUT", b"PATCH", b"DELETE")
 SEARCHES = b"/search"  # which are POST, too
@@ -45,7 +54,8 @@ def decide(
         ours, theirs = CONTEXT.Pipe()
         arguments = (theirs, model_name, dict(call), dict(environment), kill_at, list(victims))
         process = CONTEXT.Process(target=_decide, args=arguments)
-        process.start()
+        with chdir(ROOT):  # where that process finds our modules
+            process.start()
         theirs.close()
         running.append((process, ours))
     outcomes = []

@@ -115,6 +115,6 @@ def postgres(password: str) -> Iterator[int]:
         subprocess.run(create, env=as_mlflow, check=True)
         yield port
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
         server.wait(30)
         shutil.rmtree(folder)

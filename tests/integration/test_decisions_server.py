@@ -111,12 +111,15 @@ def test_a_server_that_dies_while_somebody_promotes_loses_and_doubles_nothing(
     server: servers.MLflowServer, client: Any, request: Any, record_property: Any
 ) -> None:
     name = request.node.name
-    store = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    store = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}
+    impatient = {**store, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     champion = None
     for to, point in (("1", 2), ("2", 3)):  # before the log is written; before an alias is
         call = promotion(champion, to)
         victims = server.processes()
-        [outcome] = decide(call, model_name=name, environment=store, kill_at=point, victims=victims)
+        [outcome] = decide(
+            call, model_name=name, environment=impatient, kill_at=point, victims=victims
+        )
         assert outcome.code == 1
         assert "is MLFLOW_TRACKING_URI right, and an MLflow server running there?" in outcome.error
         server.wait()
@@ -198,8 +201,13 @@ def test_who_is_not_let_in_is_told_so_in_one_line(
     ).raise_for_status()
     for model in ("aegan", "aegan.decisions"):
         requests.post(
-            f"{guarded.address}/api/2.0/mlflow/registered-models/permissions/create",
-            json={"name": model, "username": "reader", "permission": "READ"},
+            f"{guarded.address}/api/3.0/mlflow/users/permissions/grant",
+            json={
+                "username": "reader",
+                "resource_type": "registered_model",
+                "resource_id": model,
+                "permission": "READ",
+            },
             auth=("admin", PASSWORD),
             timeout=60,
         ).raise_for_status()
