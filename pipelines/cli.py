@@ -5,7 +5,8 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,9 @@ ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their a
     "add_help_option": False,
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
 }
+
+MODEL = "artifacts/train/model"
+Model = Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/3, a folder")]
 
 
 def main() -> None:
@@ -56,6 +60,24 @@ def doctor(context: typer.Context) -> None:
     from pipelines.project import doctor
 
     doctor.main(context.args)
+
+
+@app.command()
+def explore(model: Model = MODEL, out: Path = Path("explorer.html")) -> None:
+    """Write one HTML file in which anyone walks through the model, in any browser, offline."""
+    from pipelines.serving import exports
+
+    exports.explore(model, out)
+    typer.echo(f"file://{out.resolve()}")
+
+
+@app.command()
+def export(model: Model = MODEL, out: Path = Path("onnx")) -> None:
+    """Write the model's networks as ONNX files into a folder."""
+    from pipelines.serving import exports
+
+    for file in exports.export(model, out):
+        typer.echo(str(file))
 
 
 if __name__ == "__main__":

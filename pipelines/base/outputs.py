@@ -15,7 +15,8 @@ from pipelines.base.names import shown
 
 RAW, SHARDS = Path("artifacts/raw"), Path("artifacts/shards")
 PREPROCESS, TRAIN = Path("artifacts/preprocess"), Path("artifacts/train")
-INTERPOLATE, TUNE = Path("artifacts/interpolate"), Path("artifacts/tune")
+INTERPOLATE, EXPLORE = Path("artifacts/interpolate"), Path("artifacts/explore")
+TUNE = Path("artifacts/tune")
 PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples", "fitted_samples")
 PLOTS = ("slices", "parallel_coordinates", "importance")
 FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a stage writes there
@@ -31,6 +32,7 @@ FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a st
         "index.json",
         *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "webp")),
     ),
+    EXPLORE: ("explorer.html", "generator.onnx", "encoder.onnx"),
     TUNE: ("tuned.yaml", "comparison.json", "trials.csv", *(f"{name}.png" for name in PLOTS)),
 }
 TEMPORARY = (".*.tmp", ".*.tmp/*", "*/.*.tmp", "*/.*.tmp/*")  # ours, of a process that was killed
