@@ -167,6 +167,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         "moments": read_moments(trained),
         "metrics": read_metrics(artifacts / "evaluate/metrics.json"),
         "latent": embed(artifacts / "evaluate/latent.png", stage="evaluate"),
+        "has_explorer": (artifacts / "explore/explorer.html").exists(),
     }
 
 

@@ -1,6 +1,7 @@
 // A picture of the visitor => the pixels that the model was trained on, as
 // aegan.data.image_files.decode_image and Pillow make them: upright, in sRGB, on white, cropped or
-// padded to a square, shrunk with Pillow's own arithmetic (whole numbers of 22 bits).
+// padded to a square, shrunk with Pillow's own arithmetic (whole numbers of 22 bits). Of tall pictures
+// Pillow may take the rows before the columns, which rounds some bytes the other way.
 
 const STRIP_PIXELS = 4e6; // read at once from a large picture
 

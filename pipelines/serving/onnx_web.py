@@ -4,7 +4,6 @@ No package of PyPI holds them. They come out of the npm registry's archive, whic
 are kept in the environment (`.venv`), not in the project: the larger one has 14 MB.
 """
 
-import hashlib
 import logging
 import sys
 import tarfile
@@ -34,43 +33,35 @@ FOLDER = Path(sys.prefix) / f"onnxruntime-web-{VERSION}"
 log = logging.getLogger(__name__)
 
 
-def read_runtime(folder: Path = FOLDER, address: str = ADDRESS) -> dict[str, bytes]:
+def read_runtime() -> dict[str, bytes]:
     """The files by their names in the page, fetched if they are not there; raises UserError."""
-    if not _is_whole(folder):
-        _fetch(folder, address)
-    return {name: (folder / file).read_bytes() for name, (file, _) in FILES.items()}
+    if not all(_is_whole(FOLDER / file, expected) for file, expected in FILES.values()):
+        _fetch()
+    return {name: (FOLDER / file).read_bytes() for name, (file, _) in FILES.items()}
 
 
-def _is_whole(folder: Path) -> bool:
-    return all(
-        (folder / file).is_file() and sha256_of(folder / file) == expected
-        for file, expected in FILES.values()
-    )
+def _is_whole(file: Path, expected: str) -> bool:
+    return file.is_file() and sha256_of(file) == expected
 
 
-def _fetch(folder: Path, address: str) -> None:
+def _fetch() -> None:
     log.info("fetching onnxruntime-web %s (33 MB, once) for the explorer", VERSION)
     with TemporaryDirectory() as downloads:
         archive = Path(downloads) / "onnxruntime-web.tgz"
         try:
-            fetch(address, archive)
+            fetch(ADDRESS, archive)
         except UserError as error:
             raise UserError(
                 f"the explorer's page needs onnxruntime-web {VERSION}, once, and {error}"
             ) from None
         if (found := sha256_of(archive)) != ARCHIVE_SHA256:
             raise UserError(
-                f"{address} has the SHA-256 {found}, expected {ARCHIVE_SHA256}: something on the "
+                f"{ADDRESS} has the SHA-256 {found}, expected {ARCHIVE_SHA256}: something on the "
                 "way or the registry changes files; try another network"
             )
-        _unpack(archive, folder)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    with clear_disk_errors(folder), tarfile.open(archive) as packed:
-        for name, expected in FILES.values():
-            member = packed.extractfile(f"package/dist/{name}")
-            content = member.read() if member else b""
-            assert hashlib.sha256(content).hexdigest() == expected
-            with new_file(folder / name) as temporary:
-                temporary.write_bytes(content)
+        with clear_disk_errors(FOLDER), tarfile.open(archive) as packed:
+            for file, _ in FILES.values():
+                content = packed.extractfile(f"package/dist/{file}")
+                assert content is not None
+                with new_file(FOLDER / file) as temporary:
+                    temporary.write_bytes(content.read())
