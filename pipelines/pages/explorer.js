@@ -89,6 +89,7 @@ function draw(name, priority, z, show) {
 }
 
 async function drawNext() {
+  document.body.toggleAttribute("data-drawing", isDrawing || waiting.size > 0);
   if (isDrawing || !waiting.size) return;
   isDrawing = true;
   const [name, {z, show}] = [...waiting].reduce((a, b) => (b[1].priority < a[1].priority ? b : a));

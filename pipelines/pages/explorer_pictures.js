@@ -9,9 +9,9 @@ const STRIP_PIXELS = 4e6; // read at once from a large picture
 async function readPicture(blob, {imageSize, channels, fit}) {
   const bitmap = await createImageBitmap(blob, {imageOrientation: "from-image"});
   try {
-    const same = bitmap.width === imageSize && bitmap.height === imageSize;
-    const factor = same ? 1 : Math.floor(Math.min(bitmap.width, bitmap.height) / (4 * imageSize));
-    let picture = readReduced(bitmap, Math.max(1, factor));
+    let picture = readReduced(bitmap, (await isJpeg(blob)) ? draftOf(bitmap, imageSize) : 1);
+    picture = reduced(picture, timesLarger(picture, 4 * imageSize));
+    const same = picture.width === imageSize && picture.height === imageSize;
     if (channels === 1) picture = toGray(picture);
     if (!same) picture = fit === "pad" ? padded(picture, imageSize) : cropped(picture, imageSize);
     return picture;
@@ -20,7 +20,21 @@ async function readPicture(blob, {imageSize, channels, fit}) {
   }
 }
 
-/** The mean of each block of factor x factor pixels (Pillow's reduce), on white, strip by strip. */
+async function isJpeg(blob) {
+  const start = new Uint8Array(await blob.slice(0, 3).arrayBuffer());
+  return start[0] === 0xff && start[1] === 0xd8 && start[2] === 0xff;
+}
+
+/** By how much Pillow has a JPEG decoded smaller; what its decoder makes is nearly the mean. */
+function draftOf(bitmap, imageSize) {
+  return [8, 4, 2].find(factor => timesLarger(bitmap, 4 * imageSize) >= factor) ?? 1;
+}
+
+function timesLarger({width, height}, side) {
+  return Math.max(1, Math.floor(Math.min(width, height) / side));
+}
+
+/** A picture on white, each block of factor x factor pixels its mean, strip by strip. */
 function readReduced(bitmap, factor) {
   const {width, height} = bitmap;
   const columns = Math.ceil(width / factor), rows = Math.ceil(height / factor);
@@ -34,12 +48,23 @@ function readReduced(bitmap, factor) {
     context.fillRect(0, 0, width, high);
     context.drawImage(bitmap, 0, top, width, high, 0, 0, width, high);
     const strip = context.getImageData(0, 0, width, high).data;
-    reduceInto(data, row, strip, width, high, factor);
+    reduceInto(data, row, strip, 4, width, high, factor);
   }
   return {width: columns, height: rows, channels: 3, data};
 }
 
-function reduceInto(data, firstRow, strip, width, height, factor) {
+/** Pillow's reduce. */
+function reduced(picture, factor) {
+  if (factor === 1) return picture;
+  const {width, height} = picture;
+  const columns = Math.ceil(width / factor), rows = Math.ceil(height / factor);
+  const data = new Uint8Array(columns * rows * 3);
+  reduceInto(data, 0, picture.data, 3, width, height, factor);
+  return {width: columns, height: rows, channels: 3, data};
+}
+
+/** `strip` has pixels of `step` bytes, `data` of 3. */
+function reduceInto(data, firstRow, strip, step, width, height, factor) {
   const columns = Math.ceil(width / factor);
   for (let top = 0; top < height; top += factor) {
     const high = Math.min(factor, height - top);
@@ -47,7 +72,7 @@ function reduceInto(data, firstRow, strip, width, height, factor) {
       const left = column * factor, wide = Math.min(factor, width - left);
       const sums = [0, 0, 0], count = high * wide;
       for (let y = top; y < top + high; y++) {
-        for (let x = left, at = 4 * (y * width + left); x < left + wide; x++, at += 4) {
+        for (let x = left, at = step * (y * width + left); x < left + wide; x++, at += step) {
           for (let c = 0; c < 3; c++) sums[c] += strip[at + c];
         }
       }

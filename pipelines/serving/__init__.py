@@ -1,1 +1,1 @@
-"""What answers over HTTP: a model, MLflow's page behind a password."""
+"""What answers with a model: over HTTP, MLflow's page behind a password, the explorer's page."""

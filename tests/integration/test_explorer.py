@@ -100,7 +100,7 @@ def test_a_picture_becomes_the_pixels_that_training_would_have_seen(page, name, 
 
 def pixels(page: Page, canvas: str) -> np.ndarray:
     """What a canvas shows, once nothing waits to be drawn: [H, W, 3]."""
-    page.wait_for_function("!waiting.size && !isDrawing")
+    page.wait_for_selector("body:not([data-drawing])", state="attached")
     data = page.evaluate(
         """id => {
           const canvas = document.getElementById(id);
@@ -238,7 +238,7 @@ def test_samples_are_like_those_of_the_fitted_latents(page, model_folder):
 
 def test_a_file_that_is_no_picture_is_refused_in_one_line(page):
     drop(page, "left-card", b"no picture")
-    page.wait_for_function("document.getElementById('status').textContent")
+    page.wait_for_selector("#status:not(:empty)")
     assert "cannot read mine.png" in page.inner_text("#status")
 
 
