@@ -3,13 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts Ray, one for the rest
 
-.PHONY: run doctor submit test test-cluster test-faults test-quick coverage check mlflow serve bench-serving up status down test-stack refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-pages test-quick coverage check mlflow serve bench-serving up status down test-stack refresh tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
 	@echo
-	@echo "report:  file://$(CURDIR)/report/index.html"
-	@echo "MLflow:  make mlflow"
+	@echo "report:    file://$(CURDIR)/report/index.html"
+	@test ! -f artifacts/explore/explorer.html || echo "explorer:  file://$(CURDIR)/artifacts/explore/explorer.html"
+	@echo "MLflow:    make mlflow"
 
 submit: .venv/installed ## the same on the Ray cluster that RAY_ADDRESS names (docs/submitting.md)
 	@$(BIN)/python -m pipelines.submit
@@ -25,6 +26,9 @@ test-quick: .venv/installed ## what runs in minutes: no servers, no long trainin
 
 test-cluster: .venv/installed ## a Ray cluster on this machine that loses workers, nodes, its bucket
 	$(PYTEST) tests/cluster
+
+test-pages: .venv/installed ## the explorer's page in Chromium, offline (apt-get install chromium)
+	$(BIN)/python -m pytest -n 0 tests/integration/test_explorer.py
 
 test-faults: .venv/installed ## every fault and attack of docs/reliability.md and docs/security.md, with their counts
 	$(PYTEST) -m fault

@@ -441,5 +441,23 @@ def new_reference(
     print(reference.said(reference.cut(SHARDS, reason=reason)))
 
 
+@app.command()
+def explore(model: Model = "", out: Path = Path("explorer.html")) -> None:
+    """Write one HTML file in which anyone walks through the model, in any browser, offline."""
+    from pipelines.serving import exports
+
+    exports.explore(model, out)
+    typer.echo(f"file://{out.resolve()}")
+
+
+@app.command()
+def export(model: Model = "", out: Path = Path("onnx")) -> None:
+    """Write the model's networks as ONNX files into a folder."""
+    from pipelines.serving import exports
+
+    for file in exports.export(model, out):
+        typer.echo(str(file))
+
+
 if __name__ == "__main__":
     main()

@@ -19,7 +19,7 @@ from pipelines.base import locks, package, params
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors, hash_files, project_folder, read_json
 from pipelines.base.identity import code_of, code_sha256
-from pipelines.base.outputs import INTERPOLATE, PREPROCESS, SHARDS, TRAIN
+from pipelines.base.outputs import EXPLORE, INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
 from pipelines.registry import card, gate, mlflow_store, tracking, training_record
 from pipelines.registry.live_run import send_rest, tags_of_all
@@ -32,6 +32,7 @@ OUTPUT = Path("artifacts/register/registration.json")
 FILES = {  # folder among the run's artifacts -> what goes there, if present
     "samples": [TRAINED.samples],
     "interpolations": [INTERPOLATE],
+    "artifacts": [EXPLORE],  # where the report's link leads
     "report": [Path("report/index.html")],
     "metrics": [TRAINED.facts, CURVES, SCORES.parent],
     "data": [MANIFEST, PREPROCESS],

@@ -180,6 +180,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
         "moments": read_moments(trained),
         "metrics": group_metrics(figures),
         "latent": embed(artifacts / "evaluate/latent.png", stage="evaluate"),
+        "has_explorer": (artifacts / "explore/explorer.html").exists(),
     }
 
 

@@ -37,7 +37,8 @@ OWNERS = {  # library => the only modules and wings of pipelines/ that may impor
     "kagglehub": {"ingest.kaggle"},
 }
 STAGES = {
-    "download", "preprocess", "train", "evaluate", "interpolate", "report", "register", "tune",
+    "download", "preprocess", "train", "evaluate", "interpolate", "explore", "report", "register",
+    "tune",
 }  # fmt: skip
 COMMANDS = {"cli", "params", "retrain", "serve", "submit"}  # for people
 DVC_FILES = {"tune": "tune/dvc.yaml"}  # of stages that `dvc repro` does not run by default
@@ -168,7 +169,7 @@ def dependencies_of(stage: str) -> set[str]:
     file = ROOT / DVC_FILES.get(stage, "dvc.yaml")
     named = YAML(typ="safe").load(file.read_text())["stages"][stage]["deps"]
     code = {name for name in named if name.startswith(("aegan", "pipelines"))}
-    return {name for name in code if Path(name).suffix in ("", ".py")}  # not the report's page
+    return {name for name in code if Path(name).suffix in ("", ".py")}  # not the pages
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

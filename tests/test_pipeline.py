@@ -23,7 +23,10 @@ from tests.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
-STAGES = ["download", "preprocess", "train", "evaluate", "interpolate", "report", "register"]
+STAGES = [
+    *("download", "preprocess", "train", "evaluate", "interpolate", "explore", "report"),
+    "register",
+]
 SMALL_PARAMETERS = {
     "data": {"manifold_images": 200, "manifold_size": 16},
     "preprocess": {"image_size": 16},

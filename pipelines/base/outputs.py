@@ -15,7 +15,8 @@ from pipelines.base.names import shown
 
 RAW, SHARDS = Path("artifacts/raw"), Path("artifacts/shards")
 PREPROCESS, TRAIN = Path("artifacts/preprocess"), Path("artifacts/train")
-INTERPOLATE, TUNE = Path("artifacts/interpolate"), Path("artifacts/tune")
+INTERPOLATE, EXPLORE = Path("artifacts/interpolate"), Path("artifacts/explore")
+TUNE = Path("artifacts/tune")
 # No output, but the user's: images that versions are compared on (pipelines/registry/reference.py).
 REFERENCE, REFERENCE_DVC = Path("reference"), Path("reference.dvc")
 PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples", "fitted_samples")
@@ -33,6 +34,7 @@ FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a st
         "index.json",
         *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "webp")),
     ),
+    EXPLORE: ("explorer.html", "generator.onnx", "encoder.onnx"),
     TUNE: ("tuned.yaml", "comparison.json", "trials.csv", *(f"{name}.png" for name in PLOTS)),
 }
 TEMPORARY = (".*.tmp", ".*.tmp/*", "*/.*.tmp", "*/.*.tmp/*")  # ours, of a process that was killed

@@ -1,1 +1,1 @@
-"""What works with a finished model: over HTTP, in batches, and MLflow's page with a password."""
+"""What works with a finished model: over HTTP, in batches, in a browser; MLflow's page."""

@@ -276,7 +276,9 @@ def test_a_second_client_follows_the_job_of_a_killed_one_from_its_first_line(fin
 
 def test_a_broken_connection_is_made_again_and_no_line_is_missing_or_shown_twice(finished):
     stages = re.findall(r"^Running stage '(\w+)'", finished.output, re.MULTILINE)
-    assert stages == ["download", "preprocess", "train", "evaluate", "interpolate", "report"]
+    *others, last = stages
+    assert others == ["download", "preprocess", "train", "evaluate", "interpolate", "explore"]
+    assert last == "report"
 
 
 def test_lock_outputs_and_metrics_are_those_of_the_job(finished, cluster):

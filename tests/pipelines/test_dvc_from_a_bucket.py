@@ -228,6 +228,7 @@ FOLDERS = {
     "artifacts/train/model": ["config.json", "ema.safetensors", "weights.safetensors"],
     "artifacts/train/samples": ["step-00000008-samples.png"],
     "artifacts/interpolate": ["index.json"],
+    "artifacts/explore": ["generator.onnx"],
 }
 REGISTRATION = "artifacts/register/registration.json"
 
