@@ -198,7 +198,7 @@ def _track() -> None:
         return
     # Not DVC itself: what it does is checked and locked.
     dvc = [sys.executable, "-m", "pipelines.project.dvc_command"]
-    command = [*dvc, "add", "--quiet", str(REFERENCE)]
+    command = [*dvc, "add", str(REFERENCE)]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         log.info("DVC keeps it: `git add %s`, and `.venv/bin/dvc push` shares it", REFERENCE_DVC)

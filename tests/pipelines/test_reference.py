@@ -128,8 +128,8 @@ def dvc(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "*.local"))
     shutil.copy(ROOT / ".gitignore", ".gitignore")
     subprocess.run(["git", "init", "--quiet"], check=True)
-    remote = f"[core]\n    remote = there\n['remote \"there\"']\n    url = {project / 'there'}\n"
-    with Path(".dvc/config").open("a") as config:
+    remote = f"    remote = there\n['remote \"there\"']\n    url = {project / 'there'}\n"
+    with Path(".dvc/config").open("a") as config:  # whose last section is `core`
         config.write(remote)
     return project
 
