@@ -81,8 +81,9 @@ class Examination:
         samples = aegan.sample(model, min(SAMPLES, len(images)), seed=seed)
         features = self._extract(samples)
         learned, random = (self.features[name] for name in FEATURES)
-        neighbourhood = precision_recall_density_coverage(
-            random, features[RANDOM_FEATURES], neighbours=NEIGHBOURS
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        neighbourhood = precision_recall_density_coverage(  # of sets of one size, as elsewhere
+            random[order[: len(samples)]], features[RANDOM_FEATURES], neighbours=NEIGHBOURS
         )
         row = {
             "frechet_distance": frechet_distance(learned, features[LEARNED_FEATURES]),

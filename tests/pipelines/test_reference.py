@@ -158,5 +158,7 @@ def test_a_clone_gets_it_from_dvc_and_never_cuts_its_own(
     monkeypatch.chdir(clone)
     with pytest.raises(UserError, match=r"dvc pull reference.dvc"):
         reference.current_or_first(SHARDS)
+    with pytest.raises(UserError, match=r"dvc pull reference.dvc"):
+        reference.cut(SHARDS, reason="without the old ones")
     run_dvc("pull", cwd=clone)
     assert reference.current_or_first(SHARDS).sha256 == first.sha256
