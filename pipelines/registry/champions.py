@@ -62,10 +62,10 @@ def promote(model_name: str, number: str, *, force: bool, reason: str) -> str:
     """
     if force and not reason.strip():
         raise UserError("--force passes over the gate: say why with --reason TEXT")
+    line = succession(decisions.history(model_name))
     model = next((found for found in models(model_name) if found.version == number), None)
     if not model:
         raise UserError(f"{model_name} has no version {number}: see `aegan models`")
-    line = succession(decisions.history(model_name))
     if line and line[-1].to == number:
         return f"{model_name} version {number} is the champion already: {standing.words(line[-1])}"
     if force:

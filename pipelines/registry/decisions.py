@@ -24,6 +24,7 @@ from pipelines.registry.mlflow_store import (
 )
 
 ATTEMPTS = 8  # of several who write at once, a server gives up on some
+MAX_NAMED = 3  # decisions that came between
 ROUNDS = 20  # of putting aliases right while others decide
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def champion(model_name: str) -> str | None:
 def aliased(model_name: str, alias: str) -> str | None:
     """The version that `champion` or `previous` means by the log; None if there is none.
 
-    Raises UserError, also if the champion was deleted.
+    Raises UserError, also for a champion that was deleted.
     """
     entries, versions = _look(model_name)
     line = succession(entries)
@@ -164,7 +165,7 @@ def _find(client: Any, model_name: str, wanted: Decision) -> Decision | None:
         return None
     changes = [entry for entry in entries if entry.changes_champion]
     before = [place for place, entry in enumerate(changes) if entry.to == wanted.start]
-    between = changes[before[-1] + 1 if before else 0 :]
+    between = changes[before[-1] + 1 if before else 0 :][-MAX_NAMED:]
     raise Outrun(
         f"{model_name}: this {wanted.kind} of version {wanted.to} was decided against "
         f"{_named(wanted.start)}, but the champion is {_named(now)} by now: "

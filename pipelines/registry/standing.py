@@ -67,7 +67,8 @@ def repairs(
         return
     model = client.get_registered_model(model_name)
     pointing = {alias: str(number) for alias, number in model.aliases.items()}
-    for alias, decision in aliases(line, versions).items():
+    meant = aliases(line, versions)
+    for alias, decision in meant.items():
         found, wanted = pointing.get(alias), decision.to if decision else None
         if found == wanted:
             continue
@@ -84,7 +85,7 @@ def repairs(
         if (text := _with(found, _about_version(number, entries))) != found:
             yield Repair("", partial(client.update_model_version, model_name, number, text))
     found = model.description or ""
-    if (text := _with(found, _about_model(model_name, line))) != found:
+    if (text := _with(found, _about_model(meant))) != found:
         yield Repair("", partial(client.update_registered_model, model_name, text))
 
 
@@ -106,10 +107,11 @@ def _about_version(number: str, entries: Sequence[Decision]) -> str:
     return "\n".join([state, "", *(f"- {_with_reasons(entry)}" for entry in reversed(about))])
 
 
-def _about_model(model_name: str, line: Sequence[Decision]) -> str:
-    newest = [f"- {_with_reasons(made)}" for made in reversed(line[-2:])]
-    heading = "The champion, and what `aegan rollback` goes back to:"
-    return "\n".join([heading if len(newest) > 1 else "The champion:", "", *newest])
+def _about_model(meant: Mapping[str, Decision | None]) -> str:
+    return "\n".join(
+        f"- {alias}: {_with_reasons(made) if made else 'none that is there'}"
+        for alias, made in meant.items()
+    )
 
 
 def _with_reasons(decision: Decision) -> str:

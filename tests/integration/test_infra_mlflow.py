@@ -1,10 +1,8 @@
 """The MLflow server of infra/compose.yaml with a real PostgreSQL and a bucket."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,15 +12,14 @@ import psutil
 import pytest
 import requests
 
+from tests import servers
 from tests.compose import INFRA, command_of, environment_of, free_port, wait_until
 from tests.s3 import s3_server
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(280),
-    pytest.mark.skipif(  # in CI its absence is a failure
-        not shutil.which("initdb") and not os.environ.get("CI"), reason="needs PostgreSQL"
-    ),
+    servers.needs_postgres,
 ]
 SECRETS = {
     "POSTGRES_PASSWORD": "of-postgres",
@@ -37,33 +34,8 @@ ADMINISTRATOR = ("admin", SECRETS["MLFLOW_PASSWORD"])
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[int]:
     """Port of a new PostgreSQL with the user and database of the compose file."""
-    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to be root
-    if user:
-        shutil.chown(folder, user)
-    password_file, data, port = folder / "password", folder / "data", free_port()
-    password_file.write_text(SECRETS["POSTGRES_PASSWORD"])
-    password_file.chmod(0o644)
-    create = ["initdb", "--auth=scram-sha-256", "--username=mlflow", f"--pwfile={password_file}"]
-    subprocess.run([*create, data], user=user, cwd=folder, check=True, capture_output=True)
-    options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-    server = subprocess.Popen(
-        ["postgres", "-D", data, "-p", str(port), *options],
-        user=user,
-        cwd=folder,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        ready = ["pg_isready", "--host=127.0.0.1", f"--port={port}", "--quiet"]
-        wait_until(lambda: subprocess.call(ready) == 0, seconds=30, what="PostgreSQL is ready")
-        as_mlflow = os.environ | {"PGPASSWORD": SECRETS["POSTGRES_PASSWORD"]}
-        create = ["createdb", "--host=127.0.0.1", f"--port={port}", "--username=mlflow", "mlflow"]
-        subprocess.run(create, env=as_mlflow, check=True)
+    with servers.postgres(SECRETS["POSTGRES_PASSWORD"]) as port:
         yield port
-    finally:
-        server.terminate()
-        server.wait(30)
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

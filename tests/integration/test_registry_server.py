@@ -1,11 +1,8 @@
 """Registrations at a real MLflow server: at once, cut off, and one that wants to do harm."""
 
-import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,49 +10,23 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import psutil
 import pytest
-import requests
 
 from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
-from tests.compose import free_port, wait_until
+from tests.compose import wait_until
 from tests.registrations import Registrations, registrations
+from tests.servers import MLflowServer
 from tests.trained import write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
 
 
-class Server:
-    """`mlflow server` with an SQLite file and its files in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = ["server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self.folder / "files"), "--workers", "1"]
-        with (self.folder / "log").open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *command, "--port", str(self.port)],
-                cwd=self.folder,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=log,
-            )
-        health = f"{self.address}/health"
-        wait_until(lambda: requests.get(health, timeout=10).ok, seconds=120, what="a server")
-
-    def kill(self) -> None:
-        process = psutil.Process(self._process.pid)
-        for one in [process, *process.children(recursive=True)]:
-            one.send_signal(signal.SIGKILL)
-        self._process.wait()
+class Server(MLflowServer):
+    """With an SQLite file, whose rows are counted."""
 
     def column(self, query: str) -> list[Any]:
         with closing(sqlite3.connect(self.folder / "mlflow.db", timeout=30)) as database:

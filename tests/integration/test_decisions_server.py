@@ -1,0 +1,227 @@
+"""Decisions at real MLflow servers, one on PostgreSQL with passwords: at once, cut off."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from pipelines.base.errors import UserError
+from pipelines.registry import decisions, mlflow_store
+from pipelines.registry.decision_log import succession
+from tests import servers
+from tests.deciding import Outcome, decide, make_versions
+from tests.servers import needs_postgres
+
+pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
+PASSWORD = "of-the-administrator"
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("URI", "USERNAME", "PASSWORD"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setenv("AEGAN_BY", "me")
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.MLflowServer]:
+    running = servers.MLflowServer(tmp_path_factory.mktemp("server"))
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def client(server: servers.MLflowServer, free: pytest.MonkeyPatch, request: Any) -> Any:
+    """Of a server that has ten versions of a model named like the test."""
+    free.setenv("MLFLOW_TRACKING_URI", server.address)
+    found = mlflow_store.open_store().MlflowClient()
+    make_versions(found, 10, model_name=request.node.name)
+    return found
+
+
+def promotion(start: str | None, to: str, **options: Any) -> dict[str, Any]:
+    return {"kind": "promotion", "start": start, "to": to, "reasons": ["x"], **options}
+
+
+def aliases(client: Any, model_name: str) -> dict[str, str]:
+    found = client.get_registered_model(model_name).aliases
+    return {alias: str(number) for alias, number in found.items()}
+
+
+def check_one_won(outcomes: list[Outcome], model_name: str, client: Any) -> None:
+    """One of these decisions counts, each other was told whose, and the log lost none of them."""
+    entries = decisions.history(model_name)
+    winner = [entry for entry in entries if entry.counts][-1]
+    assert sorted(outcome.code for outcome in outcomes) == [0] + [1] * (len(outcomes) - 1)
+    for outcome in outcomes:
+        assert outcome.code == 0 or f"version {winner.to}" in outcome.error, outcome.error
+        assert outcome.code == 0 or f" by {winner.by}, " in outcome.error, outcome.error
+    assert [entry.number for entry in entries] == [*range(1, len(entries) + 1)]
+    assert aliases(client, model_name)["champion"] == winner.to
+
+
+def test_of_two_and_of_eight_who_promote_at_once_one_does_and_the_others_are_told_who(
+    server: servers.MLflowServer, client: Any, request: Any, record_property: Any
+) -> None:
+    name, store = request.node.name, {"MLFLOW_TRACKING_URI": server.address}
+    champion = None
+    for versions in (range(1, 3), range(3, 11)):
+        calls = [promotion(champion, str(to), by=f"number {to}") for to in versions]
+        check_one_won(decide(*calls, model_name=name, environment=store), name, client)
+        champion = decisions.champion(name)
+    record_property("faults", 10)
+
+
+def test_a_promotion_killed_before_any_request_that_writes_is_put_right_by_the_next_command(
+    server: servers.MLflowServer, client: Any, request: Any, record_property: Any
+) -> None:
+    """Among them: between the log and the first alias, and between the two aliases."""
+    name, store = request.node.name, {"MLFLOW_TRACKING_URI": server.address}
+    whole = [
+        decide(promotion(start, to), model_name=name, environment=store)[0]
+        for start, to in ((None, "1"), ("1", "2"))
+    ]
+    assert [outcome.code for outcome in whole] == [0, 0], whole
+    states = []
+    champion, other = "2", "1"
+    for point in range(1, whole[1].writes + 1):
+        call = promotion(champion, other)
+        [killed] = decide(call, model_name=name, environment=store, kill_at=point)
+        assert killed.code == -signal.SIGKILL
+        states.append(aliases(client, name) == {"champion": champion, "previous": other})
+        entries = decisions.history(name)
+        line = [entry.to for entry in succession(entries)]
+        assert aliases(client, name) == {"champion": line[-1], "previous": line[-2]}
+        [again] = decide(call, model_name=name, environment=store)
+        assert again.code == 0, again.error
+        champion, other = other, champion
+        assert aliases(client, name) == {"champion": champion, "previous": other}
+    counts = [entry.counts for entry in decisions.history(name)]
+    assert counts == [True] * (2 + whole[1].writes)
+    assert True in states  # killed with the log written or not, but no alias
+    assert False in states  # killed with an alias moved
+    record_property("faults", whole[1].writes)
+
+
+def test_a_server_that_dies_while_somebody_promotes_loses_and_doubles_nothing(
+    server: servers.MLflowServer, client: Any, request: Any, record_property: Any
+) -> None:
+    name = request.node.name
+    store = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}
+    impatient = {**store, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    champion = None
+    for to, point in (("1", 2), ("2", 3)):  # before the log is written; before an alias is
+        call = promotion(champion, to)
+        victims = server.processes()
+        [outcome] = decide(
+            call, model_name=name, environment=impatient, kill_at=point, victims=victims
+        )
+        assert outcome.code == 1
+        assert "is MLFLOW_TRACKING_URI right, and an MLflow server running there?" in outcome.error
+        server.wait()
+        server.start()
+        [again] = decide(call, model_name=name, environment=store)
+        assert again.code == 0, again.error
+        champion = to
+    assert [(entry.to, entry.counts) for entry in decisions.history(name)] == [
+        ("1", True),
+        ("2", True),
+    ]
+    assert aliases(client, name) == {"champion": "2", "previous": "1"}
+    record_property("faults", 2)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.MLflowServer]:
+    """A server on PostgreSQL that asks for passwords and serves one host."""
+    folder = tmp_path_factory.mktemp("guarded")
+    settings = folder / "auth.ini"
+    settings.write_text(
+        f"[mlflow]\ndatabase_uri = sqlite:///{folder}/auth.db\n"
+        "default_permission = NO_PERMISSIONS\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        f"admin_username = admin\nadmin_password = {PASSWORD}\n"
+    )
+    with servers.postgres("of-postgres") as port:
+        running = servers.MLflowServer(
+            folder,
+            database=f"postgresql+psycopg2://mlflow:of-postgres@127.0.0.1:{port}/mlflow",
+            options=["--app-name", "basic-auth", "--allowed-hosts", "127.0.0.1:*,127.0.0.1"],
+            environment={
+                "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-flask",
+            },
+        )
+        yield running
+        running.kill()
+
+
+@pytest.fixture
+def administrator(guarded: servers.MLflowServer, free: pytest.MonkeyPatch) -> Any:
+    free.setenv("MLFLOW_TRACKING_URI", guarded.address)
+    free.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    free.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    return mlflow_store.open_store().MlflowClient()
+
+
+@needs_postgres
+def test_on_postgresql_of_eight_who_promote_at_once_one_does(
+    guarded: servers.MLflowServer, administrator: Any, record_property: Any
+) -> None:
+    make_versions(administrator, 8, model_name="many")
+    store = {
+        "MLFLOW_TRACKING_URI": guarded.address,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+    }
+    calls = [promotion(None, str(to), by=f"number {to}") for to in range(1, 9)]
+    check_one_won(decide(*calls, model_name="many", environment=store), "many", administrator)
+    record_property("faults", 8)
+
+
+@needs_postgres
+def test_who_is_not_let_in_is_told_so_in_one_line(
+    guarded: servers.MLflowServer,
+    administrator: Any,
+    free: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Any,
+) -> None:
+    make_versions(administrator, 2)
+    decisions.decide("aegan", **promotion(None, "1"))
+    requests.post(
+        f"{guarded.address}/api/2.0/mlflow/users/create",
+        json={"username": "reader", "password": "of-the-reader"},
+        auth=("admin", PASSWORD),
+        timeout=60,
+    ).raise_for_status()
+    for model in ("aegan", "aegan.decisions"):
+        requests.post(
+            f"{guarded.address}/api/2.0/mlflow/registered-models/permissions/create",
+            json={"name": model, "username": "reader", "permission": "READ"},
+            auth=("admin", PASSWORD),
+            timeout=60,
+        ).raise_for_status()
+    administrator.set_registered_model_alias("aegan", "champion", "2")
+
+    free.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+    free.setenv("MLFLOW_TRACKING_PASSWORD", "of-the-reader")
+    with caplog.at_level(logging.WARNING):
+        assert decisions.champion("aegan") == "1"
+    assert "cannot be put right: MLflow at" in caplog.messages[-1]
+    for password, address, words in (
+        ("of-the-reader", guarded.address, "error code 403|Permission denied|PERMISSION"),
+        ("wrong", guarded.address, "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("of-the-reader", guarded.address.replace("127.0.0.1", "localhost"), "allowed-hosts"),
+    ):
+        free.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        free.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(UserError, match=words) as refused:
+            decisions.decide("aegan", **promotion("1", "2"))
+        assert "\n" not in str(refused.value)
+        assert password not in str(refused.value)
+    record_property("faults", 4)

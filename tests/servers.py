@@ -1,0 +1,104 @@
+"""Real servers for the registry's tests: MLflow's, and PostgreSQL."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.compose import free_port, wait_until
+
+needs_postgres = pytest.mark.skipif(  # in CI its absence is a failure
+    not shutil.which("initdb") and not os.environ.get("CI"), reason="needs PostgreSQL"
+)
+
+
+class MLflowServer:
+    """`mlflow server` with an SQLite file or another database, and its files in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        database: str = "",
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] = {},
+    ) -> None:
+        self.folder, self.port = folder, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        database = database or f"sqlite:///{folder}/mlflow.db"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port)]
+        self._command += ["--backend-store-uri", database, "--workers", "1", *options]
+        self._command += ["--artifacts-destination", str(folder / "files")]
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
+        self.start()
+
+    def start(self) -> None:
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self.folder,
+                env={**os.environ, **self._environment},
+                stdout=log,
+                stderr=log,
+            )
+        health = f"{self.address}/health"
+        try:
+            wait_until(lambda: requests.get(health, timeout=10).ok, seconds=240, what="a server")
+        except AssertionError:
+            self.kill()
+            raise
+
+    def processes(self) -> list[int]:
+        """Of the server and its workers."""
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        return [self._process.pid, *(one.pid for one in family)]
+
+    def kill(self) -> None:
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+        self._process.wait()
+
+    def wait(self) -> None:
+        """For the end of one that somebody else has killed."""
+        self._process.wait()
+
+
+@contextmanager
+def postgres(password: str) -> Iterator[int]:
+    """Port of a new PostgreSQL with the user and database of the compose file."""
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to be root
+    if user:
+        shutil.chown(folder, user)
+    password_file, data, port = folder / "password", folder / "data", free_port()
+    password_file.write_text(password)
+    password_file.chmod(0o644)
+    create = ["initdb", "--auth=scram-sha-256", "--username=mlflow", f"--pwfile={password_file}"]
+    subprocess.run([*create, data], user=user, cwd=folder, check=True, capture_output=True)
+    options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+    server = subprocess.Popen(
+        ["postgres", "-D", data, "-p", str(port), *options],
+        user=user,
+        cwd=folder,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ready = ["pg_isready", "--host=127.0.0.1", f"--port={port}", "--quiet"]
+        wait_until(lambda: subprocess.call(ready) == 0, seconds=30, what="PostgreSQL is ready")
+        as_mlflow = os.environ | {"PGPASSWORD": password}
+        create = ["createdb", "--host=127.0.0.1", f"--port={port}", "--username=mlflow", "mlflow"]
+        subprocess.run(create, env=as_mlflow, check=True)
+        yield port
+    finally:
+        server.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
+        server.wait(30)
+        shutil.rmtree(folder)
