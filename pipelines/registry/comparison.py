@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def compare(
                 candidate=ours,
                 champion=theirs,
                 worse=worsening(ours, theirs, better),
-                error=statistics.stdev(shares) / math.sqrt(len(shares)),
+                error=float(np.std(shares, ddof=1)) / math.sqrt(len(shares)),
                 allowed=noise[metric] if by_noise else margin,
                 allowed_by="noise over training seeds" if by_noise else "register.gate_margin",
             )

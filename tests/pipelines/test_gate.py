@@ -53,10 +53,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     parts = dict(zip(("train", "validation", "test"), np.split(images, [350, 384]), strict=True))
     write_shards(shards, parts)
     run = RunFolder(root / "run")
-    settings = {"num_steps": STEPS, "checkpoint_interval_steps": STEPS, "batch_size": 16}
+    config = tiny_config(
+        loss={"lambda_image_reconstruction": 30.0},
+        num_steps=STEPS,
+        checkpoint_interval_steps=STEPS,
+        sample_interval_steps=STEPS,
+        batch_size=16,
+        learning_rate=3e-3,
+        ema_half_life_images=200,
+    )
+    model = replace(config.model, latent_dim=16, base_channels=8)
     torch.set_num_threads(1)
     loop.train(
-        tiny_config(**settings, sample_interval_steps=STEPS, ema_half_life_images=200),
+        replace(config, model=model),
         shards=shards,
         run_folder=run.path,
         device=torch.device("cpu"),
