@@ -9,8 +9,14 @@ five ways in turn. A repeated command goes on where it was cut short.
 
 import argparse
 import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +27,22 @@ import torch
 from torch import Tensor, nn
 
 import aegan
-from aegan.config import TrainConfig
+from aegan.config import RegisterConfig, TrainConfig
 from aegan.data import designed_faces
+from aegan.data.dataset import read_manifest
+from aegan.files import remove, write_json
 from aegan.metrics.comparison import seed_noise
 from aegan.training import loop
 from aegan.training.latents import fit_latents
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
-from benchmarks.rows import Results, table
+from benchmarks.rows import Results, Row, table
+from pipelines import register
 from pipelines.base import params
 from pipelines.registry import reference
 from pipelines.registry.comparison import GATED, Examination, compare, has_variety, mean
 from tests.shards import write_shards
+from tests.trained import write_project
 
 IMAGE_SIZE, BASE_CHANNELS, LATENT_DIM = 16, 8, 8
 TRAIN, VALIDATION, TEST = 4000, 200, 600  # images
@@ -80,10 +90,9 @@ def measure(results: Results, config: TrainConfig) -> None:
             if kind == "swapped encoder":
                 model.encoder = trained(config, shards, seed=CHAMPION, steps=STEPS).encoder
             cripple(model, kind)
-            began = time.perf_counter()
-            draws = examination.examine(model)
-            seconds = round(time.perf_counter() - began, 1)
-            results.add({"seed": seed, "kind": kind, "seconds": seconds, "draws": draws})
+            results.add({"seed": seed, "kind": kind, "draws": examination.examine(model)})
+    if not results.find(kind="command"):
+        results.add(*timed([Path(f"run-{seed}/model-{STEPS}") for seed in (0, 1, 2)], shards))
 
 
 def designed() -> dict[str, np.ndarray]:
@@ -134,9 +143,35 @@ def cripple(model: aegan.AEGAN, kind: str) -> None:
         model.generator.register_forward_hook(pale)
 
 
+def timed(models: Sequence[Path], shards: Path) -> Iterator[Row]:
+    """Seconds of `aegan gate` for each of these models, registered one after the other."""
+    project = Path("project")
+    remove(project)
+    write_project(project)
+    remove(project / "artifacts/shards")
+    shutil.copytree(shards, project / "artifacts/shards")
+    facts = json.loads((project / "artifacts/train/run.json").read_text(encoding="utf-8"))
+    facts["dataset_sha256"] = read_manifest(shards)["dataset_sha256"]
+    write_json(project / "artifacts/train/run.json", facts)
+    environment = {**os.environ, "PYTHONPATH": str(Path(aegan.__file__).parents[1])}
+    models = [model.resolve() for model in models]
+    with chdir(project):
+        for model in models:
+            remove(Path("artifacts/train/model"))
+            shutil.copytree(model, "artifacts/train/model")
+            version = register.register(params.load(RegisterConfig)).number
+            command = [sys.executable, "-m", "pipelines.cli", "gate", version]
+            began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, env=environment, check=False)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            wall = time.perf_counter() - began
+            yield {"kind": "command", "version": version, "seconds": wall, "cpu_seconds": cpu}
+
+
 def report(results: Results) -> str:
     """Figures over seeds, and how many candidates the gate would refuse."""
-    draws = {(row["seed"], row["kind"]): row["draws"] for row in results.rows}
+    draws = {(row["seed"], row["kind"]): row["draws"] for row in results.rows if "draws" in row}
     seeds = [draws[seed, "sound"] for seed in NOISE if (seed, "sound") in draws]
     noise = {name: seed_noise([mean(rows, name) for rows in seeds]) for name in GATED}
     lines = [f"noise over {len(seeds)} seeds: " + said(noise)]
@@ -156,10 +191,9 @@ def report(results: Results) -> str:
         cells.append(row)
     lines.append(table(headings, cells))
     lines.append(table(["", *GATED, "variety"], list(figures(draws))))
-    seconds = sorted(row["seconds"] for row in results.rows)
-    lines.append(
-        f"seconds a model: median {seconds[len(seconds) // 2]}, {seconds[0]} to {seconds[-1]}"
-    )
+    for row in results.find(kind="command"):
+        spent = f"{row['seconds']:.0f} s, {row['cpu_seconds']:.0f} s of processor"
+        lines.append(f"aegan gate {row['version']}: {spent}")
     return "\n\n".join(lines)
 
 
@@ -175,7 +209,7 @@ def counted(pairs: Sequence[tuple[Any, Any]], margin: float, noise: dict[str, fl
     return f"{sum(refused)} / {len(refused)}"
 
 
-def figures(draws: dict[tuple[int, str], Any]) -> Any:
+def figures(draws: dict[tuple[int, str], Any]) -> Iterator[list[str]]:
     """A line a kind of models: lowest to highest of each figure."""
     for kind in ("sound", *WAYS):
         models = [rows for (_, found), rows in draws.items() if found == kind]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,8 +82,9 @@ class Examination:
         samples = aegan.sample(model, min(SAMPLES, len(images)), seed=seed)
         features = self._extract(samples)
         learned, random = (self.features[name] for name in FEATURES)
-        neighbourhood = precision_recall_density_coverage(
-            random, features[RANDOM_FEATURES], neighbours=NEIGHBOURS
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        neighbourhood = precision_recall_density_coverage(  # of sets of one size, as elsewhere
+            random[order[: len(samples)]], features[RANDOM_FEATURES], neighbours=NEIGHBOURS
         )
         row = {
             "frechet_distance": frechet_distance(learned, features[LEARNED_FEATURES]),
@@ -134,7 +136,7 @@ def compare(
                 candidate=ours,
                 champion=theirs,
                 worse=worsening(ours, theirs, better),
-                error=statistics.stdev(shares) / math.sqrt(len(shares)),
+                error=float(np.std(shares, ddof=1)) / math.sqrt(len(shares)),
                 allowed=noise[metric] if by_noise else margin,
                 allowed_by="noise over training seeds" if by_noise else "register.gate_margin",
             )

@@ -66,13 +66,8 @@ class Reference:
 
 def current() -> Reference | None:
     """The reference that counts; None if none was cut yet. Raises UserError."""
-    folder = project_folder() / REFERENCE
+    folder = _folder()
     if not (folder / CURRENT).exists():
-        if (project_folder() / REFERENCE_DVC).exists():
-            raise UserError(
-                f"{REFERENCE_DVC} names a reference split that is not here: run "
-                f"`.venv/bin/dvc pull {REFERENCE_DVC}`"
-            )
         return None
     sha256 = read_json(folder / CURRENT, stage="register").get("sha256")
     if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
@@ -107,7 +102,7 @@ def cut(shards: Path, *, reason: str) -> Reference:
         "dataset_sha256": manifest["dataset_sha256"],
         "preprocess_sha256": manifest["preprocess_sha256"],
     }
-    folder = project_folder() / REFERENCE
+    folder = _folder()
     with locks.hold(str(REFERENCE)), clear_disk_errors(folder):
         if not (folder / f"{sha256}.parquet").exists():  # else its noise would be lost
             with new_file(folder / f"{sha256}.parquet") as temporary:
@@ -122,7 +117,7 @@ def cut(shards: Path, *, reason: str) -> Reference:
 
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     """Keep with a reference how figures on it scatter over training seeds; raises UserError."""
-    file = project_folder() / REFERENCE / f"{reference.sha256}.json"
+    file = _folder() / f"{reference.sha256}.json"
     with clear_disk_errors(file):
         write_json(file, reference.facts | {"noise": noise})
     _track()
@@ -142,6 +137,17 @@ def said(reference: Reference | None) -> str:
         f"cut {when}: {shown(facts['reason'])}\n"
         f"noise over training seeds: {measured or 'not measured (`aegan gate --measure-noise`)'}"
     )
+
+
+def _folder() -> Path:
+    """Where references are kept; UserError in a clone that has not fetched them yet."""
+    folder = project_folder() / REFERENCE
+    if (project_folder() / REFERENCE_DVC).exists() and not (folder / CURRENT).exists():
+        raise UserError(
+            f"{REFERENCE_DVC} names a reference split that is not here: run "
+            f"`.venv/bin/dvc pull {REFERENCE_DVC}`"
+        )
+    return folder
 
 
 def _table(shards: Path, split: Split) -> bytes:
@@ -198,7 +204,7 @@ def _track() -> None:
         return
     # Not DVC itself: what it does is checked and locked.
     dvc = [sys.executable, "-m", "pipelines.project.dvc_command"]
-    command = [*dvc, "add", "--quiet", str(REFERENCE)]
+    command = [*dvc, "add", str(REFERENCE)]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         log.info("DVC keeps it: `git add %s`, and `.venv/bin/dvc push` shares it", REFERENCE_DVC)

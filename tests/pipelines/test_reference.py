@@ -128,8 +128,8 @@ def dvc(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "*.local"))
     shutil.copy(ROOT / ".gitignore", ".gitignore")
     subprocess.run(["git", "init", "--quiet"], check=True)
-    remote = f"[core]\n    remote = there\n['remote \"there\"']\n    url = {project / 'there'}\n"
-    with Path(".dvc/config").open("a") as config:
+    remote = f"    remote = there\n['remote \"there\"']\n    url = {project / 'there'}\n"
+    with Path(".dvc/config").open("a") as config:  # whose last section is `core`
         config.write(remote)
     return project
 
@@ -158,5 +158,7 @@ def test_a_clone_gets_it_from_dvc_and_never_cuts_its_own(
     monkeypatch.chdir(clone)
     with pytest.raises(UserError, match=r"dvc pull reference.dvc"):
         reference.current_or_first(SHARDS)
+    with pytest.raises(UserError, match=r"dvc pull reference.dvc"):
+        reference.cut(SHARDS, reason="without the old ones")
     run_dvc("pull", cwd=clone)
     assert reference.current_or_first(SHARDS).sha256 == first.sha256

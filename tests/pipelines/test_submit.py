@@ -464,6 +464,7 @@ def test_a_result_holds_lock_metrics_and_what_dvc_does_not_store(stages):
     }
 
 
+@pytest.mark.slow
 def test_the_reference_split_comes_to_a_job_and_is_none_of_its_results(stages):
     Path("reference").mkdir()
     write("reference/current.json", "{}")
