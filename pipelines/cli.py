@@ -155,7 +155,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw random images."""
-    from pipelines.commands import pictures
+    from pipelines.serving import pictures
 
     options: dict[str, Any] = {"latents": latents, "temperature": temperature, "label": label}
     _say(pictures.generate(count, out, model=model, seed=seed, **options), as_json)
@@ -177,7 +177,7 @@ def interpolate(
     of the second and that picture itself. A film shows the same without the two pictures, there
     and back.
     """
-    from pipelines.commands import pictures
+    from pipelines.serving import pictures
 
     _say(pictures.interpolate(start, end, out, model=model, frames=frames, path=path), as_json)
 
@@ -197,7 +197,7 @@ def mirror(
     mirror image, the reconstruction of that and the mirror image itself. A blend of pixels would
     show both at once, half transparent; a model that has understood its subject turns it round.
     """
-    from pipelines.commands import pictures
+    from pipelines.serving import pictures
 
     _say(pictures.mirror(picture, out, model=model, frames=frames, path=path), as_json)
 
@@ -222,7 +222,7 @@ def grid(
     The corners are top left, top right, bottom left, bottom right. With --dimensions all others
     stay as they are in the picture given, or else in a random latent.
     """
-    from pipelines.commands import pictures
+    from pipelines.serving import pictures
 
     options: dict[str, Any] = {"across": across, "dimensions": dimensions, "seed": seed}
     _say(pictures.grid(corners or [], out, model=model, **options), as_json)
@@ -241,7 +241,7 @@ def project(
     Each row: the picture, its reconstruction, what the refined latent gives. Errors are measured
     before and after: MAE on [-1, 1], lower is nearer; SSIM, 1 is identical.
     """
-    from pipelines.commands import pictures
+    from pipelines.serving import pictures
 
     _say(pictures.project(of, out, model=model, steps=steps), as_json)
 

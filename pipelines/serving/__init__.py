@@ -1,1 +1,1 @@
-"""What works with a finished model: over HTTP, in batches, in a browser; MLflow's page."""
+"""What works with a finished model: over HTTP, in batches, in a browser, at the command line."""

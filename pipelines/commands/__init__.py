@@ -1,1 +1,0 @@
-"""What `aegan` makes of a trained model: pictures, paths, latents nearer to an image."""
