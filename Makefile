@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 # one for all that starts Ray, one for the rest
 
-.PHONY: run doctor submit test test-cluster test-faults test-pages test-quick coverage check mlflow serve bench-serving up status down test-stack refresh tune docs lock clean tidy help
+.PHONY: run doctor submit test test-cluster test-faults test-pages test-quick coverage check mlflow serve bench-serving up status down test-stack refresh retrain test-retrain tune docs lock clean tidy help
 
 run: .venv/installed ## images -> trained, evaluated, registered model and a report
 	@$(BIN)/dvc repro
@@ -72,6 +72,12 @@ bench-serving: .venv/installed ## requests a second beside `mlflow models serve`
 refresh: .venv/installed ## look at the source again, then re-run what changed
 	$(BIN)/dvc repro --force --single-item download
 	@$(MAKE) --no-print-directory run
+
+retrain: .venv/installed ## look for new images; check, train, compare, promote by itself (docs/retraining.md)
+	@$(BIN)/aegan retrain
+
+test-retrain: .venv/installed ## the days of a project that is retrained by itself
+	$(PYTEST) tests/integration/test_retrain.py tests/pipelines/test_retraining_parts.py tests/pipelines/test_retraining_check.py
 
 tune: .venv/installed ## search better settings, off by default (docs/tuning.md)
 	@$(BIN)/dvc repro tune/dvc.yaml
