@@ -10,7 +10,7 @@ from pipelines.serving import batch, decoding, served
 from tests.pictures import blocks, encode
 from tests.trained import write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.slow]
 
 
 def rows(out: Path) -> dict[str, list[float] | str]:
