@@ -23,7 +23,7 @@ from PIL import Image
 from aegan.files import write_text
 from aegan.metrics import METRICS, diagnosis
 from aegan.training.run_folder import RunFolder, step_of
-from pipelines.base import locks
+from pipelines.base import html, locks
 from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors, read_bytes, read_json
 from pipelines.base.names import shown
@@ -186,14 +186,7 @@ def gather(artifacts: Path, shards: Path) -> dict[str, Any]:
 
 def render(page: dict[str, Any]) -> str:
     """The template filled in; whatever comes from outside is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(page)
+    return html.render("report.html.j2", **page)
 
 
 def read_text(file: Path, *, stage: str) -> str:

@@ -14,9 +14,10 @@ from aegan.config import ComputeConfig, DataConfig, RegisterConfig, RetrainConfi
 from aegan.files import sha256_of_json
 from pipelines.base import identity, params
 from pipelines.base.errors import UserError
+from pipelines.base.files import project_folder
 from pipelines.registry import decisions, mlflow_store
-from pipelines.retraining import lease, messages, workplace
-from pipelines.retraining.ledger import Entry, Ledger, Step, new_entry, place_of
+from pipelines.retraining import history_page, lease, messages, workplace
+from pipelines.retraining.ledger import FOLDER, Entry, Ledger, Step, new_entry, place_of
 from pipelines.retraining.look import look
 from pipelines.retraining.steps import EXIT_CODES, OUTCOME, REASONS, STEPS, Retraining, cost
 
@@ -161,6 +162,8 @@ def _go_through(retraining: Retraining, ledger: Ledger, options: Options) -> int
     for reason in entry.reasons:
         log.info("  %s", reason)
     log.info("it took %s", cost(seconds, retraining.config))
+    page = history_page.write(ledger.entries(), project_folder() / FOLDER, retraining.config)
+    log.info("all of them: file://%s", page)
     _tell(ledger, entry)
     return EXIT_CODES[entry.outcome]
 

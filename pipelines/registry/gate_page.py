@@ -1,17 +1,12 @@
 """The page of a comparison: the same latents and the same reference images by both models."""
 
-import base64
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import numpy as np
 from torch import Tensor
 
 import aegan
-from aegan.pictures import to_pil
+from pipelines.base import html
 from pipelines.registry.comparison import (
     DRAWS,
     GATED,
@@ -58,14 +53,8 @@ def render(
     }
     models = {label: model for label, (_, model, _) in examined.items()}
     same_latents = len({(model.latent_dim, str(model.prior)) for model in models.values()}) == 1
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("gate.html.j2").render(
+    return html.render(
+        "gate.html.j2",
         version=candidate[0],
         champion=champion[0] if champion else None,
         reference=reference,
@@ -114,10 +103,4 @@ def _reconstructions(models: dict[str, aegan.AEGAN], images: Tensor) -> list[Str
 
 def _pictures(images: Tensor) -> list[str]:
     """uint8 [N, H, W, C] => PNG files as addresses; the page enlarges them."""
-    return [_png(image) for image in images.numpy()]
-
-
-def _png(image: np.ndarray) -> str:
-    buffer = BytesIO()
-    to_pil(image).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return [html.png_address(image) for image in images.numpy()]

@@ -14,7 +14,7 @@ from pipelines.base import params
 from pipelines.base.files import read_json
 from pipelines.base.outputs import PREPROCESS, RAW, REFERENCE, SHARDS
 from pipelines.registry import gate, reference, tracking
-from pipelines.retraining import check
+from pipelines.retraining import check, history_page
 from pipelines.retraining.lease import Lease
 from pipelines.retraining.ledger import Entry
 from pipelines.retraining.workplace import Workplace
@@ -188,6 +188,9 @@ def pass_gate(retraining: Retraining) -> dict[str, Any]:
     retraining.lease.check()
     with chdir(retraining.work.folder):  # where the images are that a first reference is cut from
         verdict = gate.gate(retraining.registry, version)
+        images = reference.current_or_first(SHARDS).images
+    model = tracking.load_model(_address(retraining, version))
+    history_page.draw(model, images, retraining.work.folder.with_name(f"{retraining.entry.id}.png"))
     champion = version if verdict.passed else retraining.entry.champion
     outcome = "promoted" if verdict.passed else "refused"
     return {"champion": champion, OUTCOME: outcome, REASONS: list(verdict.reasons)}

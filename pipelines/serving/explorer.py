@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
@@ -18,10 +17,10 @@ import aegan
 from aegan import model_folder
 from aegan.files import sha256_of, write_text
 from aegan.priors import PRIORS, ProductPrior
+from pipelines.base import html
 from pipelines.base.files import clear_disk_errors
 from pipelines.serving import onnx_web
 
-PAGES = Path(__file__).parents[1] / "pages"
 MAX_DENSITY_VALUES = 2**20  # of the fitted latents' covariances: 4 MB in the page
 EFFECT_LATENTS, EFFECT_DIRECTIONS = 16, 8
 
@@ -39,14 +38,8 @@ def write_page(model: aegan.AEGAN, folder: Path, networks: Mapping[str, Path], f
         for name in ("means", "scales"):
             numbers = getattr(model.latent_density, name).numpy().astype("<f4")
             contents[name] = numbers.tobytes()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("explorer.html.j2").render(
+    text = html.render(
+        "explorer.html.j2",
         page=page,
         packages={name: _packed(content) for name, content in contents.items()},
         runtime=onnx_web.VERSION,

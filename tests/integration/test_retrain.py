@@ -169,6 +169,13 @@ def test_the_first_model_becomes_champion_by_floors_and_is_published(
     ]
 
 
+def test_the_page_shows_what_the_version_draws_and_how_it_ended(project: Project) -> None:
+    page = (project.folder / "retraining/index.html").read_text()
+    assert "Samples and reconstructions of version 1" in page
+    assert "only absolute floors were held" in page
+    assert "http://" not in page  # one file, without network
+
+
 def test_nothing_new_is_nothing_done(project: Project) -> None:
     before = project.ids()
     assert "nothing new" in project.run("retrain")
