@@ -1,14 +1,10 @@
 """Pages for people: one file each, from the templates in `pipelines/pages`."""
 
 import base64
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-
-from aegan.pictures import to_pil
 
 PAGES = Path(__file__).parents[1] / "pages"
 
@@ -23,13 +19,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def png_address(image: np.ndarray) -> str:
-    """uint8 [H, W, C] => a `data:` address, so that a page needs no other file."""
-    buffer = BytesIO()
-    to_pil(image).save(buffer, "PNG")
-    return address(buffer.getvalue())
 
 
 def address(png: bytes) -> str:

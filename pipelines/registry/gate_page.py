@@ -1,11 +1,14 @@
 """The page of a comparison: the same latents and the same reference images by both models."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 import aegan
+from aegan.pictures import to_pil
 from pipelines.base import html
 from pipelines.registry.comparison import (
     DRAWS,
@@ -103,4 +106,10 @@ def _reconstructions(models: dict[str, aegan.AEGAN], images: Tensor) -> list[Str
 
 def _pictures(images: Tensor) -> list[str]:
     """uint8 [N, H, W, C] => PNG files as addresses; the page enlarges them."""
-    return [html.png_address(image) for image in images.numpy()]
+    return [_png(image) for image in images.numpy()]
+
+
+def _png(image: np.ndarray) -> str:
+    buffer = BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    return html.address(buffer.getvalue())

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import boto3
@@ -277,7 +278,14 @@ def stored(project: Path, damaged_version: str) -> Iterator[Path]:
 def trust(folder: Path, version: str) -> None:
     """As if a registry's owner had registered the files as they are."""
     forget_hashes(folder)
-    client().set_model_version_tag("files", version, "model_sha256", hash_files([folder]))
+    with TemporaryDirectory() as alone:  # without card, pictures, list of files
+        model = Path(alone) / "model"
+        model.mkdir()
+        for file in folder.iterdir():
+            if file.suffix == ".safetensors" or file.name == "config.json":
+                shutil.copy(file, model)
+        sha256 = hash_files([model])
+    client().set_model_version_tag("files", version, "model_sha256", sha256)
 
 
 def write_pickle(folder: Path) -> None:
