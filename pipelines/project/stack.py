@@ -217,7 +217,7 @@ def _runs(part: Part, folder: Path) -> bool:
 def _start(part: Part, folder: Path) -> None:
     """Start a part and wait for its answer; raises UserError."""
     mark, output = _mark(folder, part.name), folder / f"{part.name}.log"
-    for patience in (1, 0):  # what is left of a PostgreSQL that was killed needs a moment to end
+    for patience in (1, 2, 4, 0):  # PostgreSQL waits until nothing is left of one that was killed
         daemons.start(part.command, mark, environment=part.environment, log=output, user=part.user)
         daemons.wait_until(
             lambda: part.problem() != stack_parts.NO_ANSWER or not daemons.find(mark),
