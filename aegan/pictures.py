@@ -123,6 +123,8 @@ def _write_video(frames: np.ndarray, milliseconds: np.ndarray, file: Path, kind:
     import av  # slow to load, for videos alone
 
     _, height, width, channels = frames.shape
+    if min(height, width) < 2:
+        raise ValueError(f"frames are {height}x{width}; expected sides of 2 pixels or more")
     frames = frames[:, : height // 2 * 2, : width // 2 * 2].repeat(3 // channels, axis=-1)
     starts = np.concatenate([[0], milliseconds.cumsum()])
     with av.open(file, "w", format=kind, options={"movflags": "faststart"}) as container:
