@@ -16,8 +16,9 @@ import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import serve
+from pipelines import retrain, serve
 from pipelines.base import identity
+from pipelines.retraining import steps
 from pipelines.serving import endpoint
 
 FOLDER = Path(__file__).parents[2] / "infra/kubernetes"
@@ -287,3 +288,30 @@ def test_the_service_and_the_policy_concern_the_serving_pods():
     assert SERVING["deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert SERVING["service"]["spec"]["selector"] == labels
     assert SERVING["networkpolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+
+
+RETRAIN = {file.stem: YAML(typ="safe").load(file) for file in (FOLDER / "retrain").glob("*.yaml")}
+
+
+def test_retraining_is_as_the_schemas_of_kubernetes_say():
+    for name in ("cronjob", "volume"):
+        kubernetes_validate.validate(RETRAIN[name], KUBERNETES_VERSION, strict=True)
+    assert set(RETRAIN["kustomization"]["resources"]) == {"cronjob.yaml", "volume.yaml"}
+
+
+def test_one_retraining_runs_at_a_time_with_no_more_rights_than_it_needs():
+    spec = RETRAIN["cronjob"]["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid"
+    assert spec["timeZone"]
+    assert spec["schedule"].split()[0] not in ("0", "*")
+    job = spec["jobTemplate"]["spec"]
+    assert job["activeDeadlineSeconds"] > 0
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == sorted({*steps.EXIT_CODES.values(), retrain.BUSY} - {0})
+    pod = job["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]
