@@ -252,6 +252,7 @@ def test_a_run_is_named_by_the_code_and_the_parameters_that_dvc_tracks():
     assert code <= files
     more = {str(file.relative_to(ROOT)) for file in files - code if file.name != "__init__.py"}
     assert more == {
+        "aegan/pictures.py",  # lays out the samples, an output of the stage
         "aegan/training/run_folder.py",  # in a folder whose other files all count
         *("aegan/training/latents.py", "aegan/latent_density.py"),  # fitted to finished weights
     }
