@@ -692,4 +692,6 @@ def test_ranks_without_the_run_folder_resume_from_the_checkpoint_of_rank_0(shard
     assert_same(*ranks)
     whole = tensors_at(tmp_path / "whole", 8)
     for name, tensor in ranks[0].items():
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-2, atol=5e-4, msg=name)
+        # Moments are of single gradients, which rounding changes more than the weights.
+        atol = 1e-2 if name.startswith("optimizer.") else 5e-4
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-2, atol=atol, msg=name)

@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 SECRET_NAME = re.compile(r"[A-Z0-9_]*(PASSWORD|SECRET|TOKEN|KEY)[A-Z0-9_]*")
-REQUIRED = re.compile(r"\$\{[A-Z0-9_]+:\?[^}]+\}")  # ${NAME:?what to do}
+# ${NAME:?what to do}; in GitHub's workflows ${{ secrets.NAME }}
+REQUIRED = re.compile(r"\$\{[A-Z0-9_]+:\?[^}]+\}|\$\{\{ secrets\.[A-Z0-9_]+ \}\}")
 IN_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 

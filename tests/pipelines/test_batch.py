@@ -230,10 +230,10 @@ def bucket(pictures: Path) -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         storage._client.cache_clear()
-        storage._client().create_bucket(Bucket="images")
+        storage._client().create_bucket(Bucket="batch")
         for file in pictures.rglob("*.*"):
-            storage.upload_object(file, f"s3://images/faces/{file.relative_to(pictures)}")
-        yield "s3://images/faces"
+            storage.upload_object(file, f"s3://batch/faces/{file.relative_to(pictures)}")
+        yield "s3://batch/faces"
     storage._client.cache_clear()
 
 

@@ -109,7 +109,7 @@ def test_the_lock_of_a_dvc_that_is_at_work_without_our_guard_stays(project, star
     start(sys.executable, "-m", "dvc", "repro", cwd=project, **quiet)
     file = project / ".dvc/tmp/rwlock"
     give_up = time.monotonic() + 30
-    while not file.exists() or "pid" not in file.read_text():
+    while not file.exists() or not all(kind in file.read_text() for kind in ("write", "read")):
         assert time.monotonic() < give_up
         time.sleep(0.1)
     held = file.read_text()

@@ -462,7 +462,7 @@ def test_a_registered_model_is_a_source(shards, tmp_path, monkeypatch):
     addresses = ("models:/faces@best", "models:/faces/1", "copy")
     folders = {project.train(beginning_with(address, config=config)) for address in addresses}
     assert len(folders) == 1  # one content, one run
-    with pytest.raises(UserError, match="alias none not found"):
+    with pytest.raises(UserError, match="there is no such model or alias"):
         project.train(beginning_with("models:/faces@none", config=config))
 
 
