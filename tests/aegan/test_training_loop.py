@@ -684,14 +684,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_sends_all_of_them_back(shards, tm
 
 
 def test_ranks_without_the_run_folder_resume_from_the_checkpoint_of_rank_0(shards, tmp_path):
-    config = tiny_config(num_steps=8)
+    config = tiny_config(num_steps=3)
     train_on(2, config, shards, tmp_path / "whole")
-    run(config, shards, tmp_path / "cut", should_stop=stop_at(4))
+    run(config, shards, tmp_path / "cut", should_stop=stop_at(1))
+    assert max(checkpoint.steps(RunFolder(tmp_path / "cut").checkpoints)) in (1, 2)
     train_on(2, config, shards, tmp_path / "cut")
-    ranks = [tensors_at(tmp_path / "cut" / f"rank-{rank}", 8) for rank in range(2)]
+    ranks = [tensors_at(tmp_path / "cut" / f"rank-{rank}", 3) for rank in range(2)]
     assert_same(*ranks)
-    whole = tensors_at(tmp_path / "whole", 8)
+    whole = tensors_at(tmp_path / "whole", 3)
     for name, tensor in ranks[0].items():
-        # Moments are of single gradients, which rounding changes more than the weights.
-        atol = 1e-2 if name.startswith("optimizer.") else 5e-4
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-2, atol=atol, msg=name)
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=2e-5, msg=name)
