@@ -1,12 +1,14 @@
 """Real servers for the registry's tests: MLflow's, and PostgreSQL."""
 
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,9 +20,32 @@ import requests
 
 from tests.compose import free_port, wait_until
 
+START_SECONDS = 240
 needs_postgres = pytest.mark.skipif(  # in CI its absence is a failure
     not shutil.which("initdb") and not os.environ.get("CI"), reason="needs PostgreSQL"
 )
+
+
+@contextmanager
+def model_server(
+    *arguments: str, log: Path, environment: Mapping[str, str], folder: Path | None = None
+) -> Iterator[str]:
+    """The address of our own server, on a free port; SIGTERM ends it well."""
+    command = [sys.executable, "-m", "pipelines.serve", "--port", "0", *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output
+        )
+    try:
+        give_up = time.monotonic() + START_SECONDS
+        while not (found := re.search(r"(http://127.0.0.1:\d+)/invocations", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+        yield found[1]
+    finally:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
 
 
 class MLflowServer:

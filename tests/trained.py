@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import aegan
-from aegan.config import ModelConfig
+from aegan.config import ModelConfig, RegisterConfig
 from aegan.networks import AEGAN
 from aegan.pictures import save_png
 from tests.shards import write_shards
@@ -20,6 +20,13 @@ from tests.shards import write_shards
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(architecture="demo", latent_dim=8, prior="normal", base_channels=4)
 RUN_NAME = "0123456789abcdef"
+REGISTER = RegisterConfig(
+    experiment="aegan",
+    model_name="aegan",
+    alias="candidate",
+    promote="manual",
+    gate_margin=0.05,
+)
 START = 1_700_000_000.0  # seconds since 1970
 
 

@@ -2,10 +2,7 @@
 
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -17,17 +14,16 @@ import pytest
 
 import aegan
 from aegan import operations
-from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.registry import mlflow_store
-from tests.trained import ROOT, write_model, write_project
+from tests.servers import model_server
+from tests.trained import REGISTER, ROOT, write_model, write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
-CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
 MODEL = Path("artifacts/train/model")
 LATENT = [0.5] * 8
-START_SECONDS, PROMOTION_SECONDS = 240, 10
+PROMOTION_SECONDS = 10
 REQUEST = {"dataframe_records": [{"latent": LATENT}], "params": {"operation": "generate"}}
 
 
@@ -40,7 +36,7 @@ class Registry:
             shutil.rmtree(MODEL)
             write_model(MODEL, seed=seed)
             self.models.append(aegan.load(MODEL))
-            register.register(CONFIG)
+            register.register(REGISTER)
         self._client = mlflow_store.open_store().MlflowClient()
         place = self._client.get_model_version_download_uri("aegan", "3")
         with (Path(place.removeprefix("file://")) / "artifacts/model/ema.safetensors").open(
@@ -72,26 +68,10 @@ def registry() -> Registry:
 def server(registry: Registry) -> Iterator[tuple[str, Path]]:
     """Address and log of the server."""
     log = Path("serve.log").absolute()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pipelines.serve", "--port", "0"),
-                *("--model", "models:/aegan@champion"),
-            ],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        give_up = time.monotonic() + START_SECONDS
-        while not (found := re.search(r"(http://127.0.0.1:\d+)/invocations", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < give_up
-            time.sleep(0.2)
-        yield found[1], log
-    finally:
-        process.terminate()
-        assert process.wait(timeout=60) == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = ("--model", "models:/aegan@champion")
+    with model_server(*options, log=log, environment=environment) as address:
+        yield address, log
 
 
 def get(url: str) -> Any:

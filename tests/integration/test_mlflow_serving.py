@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -24,21 +23,14 @@ import torch
 from PIL import Image
 
 import aegan
-from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.registry import mlflow_store, tracking
-from tests.trained import ROOT, write_project
+from tests.servers import model_server
+from tests.trained import REGISTER, ROOT, write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
-CONFIG = RegisterConfig(
-    experiment="aegan",
-    model_name="aegan",
-    alias="candidate",
-    promote="manual",
-    gate_margin=0.05,
-)
 BIN = Path(sys.executable).parent
 START_SECONDS = 240
 MODEL = Path("artifacts/train/model")
@@ -123,7 +115,7 @@ def scoring(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        register.register(CONFIG)
+        register.register(REGISTER)
         command = ("models", "serve", "-m", "models:/aegan@candidate", "--env-manager", "local")
         store = mlflow_store.DEFAULT_URI
         with server(*command, answers="/ping", home=home, MLFLOW_TRACKING_URI=store) as running:
@@ -273,30 +265,13 @@ def test_serving_a_registered_version_executes_nothing_that_the_registry_holds(
     subprocess.run([sys.executable, "-c", adopt], cwd=copy, env=theirs, check=True, timeout=200)
     (copy / "executed").unlink()  # so it is an attack
 
-    log = copy / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.serve", "--port", "0"],
-            cwd=copy,
-            env=environment,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        give_up = time.monotonic() + START_SECONDS
-        while not (found := re.search(r"(http://127.0.0.1:\d+)/invocations", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < give_up
-            time.sleep(0.2)
-        status, records = ask(found[1], body("generate", [], count=2, seed=3))
+    with model_server(log=copy / "serve.log", folder=copy, environment=environment) as address:
+        status, records = ask(address, body("generate", [], count=2, seed=3))
         assert status == 200
         assert torch.equal(pixels(records), aegan.sample(aegan.load(MODEL), 2, seed=3))
-        with urllib.request.urlopen(f"{found[1]}/version", timeout=20) as response:
+        with urllib.request.urlopen(f"{address}/version", timeout=20) as response:
             assert json.load(response)["model"] == "models:/aegan/1"
         assert not (copy / "executed").exists()
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def test_an_alias_that_points_at_nothing_is_one_line_with_the_cure(
@@ -324,7 +299,7 @@ def test_a_tracking_server_takes_the_model_and_gives_it_back(
     with server("server", *store, *artifacts, answers="/health", home=tmp_path / "home") as running:
         url, log = running
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-        first, again = register.register(CONFIG), register.register(CONFIG)
+        first, again = register.register(REGISTER), register.register(REGISTER)
         assert again.reused
         assert (first.number, first.run_id) == (again.number, again.run_id)
         written = json.loads(Path("artifacts/register/registration.json").read_text())
@@ -337,6 +312,6 @@ def test_a_tracking_server_takes_the_model_and_gives_it_back(
         # The same machine by a name the server was not told about.
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("127.0.0.1", "127.1"))
         with pytest.raises(UserError, match="--allowed-hosts"):
-            register.register(CONFIG)
+            register.register(REGISTER)
         assert "NETWORK" not in log.read_text()
         assert {path.name for path in log.parent.iterdir()} <= OURS

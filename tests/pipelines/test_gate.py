@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aegan.config import RegisterConfig
 from aegan.data import designed_faces
 from aegan.networks import AEGAN
 from aegan.training import loop
@@ -35,12 +34,10 @@ from tests.s3 import s3_server
 from tests.shards import write_shards
 from tests.tiny import tiny_config
 from tests.trained import CONFIG as SIZES
-from tests.trained import ROOT, write_model, write_project
+from tests.trained import REGISTER, ROOT, write_model, write_project
 
 STEPS = 150
-CONFIG = RegisterConfig(
-    experiment="gate", model_name="faces", alias="candidate", promote="gate", gate_margin=0.05
-)
+CONFIG = replace(REGISTER, experiment="gate", model_name="faces", promote="gate")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

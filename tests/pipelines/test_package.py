@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aegan
-from aegan.config import RegisterConfig
-from pipelines import register, serve
+from pipelines import register
 from pipelines.base import package
 from pipelines.base.errors import UserError
 from pipelines.cli import main as aegan_command
 from pipelines.registry import signing, start_from, tracking
-from tests.trained import write_model, write_project
+from pipelines.serving import served
+from tests.trained import REGISTER, write_model, write_project
 
-CONFIG = RegisterConfig(experiment="aegan", model_name="aegan", alias="candidate")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -71,8 +70,8 @@ def refusal(call: Callable[[], object]) -> str:
 def test_what_is_signed_is_verified_and_loads_as_before(model: Path, trusting: None) -> None:
     assert "whole, and signed with the trusted key" in signing.verify(str(model))
     assert tracking.load_model(model).latent_dim == 8
-    served, about = serve.load(str(model))
-    assert (served.latent_dim, about["model"]) == (8, "model")
+    found = served.load(str(model))
+    assert (found.model.latent_dim, found.about["model"]) == (8, "model")
 
 
 def test_the_list_is_what_sha256sum_checks(model: Path) -> None:
@@ -171,7 +170,7 @@ def test_what_is_not_what_was_signed_is_refused_in_one_line_before_it_is_parsed(
         signing.verify(str(model))
     monkeypatch.setenv(package.TRUSTED_KEYS, str(keys / "trusted"))
     monkeypatch.setattr(aegan, "load", lambda *_, **__: pytest.fail("it was parsed"))
-    for use in (signing.verify, tracking.load_model, serve.load):
+    for use in (signing.verify, tracking.load_model, served.load):
         if fault is not pipe or use is signing.verify:
             assert words in refusal(lambda use=use: use(str(model)))  # type: ignore[misc]
 
@@ -281,7 +280,7 @@ def registered(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.chdir(write_project(tmp_path_factory.mktemp("project")))
         with pytest.MonkeyPatch.context() as signing_patch:
             signing_patch.setenv(package.SIGNING_KEY, str(keys / "ours"))
-            register.register(CONFIG)
+            register.register(REGISTER)
         yield Path.cwd()
 
 
@@ -313,15 +312,15 @@ def test_a_version_has_a_card_pictures_hashes_and_a_signature(
     address = "models:/aegan@candidate"
     assert "signed with the trusted key" in signing.verify(address)
     assert tracking.load_model(address).latent_dim == 8
-    assert serve.load(address)[1]["model"] == "models:/aegan/1"
+    assert served.load(address).about["model"] == "models:/aegan/1"
 
 
 def test_the_same_content_makes_no_new_version_signed_or_not(
     registered: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert register.register(CONFIG).reused
+    assert register.register(REGISTER).reused
     monkeypatch.setenv(package.SIGNING_KEY, str(keys / "theirs"))
-    assert register.register(CONFIG).number == "1"
+    assert register.register(REGISTER).number == "1"
 
 
 @pytest.mark.fault("registry")
@@ -333,11 +332,11 @@ def test_a_version_altered_in_the_store_is_refused_before_it_is_parsed(
     whole, valid = card.read_text(), signature.read_bytes()
     monkeypatch.setattr(aegan, "load", lambda *_, **__: pytest.fail("it was parsed"))
     card.write_text(f"{whole}\nTrust me.")
-    for use in (tracking.load_model, signing.verify, serve.load):
+    for use in (tracking.load_model, signing.verify, served.load):
         assert "README.md was altered" in refusal(lambda use=use: use(address))  # type: ignore[misc]
     card.write_text(whole)
     signature.unlink()
-    for use in (tracking.load_model, signing.verify, serve.load):
+    for use in (tracking.load_model, signing.verify, served.load):
         assert "is not signed" in refusal(lambda use=use: use(address))  # type: ignore[misc]
     signature.write_bytes(valid)
 

@@ -22,23 +22,13 @@ import torch
 from PIL import Image
 
 import aegan
-from aegan.config import RegisterConfig
 from aegan.training.run_folder import RunFolder
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.registry import mlflow_store, tracking
 from pipelines.registry.live_run import send_rest
 from tests.latents import add_density, small_density
-from tests.trained import ROOT, RUN_NAME, START, write_project
-
-CONFIG = RegisterConfig(
-    experiment="aegan",
-    model_name="aegan",
-    alias="candidate",
-    promote="manual",
-    gate_margin=0.05,
-)
-
+from tests.trained import REGISTER, ROOT, RUN_NAME, START, write_project
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +41,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         root = write_project(tmp_path_factory.mktemp("project"))
         add_density(root / "artifacts/train/model", small_density(8))
         patch.chdir(root)
-        register.register(CONFIG)
+        register.register(REGISTER)
         yield root
 
 
@@ -154,16 +144,16 @@ def test_the_same_content_is_registered_once_and_other_content_again(
     registered: Path, store: Any
 ) -> None:
     first = store.get_model_version_by_alias("aegan", "candidate")
-    again = register.register(CONFIG)
+    again = register.register(REGISTER)
     assert again.reused
     assert again.number == str(first.version)
     scores = Path("artifacts/evaluate/metrics.json")
     content = scores.read_text()
     scores.write_text('{"frechet_distance": {"ema": 1.0}}')
-    other = register.register(CONFIG)
+    other = register.register(REGISTER)
     assert int(other.number) == int(first.version) + 1
     scores.write_text(content)
-    assert register.register(CONFIG).number == str(first.version)  # the alias moves back
+    assert register.register(REGISTER).number == str(first.version)  # the alias moves back
     alias = store.get_model_version_by_alias("aegan", "candidate")
     assert alias.version == first.version
 
@@ -176,7 +166,7 @@ def test_a_tracked_training_and_its_model_are_one_run_and_other_scores_get_anoth
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registered / 'mlflow.db'}")
     live_run = send_rest(RunFolder(project / "runs" / RUN_NAME), "aegan")
     assert "registered_model" not in store.get_run(live_run).data.tags
-    version = register.register(CONFIG)
+    version = register.register(REGISTER)
     assert version.run_id == live_run
     run = store.get_run(live_run)
     assert run.info.status == "FINISHED"
@@ -189,7 +179,7 @@ def test_a_tracked_training_and_its_model_are_one_run_and_other_scores_get_anoth
         ]
     assert len(store.get_metric_history(live_run, "system/cpu_percent")) == 3
     Path("artifacts/evaluate/metrics.json").write_text('{"frechet_distance": {"ema": 1.25}}')
-    other = register.register(CONFIG)
+    other = register.register(REGISTER)
     assert other.run_id != live_run
     assert len(store.get_metric_history(other.run_id, "train/image_reconstruction")) == 2
     assert send_rest(RunFolder(project / "runs" / RUN_NAME), "aegan") == ""
@@ -198,13 +188,13 @@ def test_a_tracked_training_and_its_model_are_one_run_and_other_scores_get_anoth
 def test_a_version_whose_files_are_gone_is_not_reused(
     registered: Path, store: Any, tmp_path: Path
 ) -> None:
-    before = register.register(CONFIG)
+    before = register.register(REGISTER)
     uri = store.get_model_version_download_uri("aegan", before.number)
     import mlflow
 
     folder = Path(mlflow.artifacts.download_artifacts(uri))
     shutil.move(folder, tmp_path / "elsewhere")
-    after = register.register(CONFIG)
+    after = register.register(REGISTER)
     assert not after.reused
     assert after.number != before.number
 
@@ -217,7 +207,7 @@ def test_passwords_reach_neither_files_nor_messages(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:s3cret@127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError) as error:
-        register.register(CONFIG)
+        register.register(REGISTER)
     assert "s3cret" not in str(error.value)
     assert f"127.0.0.1:{port}" in str(error.value)
     assert "is MLFLOW_TRACKING_URI right" in str(error.value)
@@ -248,7 +238,7 @@ def test_a_server_that_refuses_the_password_is_one_clear_error(
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(UserError, match=r"401.*check MLFLOW_TRACKING_USERNAME"):
-            register.register(CONFIG)
+            register.register(REGISTER)
         server.shutdown()
 
 
@@ -259,7 +249,7 @@ def test_a_store_that_is_no_database_is_one_clear_error(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Path("mlflow.db").write_text("this is no database" * 100)
     with pytest.raises(UserError, match=r"mlflow.db: file is not a database; .*move the file"):
-        register.register(CONFIG)
+        register.register(REGISTER)
     assert not Path("artifacts/register").exists()
 
 
@@ -271,7 +261,7 @@ def test_a_locked_store_is_one_clear_error(
     other.execute("BEGIN EXCLUSIVE")
     try:
         with pytest.raises(UserError, match="database is locked; close the program"):
-            register.register(CONFIG)
+            register.register(REGISTER)
     finally:
         other.close()
 
@@ -296,7 +286,7 @@ def test_missing_stages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         UserError, match=r"artifacts/train/run.json not found: run the stage train first"
     ):
-        register.register(CONFIG)
+        register.register(REGISTER)
 
 
 def test_a_model_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,22 +17,14 @@ from typing import Any, NamedTuple
 import boto3
 import pytest
 
-from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
 from pipelines.registry import mlflow_files, sync, tracking
 from tests.registrations import ROOT, Outcome, Registrations, registrations
 from tests.s3 import s3_server
-from tests.trained import write_model, write_project
+from tests.trained import REGISTER, write_model, write_project
 
-CONFIG = RegisterConfig(
-    experiment="aegan",
-    model_name="aegan",
-    alias="candidate",
-    promote="manual",
-    gate_margin=0.05,
-)
 KILLS_WHILE_NEW, KILLS_LATER, STEPS_OF_A_NEW_STORE = 4, 8, 80
 
 
@@ -359,16 +351,16 @@ def test_a_store_whose_files_were_copied_to_a_bucket_goes_on_there(
         mlflow_files.move(Path.cwd() / "mlflow.db", "s3://models/of/mlruns")
         shutil.rmtree("mlruns")
         assert tracking.load_model("models:/aegan@candidate").latent_dim == 8
-        assert register.register(CONFIG).reused
+        assert register.register(REGISTER).reused
         change_content(Path.cwd(), 3.0)
-        assert register.register(CONFIG).number == "2"
+        assert register.register(REGISTER).number == "2"
         assert not Path("mlruns").exists()
 
 
 @pytest.mark.fault("names from outside")
 def test_names_with_quotes_are_found_again(own: Path, record_property: Any) -> None:
     for name in ("a'b", 'a"b', "a`b %_", "x' OR name != 'y", "-- a; b"):
-        config = replace(CONFIG, experiment=f"of {name}", model_name=name)
+        config = replace(REGISTER, experiment=f"of {name}", model_name=name)
         assert not register.register(config).reused
         assert register.register(config).reused
     record_property("faults", 5)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from aegan.config import ComputeConfig, RegisterConfig, Schedule, TrainConfig
+from aegan.config import ComputeConfig, Schedule, TrainConfig
 from aegan.training import checkpoint, loop, training_log
 from aegan.training.run_folder import RunFolder, step_name
 from pipelines import register
@@ -24,7 +24,7 @@ from pipelines.train import run_name, train
 from tests.disks import largest_file, small_disk
 from tests.tiny import PARAMS, tiny_config, tiny_shards
 from tests.trained import CONFIG as REGISTERED
-from tests.trained import write_model, write_project
+from tests.trained import REGISTER, write_model, write_project
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPUTE = params.load(ComputeConfig, PARAMS)
@@ -455,7 +455,7 @@ def test_a_registered_model_is_a_source(shards, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(write_project(tmp_path / "registry"))
     names = {"experiment": "x", "model_name": "faces", "alias": "best"}
-    register.register(RegisterConfig(**names, promote="manual", gate_margin=0.05))
+    register.register(replace(REGISTER, **names))
     config = replace(CONFIG, model=REGISTERED)
     project = Project(tmp_path / "project", shards)
     shutil.copytree("artifacts/train/model", "copy")
