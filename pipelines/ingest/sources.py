@@ -56,7 +56,7 @@ def read_folder(folder: Path) -> Entries:
 
 
 def _read_folder(folder: Path) -> Iterator[Entry | Packed]:
-    found = sorted(_walk(folder), key=lambda file: (file.path.count("/"), file.path.split("/")))
+    found = sorted(walk(folder), key=lambda file: (file.path.count("/"), file.path.split("/")))
     for file in found:
         name = decoded(os.fsencode(file.path))
         if reason := refusal(name, 0, file.reason):
@@ -76,7 +76,7 @@ def _read_folder(folder: Path) -> Iterator[Entry | Packed]:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A file below a folder, by its path within; `reason`: why it is not to be read."""
 
     path: str
@@ -84,7 +84,7 @@ class _Found:
     reason: str = ""
 
 
-def _walk(folder: Path) -> Iterator[_Found]:
+def walk(folder: Path) -> Iterator[Found]:
     """All files of a folder; real folders before linked ones, each folder once."""
     top = folder.resolve()
     device = top.stat().st_dev
@@ -101,7 +101,7 @@ def _walk(folder: Path) -> Iterator[_Found]:
             known = Path(where).stat()
             # Real folders have no circles, and on some network disks they share their numbers.
             if is_linked and (known.st_dev, known.st_ino) in seen:
-                yield _Found(inside.removesuffix("/"), True, LINK_IN_A_CIRCLE)
+                yield Found(inside.removesuffix("/"), True, LINK_IN_A_CIRCLE)
                 continue
             seen.add((known.st_dev, known.st_ino))
             with os.scandir(where) as entries:
@@ -113,25 +113,25 @@ def _walk(folder: Path) -> Iterator[_Found]:
                     "make it readable, `chmod -R u+rX FOLDER`"
                 ) from None
             # A path of its own may be too long for the system, too.
-            yield _Found(inside.removesuffix("/"), is_linked, f"{FOLDER_LOST}: {error.strerror}")
+            yield Found(inside.removesuffix("/"), is_linked, f"{FOLDER_LOST}: {error.strerror}")
             continue
         for entry in found:
             path = inside + entry.name
             try:
                 if refusal(path, 0):
-                    yield _Found(path, is_linked)
+                    yield Found(path, is_linked)
                 elif entry.is_symlink():
                     reason, is_folder = _follow(entry, device)
                     if is_folder:
                         linked.append(f"{path}/")
                     else:
-                        yield _Found(path, True, reason)
+                        yield Found(path, True, reason)
                 elif entry.is_dir():
                     pending.append(f"{path}/")
                 else:
-                    yield _Found(path, is_linked, "" if entry.is_file() else "special file")
+                    yield Found(path, is_linked, "" if entry.is_file() else "special file")
             except OSError as error:  # where the system must ask what kind it is, and may not
-                yield _Found(path, is_linked, f"not readable: {error.strerror}")
+                yield Found(path, is_linked, f"not readable: {error.strerror}")
 
 
 def _follow(link: os.DirEntry[str], device: int) -> tuple[str, bool]:

@@ -104,8 +104,8 @@ def cut(shards: Path, *, reason: str) -> Reference:
     }
     folder = _folder()
     with locks.hold(str(REFERENCE)), clear_disk_errors(folder):
-        if not (folder / f"{sha256}.parquet").exists():  # else its noise would be lost
-            with new_file(folder / f"{sha256}.parquet") as temporary:
+        if not file_of(sha256).exists():  # else its noise would be lost
+            with new_file(file_of(sha256)) as temporary:
                 temporary.write_bytes(content)
             write_json(folder / f"{sha256}.json", facts)
         write_json(folder / CURRENT, {"sha256": sha256})
@@ -113,6 +113,11 @@ def cut(shards: Path, *, reason: str) -> Reference:
     reference = _read(folder, sha256)
     log.info("reference split %s: %d %s images", sha256[:12], len(reference.images), split)
     return reference
+
+
+def file_of(sha256: str) -> Path:
+    """Where the images of a reference lie, a Parquet file with the columns of a shard."""
+    return _folder() / f"{sha256}.parquet"
 
 
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
@@ -173,7 +178,7 @@ def _table(shards: Path, split: Split) -> bytes:
 
 def _read(folder: Path, sha256: str) -> Reference:
     """A reference whose file is the one that its name says; raises UserError."""
-    file = folder / f"{sha256}.parquet"
+    file = file_of(sha256)
     try:
         content = file.read_bytes()
     except OSError as error:

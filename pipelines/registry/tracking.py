@@ -47,11 +47,10 @@ from pipelines.registry.mlflow_store import (
     unless_there,
     without_credentials,
 )
-from pipelines.registry.standing import ALIASES
+from pipelines.registry.standing import ALIASES, MAX_DESCRIPTION
 
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
 CARD, PICTURES = "README.md", "interpolations"  # in a package
-MAX_DESCRIPTION = 5000  # characters that MLflow keeps of it
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
 MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
 MODEL_FILES = "artifacts/model"  # where MLflow keeps them, among the files of a version
@@ -332,16 +331,23 @@ def check_files(model_name: str, version: str) -> None:
 def check_version(model_name: str, version: str) -> None:
     """UserError unless there is a version of that number."""
     with readable_errors():
-        mlflow = open_store(writing=False)
-        try:
-            mlflow.MlflowClient().get_model_version(model_name, version)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise UserError(
-                f"there is no version {version} of {model_name} in MLflow at "
-                f"{without_credentials(tracking_uri())}; `make mlflow` shows what there is"
-            ) from None
+        client = open_store(writing=False).MlflowClient()
+        with _there(f"there is no version {version} of {model_name} in MLflow at", "`make mlflow`"):
+            client.get_model_version(model_name, version)
+
+
+@contextmanager
+def _there(missing: str, cure: str) -> Iterator[None]:
+    """What is asked for inside is in the store, or a UserError says that it is missing there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        where = without_credentials(tracking_uri())
+        raise UserError(f"{missing} {where}; {cure} shows what there is") from None
 
 
 def aliased(model_name: str, alias: str) -> str:
@@ -406,19 +412,11 @@ def pinned(uri: str) -> str:
         return uri
     if alias in ALIASES and (decided := decisions.aliased(name, alias)):
         return f"models:/{name}/{decided}"
+    missing = f"{uri}: there is no such model or alias in MLflow at"
     with readable_errors():
-        mlflow = open_store(writing=False)
-        try:
-            found = mlflow.MlflowClient().get_model_version_by_alias(name, alias)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise UserError(
-                f"{uri}: there is no such model or alias in MLflow at "
-                f"{without_credentials(tracking_uri())}; `make run` registers one, `make mlflow` "
-                "shows what there is"
-            ) from None
-        return f"models:/{name}/{found.version}"
+        client = open_store(writing=False).MlflowClient()
+        with _there(missing, "`make run` registers one, `make mlflow`"):
+            return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
 
 
 def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:

@@ -18,11 +18,7 @@ def main() -> int:
     now = time.time()
     content = place_of(params.load(ComputeConfig).storage).read(LOOKED)
     looked = json.loads(content)["time"] if content else None
-    promoted = [
-        decision
-        for decision in decisions.history(name)
-        if decision.counts and decision.kind != "refusal"
-    ]
+    promoted = [decision for decision in decisions.history(name) if decision.changes_champion]
     ages = (
         (
             f"{name}: the champion" + (f", version {promoted[-1].to}," if promoted else ""),

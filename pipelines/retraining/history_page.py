@@ -5,7 +5,6 @@ other: what has changed is seen at once.
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from aegan.config import RetrainConfig
 from aegan.files import write_text
 from aegan.pictures import grid, save_png
 from pipelines.base import html
+from pipelines.registry.standing import moment
 from pipelines.retraining.ledger import Entry
 
 PAGE = "index.html"
@@ -46,7 +46,7 @@ def _row(entry: Entry, folder: Path, config: RetrainConfig) -> dict[str, Any]:
     trained = entry.steps["train"].result if "train" in entry.steps else {}
     return {
         "id": entry.id,
-        "when": datetime.fromtimestamp(entry.begun, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "when": moment(entry.begun),
         "outcome": entry.outcome or "not finished",
         "is_well": entry.outcome in WELL,
         "reasons": entry.reasons,

@@ -8,7 +8,6 @@ before it publishes anything.
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pipelines.base import locks
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
+from pipelines.registry import decisions
 from pipelines.retraining.ledger import Bucket, Folder
 
 LEASE = "lease"  # its object's name
@@ -51,7 +51,7 @@ class Lease:
 class _BucketLease(Lease):
     def __init__(self, url: str, seconds: float) -> None:
         self._url, self._seconds = f"{url}/{LEASE}", seconds
-        self._owner = f"{os.environ.get('USER', 'user')}@{socket.gethostname()}, {os.getpid()}"
+        self._owner = f"{decisions.this_person()}, process {os.getpid()}"
         found = storage.retry(lambda: storage.read_version_if_any(self._url))
         terms, etag = (None, "") if found is None else (_parse(found[0]), found[1])
         if terms and terms.until > time.time():

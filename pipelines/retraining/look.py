@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from aegan.files import sha256_of_json
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
-from pipelines.ingest import https, kaggle, source_address
+from pipelines.ingest import https, kaggle, source_address, sources
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +35,19 @@ def look(config: DataConfig) -> tuple[str, str]:
     elif scheme in ("http", "https"):
         state = https.state(address)
     else:
-        state = _hash(_files(Path(address)))
+        state = _hash(files_seen(Path(address)))
     return source_address.without_secrets(address) if "://" in address else config.source, state
 
 
-def _files(path: Path) -> Iterator[str]:
-    """A line for the file, or for each file below the folder."""
+def files_seen(path: Path) -> Iterator[str]:
+    """A line for the file, or for each file below the folder that `download` would find."""
     if not path.exists():
         raise UserError(f"data.source {path} not found: expected {source_address.EXPECTED}")
     if path.is_file():
         yield _line(path)
-    for folder, inside, names in os.walk(path, followlinks=True):
-        inside.sort()
-        for name in sorted(names):
-            yield _line(Path(folder, name))
+        return
+    for name in sorted(found.path for found in sources.walk(path)):
+        yield _line(path / name)
 
 
 def _line(path: Path) -> str:

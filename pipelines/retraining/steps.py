@@ -12,7 +12,7 @@ from aegan.files import remove
 from aegan.metrics.features import installed_features
 from pipelines.base import params
 from pipelines.base.files import read_json
-from pipelines.base.outputs import PREPROCESS, RAW, REFERENCE, SHARDS
+from pipelines.base.outputs import PREPROCESS, RAW, SHARDS
 from pipelines.registry import gate, reference, tracking
 from pipelines.retraining import check, history_page
 from pipelines.retraining.lease import Lease
@@ -124,7 +124,7 @@ def check_images(retraining: Retraining) -> dict[str, Any]:
         done = check.check(
             new,
             old,
-            reference=retraining.work.project / REFERENCE / f"{frozen.sha256}.parquet",
+            reference=reference.file_of(frozen.sha256),
             model=model,
             features=installed_features(),
             preprocess=params.load(PreprocessConfig),

@@ -22,7 +22,7 @@ from pipelines.base.errors import UserError
 from pipelines.bucket import storage
 from pipelines.retraining import lease, messages, workplace
 from pipelines.retraining.ledger import Bucket, Folder, Ledger, Place, Step, new_entry
-from pipelines.retraining.look import look
+from pipelines.retraining.look import files_seen, look
 from tests.s3 import s3_server
 
 pytestmark = pytest.mark.integration
@@ -111,6 +111,19 @@ def test_a_folder_looks_the_same_until_a_file_comes_goes_or_changes(
         seen.append(look(DATA))
     assert {source for source, _ in seen} == {"pictures"}
     assert len({state for _, state in seen}) == 4  # the last is the first again
+
+
+def test_a_folder_with_links_in_a_circle_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"a")
+    before = look(DATA)
+    (tmp_path / "pictures/again").symlink_to(tmp_path / "pictures")
+    assert look(DATA) == look(DATA) != before
+    lines = list(files_seen(tmp_path / "pictures"))
+    assert len(lines) == 2  # the picture, and the link that is not followed
 
 
 def test_a_prefix_looks_the_same_until_an_object_changes(bucket: str) -> None:
