@@ -25,7 +25,7 @@ from aegan.data import dataset
 from aegan.data.designed_faces import FACTORS, Factor
 from aegan.files import new_file, write_json
 from aegan.latent_density import LatentDensity
-from aegan.metrics import METRICS, Better
+from aegan.metrics import METRICS, SECOND_OPINION, Better
 from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.factors import (
     FactorReader,
@@ -73,8 +73,6 @@ UNTRAINED_SAMPLER = (
     "The arm `ae` never meets the prior in training: its samples are no trained sampler's."
 )
 COLUMNS = 8  # of the picture
-
-SECOND_OPINION = "_random"  # ends the names of figures in random features
 
 Scores = dict[str, float]  # metric, or metric/factor => value
 Figures = dict[str, Figure]  # the same with their errors

@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 Better = Literal["lower", "higher", "floor"]
+SECOND_OPINION = "_random"  # ends the names of figures in random features
 
 
 class Metric(NamedTuple):
@@ -75,7 +76,7 @@ METRICS: dict[str, Metric] = {
     ),
     "coverage": Metric("higher", "Share of real images with a sample close by.", _HALVES),
     **{
-        f"{name}_random": Metric(
+        f"{name}{SECOND_OPINION}": Metric(
             better, f"A second opinion: {words} in features of random weights.", _HALVES
         )
         for name, better, words in _SECOND_OPINIONS

@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from aegan.metrics import METRICS
+from aegan.metrics import METRICS, SECOND_OPINION
 from pipelines.base.names import shown
 from pipelines.ingest.source_address import DESIGNED, without_secrets
 
-SECOND_OPINION = "_random"  # end of a figure's name: the report shows these, the card does not
 MAX_NAME = 200
 
 JsonObject = Mapping[str, Any]
@@ -74,7 +73,7 @@ def _figures(scores: JsonObject) -> Iterator[str]:
     )
     yield "| figure | better | model | beside it | that is |"
     yield "|---|---|---|---|---|"
-    for name, metric in METRICS.items():
+    for name, metric in METRICS.items():  # the report also shows the second opinions
         row = scores.get(name)
         if isinstance(row, Mapping) and not name.endswith(SECOND_OPINION):
             model, floor = (_number(row.get(column)) for column in ("ema", "floor"))
