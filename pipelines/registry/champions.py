@@ -30,6 +30,7 @@ class Model:
     scores: dict[str, float]
     gate: Literal["", "passed", "refused"]
     gate_reference: str  # hash of the reference split that the gate used
+    gate_champion: str  # the version that it was compared with; empty for none
 
 
 def models(model_name: str) -> list[Model]:
@@ -49,6 +50,7 @@ def models(model_name: str) -> list[Model]:
             scores=dict(_scores(version.tags)),
             gate=version.tags.get("gate", ""),
             gate_reference=version.tags.get("gate_reference", ""),
+            gate_champion=version.tags.get("gate_champion", ""),
         )
         for number, version in found.items()
     ]
@@ -57,8 +59,8 @@ def models(model_name: str) -> list[Model]:
 def promote(model_name: str, number: str, *, force: bool, reason: str) -> str:
     """Make a version champion and say so in a sentence; raises Refused, Outrun, UserError.
 
-    Unless forced, for a reason, its files must be whole and the gate must have passed it; the first
-    champion needs no gate.
+    Unless forced, for a reason, its files must be whole and the gate must have passed it against
+    today's champion; the first champion needs no gate.
     """
     if force and not reason.strip():
         raise UserError("--force passes over the gate: say why with --reason TEXT")
@@ -72,10 +74,13 @@ def promote(model_name: str, number: str, *, force: bool, reason: str) -> str:
         why = "forced past the gate"
     elif not line:
         why = "the first champion"
-    elif model.gate == "passed":
+    elif model.gate == "passed" and model.gate_champion == line[-1].to:
         why = "the gate has passed it"
     else:
-        said = "has refused it" if model.gate == "refused" else "has not seen it"
+        said = {
+            "passed": f"has passed it, but not against version {line[-1].to}, the champion",
+            "refused": "has refused it",
+        }.get(model.gate, "has not seen it")
         raise Refused(
             f"{model_name} version {number}: the gate {said}; run `aegan gate {number}`, or "
             "promote it with --force --reason TEXT"

@@ -263,7 +263,11 @@ def _record(name: str, verdict: Verdict, reference: Reference) -> None:
         files=[file for file in (PAGE, FIGURES) if file.exists()],
     )
     word = PASSED if verdict.passed else REFUSED
-    tags = {"gate": word, "gate_reference": reference.sha256}
+    tags = {
+        "gate": word,
+        "gate_reference": reference.sha256,
+        "gate_champion": verdict.champion or "",
+    }
     tracking.set_tags(name, verdict.version, tags)
 
 

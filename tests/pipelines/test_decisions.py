@@ -334,6 +334,10 @@ def test_a_person_promotes_and_rolls_back_what_is_whole(
         champions.promote("aegan", "2", force=True, reason=" ")
     project.set_model_version_tag("aegan", "2", "gate", "passed")
     project.set_model_version_tag("aegan", "2", "gate_reference", "abc")
+    project.set_model_version_tag("aegan", "2", "gate_champion", "3")
+    with pytest.raises(champions.Refused, match="has passed it, but not against version 1, the ch"):
+        champions.promote("aegan", "2", force=False, reason="")
+    project.set_model_version_tag("aegan", "2", "gate_champion", "1")
     champions.promote("aegan", "2", force=False, reason="")
     assert decisions.history("aegan")[-1].reference == "abc"
     champions.promote("aegan", "3", force=True, reason="looks better")
