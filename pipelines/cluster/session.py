@@ -39,6 +39,8 @@ SHIPPED_ENVIRONMENT = (  # where the bucket is; never who may use it: nodes have
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
 )
 
+log = logging.getLogger(__name__)
+
 
 def show_ray_logs() -> bool:
     """Ray's own output is hidden unless AEGAN_RAY_LOGS=1 asks for it."""
@@ -106,6 +108,8 @@ def _connection(dashboard: bool, gpus: bool) -> Iterator[bool]:
     address = os.environ.get("RAY_ADDRESS", "")
     local = not address
     if local and "RAY_AUTH_MODE" not in os.environ:
+        if "ray" in sys.modules:
+            raise RuntimeError("ray was imported before the session, so it would ask for no token")
         # A token for this process tree only: Ray would write one into the home folder.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -129,7 +133,30 @@ def _connection(dashboard: bool, gpus: bool) -> Iterator[bool]:
 
 
 def _start(folder: str, *, dashboard: bool, gpus: bool) -> None:
-    """Start a private Ray whose files are in this folder; one that is cut off leaves nothing."""
+    """Start a private Ray whose files are in this folder; one that is cut off leaves nothing.
+
+    Ray gives its own processes some 20 s to answer, which a machine that is busy may not keep: then
+    it is tried again, once. Raises UserError.
+    """
+    for is_last in (False, True):
+        try:
+            _start_once(folder, dashboard=dashboard, gpus=gpus)
+        except Exception as error:  # as bare as Ray raises it
+            reason = str(error).strip().partition("\n")[0]
+            if is_last:
+                raise UserError(
+                    f"Ray did not start on this machine, twice ({reason}): it needs some 2 GB of "
+                    "memory, free space in /tmp and a machine that is not too busy; free some, "
+                    "then run the same command again"
+                ) from error
+            log.warning("Ray did not start (%s): tried again", reason)
+        else:
+            return
+
+
+def _start_once(folder: str, *, dashboard: bool, gpus: bool) -> None:
+    import ray
+
     here, earlier = machine(gpus=gpus), set(psutil.Process().children())
     try:
         _init(
@@ -148,6 +175,7 @@ def _start(folder: str, *, dashboard: bool, gpus: bool) -> None:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(tree, timeout=5)
+        ray.shutdown()  # what it knows of the half-started one
         raise
 
 

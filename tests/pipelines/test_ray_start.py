@@ -37,6 +37,18 @@ except KeyboardInterrupt:
 """
 
 
+# Before it: Ray's first process has no time at all, and this much at the second start.
+SLOW = """
+import logging, os
+class Tried(logging.Handler):
+    def emit(self, record):
+        os.environ["RAY_gcs_server_port_wait_time_s"] = "{}"
+logging.getLogger("pipelines.cluster.session").addHandler(Tried())
+logging.getLogger("pipelines.cluster.session").addHandler(logging.StreamHandler())
+os.environ["RAY_gcs_server_port_wait_time_s"] = "0"
+"""
+
+
 @contextmanager
 def listening(answer: Callable[[socket.socket], object]) -> Iterator[str]:
     """host:port of a server that does this with every connection."""
@@ -157,11 +169,11 @@ def test_auto_where_the_last_cluster_has_ended_is_one_line(monkeypatch, tmp_path
 
 
 @contextmanager
-def session(tmpdir: str) -> Iterator[subprocess.Popen[str]]:
+def session(tmpdir: str, begin: str = "") -> Iterator[subprocess.Popen[str]]:
     """A process group that opens a session with a private Ray, as a terminal's command does."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", SESSION],
+        [sys.executable, "-c", begin + SESSION],
         env={**environment, "TMPDIR": tmpdir, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -222,6 +234,32 @@ def test_ctrl_c_while_ray_starts_takes_effect_at_once_and_leaves_nothing(begun):
         assert said == "interrupted\n", errors
         wait_until(lambda: in_group(process.pid) == [])
     assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.fault("ray addresses")
+@pytest.mark.integration
+@pytest.mark.ray
+@pytest.mark.parametrize("patience", ["0", "60"])
+def test_a_private_ray_that_is_too_slow_is_started_once_more_then_given_up(patience):
+    with session("/tmp", begin=SLOW.format(patience)) as process:
+        said, errors = process.communicate("\n", timeout=120)
+        assert "Ray did not start (Timed out" in errors
+        gave_up = "UserError: Ray did not start on this machine, twice (Timed out" in errors
+        assert (process.returncode == 0) == ("session_" in said) == (not gave_up), errors
+        assert gave_up == (patience == "0")
+        wait_until(lambda: in_group(process.pid) == [])
+
+
+def test_a_private_ray_without_a_token_is_no_session():
+    done = subprocess.run(
+        [sys.executable, "-c", f"import ray\n{SESSION}"],
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "imported before the session, so it would ask for no token" in done.stderr
 
 
 @pytest.mark.fault("other users")
