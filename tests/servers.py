@@ -113,33 +113,58 @@ class SQLiteServer(MLflowServer):
         return int(self.column(f"SELECT count(*) FROM runs WHERE {of_status}")[0])
 
 
-@contextmanager
-def postgres(password: str) -> Iterator[int]:
-    """Port of a new PostgreSQL with the user and database of the compose file."""
-    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to be root
-    if user:
-        shutil.chown(folder, user)
-    password_file, data, port = folder / "password", folder / "data", free_port()
-    password_file.write_text(password)
-    password_file.chmod(0o644)
-    create = ["initdb", "--auth=scram-sha-256", "--username=mlflow", f"--pwfile={password_file}"]
-    subprocess.run([*create, data], user=user, cwd=folder, check=True, capture_output=True)
-    options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-    server = subprocess.Popen(
-        ["postgres", "-D", data, "-p", str(port), *options],
-        user=user,
-        cwd=folder,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        ready = ["pg_isready", "--host=127.0.0.1", f"--port={port}", "--quiet"]
-        wait_until(lambda: subprocess.call(ready) == 0, seconds=30, what="PostgreSQL is ready")
+class Postgres:
+    """A new PostgreSQL with the user and database of the compose file."""
+
+    def __init__(self, password: str) -> None:
+        self._folder, self.port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
+        self._user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to be root
+        if self._user:
+            shutil.chown(self._folder, self._user)
+        password_file = self._folder / "password"
+        password_file.write_text(password)
+        password_file.chmod(0o644)
+        create = ["initdb", "--auth=scram-sha-256", "--username=mlflow", "--pwfile=password"]
+        subprocess.run(
+            [*create, "data"], user=self._user, cwd=self._folder, check=True, capture_output=True
+        )
+        self.start()
         as_mlflow = os.environ | {"PGPASSWORD": password}
-        create = ["createdb", "--host=127.0.0.1", f"--port={port}", "--username=mlflow", "mlflow"]
-        subprocess.run(create, env=as_mlflow, check=True)
-        yield port
+        create = ["createdb", "--host=127.0.0.1", f"--port={self.port}", "--username=mlflow"]
+        subprocess.run([*create, "mlflow"], env=as_mlflow, check=True)
+
+    def start(self) -> None:
+        """Also after `kill`, whose traces in its folder it clears up itself."""
+        options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+        self._server = subprocess.Popen(
+            ["postgres", "-D", "data", "-p", str(self.port), *options],
+            user=self._user,
+            cwd=self._folder,
+            stderr=subprocess.DEVNULL,
+        )
+        ready = ["pg_isready", "--host=127.0.0.1", f"--port={self.port}", "--quiet"]
+        wait_until(lambda: subprocess.call(ready) == 0, seconds=60, what="PostgreSQL is ready")
+
+    def processes(self) -> list[int]:
+        """Of the server and those that serve its clients."""
+        family = psutil.Process(self._server.pid).children(recursive=True)
+        return [self._server.pid, *(one.pid for one in family)]
+
+    def wait(self) -> None:
+        """For the end of one that somebody else has killed."""
+        self._server.wait()
+
+    def end(self) -> None:
+        self._server.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
+        self._server.wait(30)
+        shutil.rmtree(self._folder)
+
+
+@contextmanager
+def postgres(password: str) -> Iterator[Postgres]:
+    """One that ends with its use."""
+    server = Postgres(password)
+    try:
+        yield server
     finally:
-        server.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
-        server.wait(30)
-        shutil.rmtree(folder)
+        server.end()

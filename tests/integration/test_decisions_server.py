@@ -136,7 +136,15 @@ def test_a_server_that_dies_while_somebody_promotes_loses_and_doubles_nothing(
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.MLflowServer]:
+def database() -> Iterator[servers.Postgres]:
+    with servers.postgres("of-postgres") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    database: servers.Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[servers.MLflowServer]:
     """A server on PostgreSQL that asks for passwords and serves one host."""
     folder = tmp_path_factory.mktemp("guarded")
     settings = folder / "auth.ini"
@@ -146,18 +154,17 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.MLflow
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         f"admin_username = admin\nadmin_password = {PASSWORD}\n"
     )
-    with servers.postgres("of-postgres") as port:
-        running = servers.MLflowServer(
-            folder,
-            database=f"postgresql+psycopg2://mlflow:of-postgres@127.0.0.1:{port}/mlflow",
-            options=["--app-name", "basic-auth", "--allowed-hosts", "127.0.0.1:*,127.0.0.1"],
-            environment={
-                "MLFLOW_AUTH_CONFIG_PATH": str(settings),
-                "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-flask",
-            },
-        )
-        yield running
-        running.kill()
+    running = servers.MLflowServer(
+        folder,
+        database=f"postgresql+psycopg2://mlflow:of-postgres@127.0.0.1:{database.port}/mlflow",
+        options=["--app-name", "basic-auth", "--allowed-hosts", "127.0.0.1:*,127.0.0.1"],
+        environment={
+            "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-flask",
+        },
+    )
+    yield running
+    running.kill()
 
 
 @pytest.fixture
@@ -181,6 +188,43 @@ def test_on_postgresql_of_eight_who_promote_at_once_one_does(
     calls = [promotion(None, str(to), by=f"number {to}") for to in range(1, 9)]
     check_one_won(decide(*calls, model_name="many", environment=store), "many", administrator)
     record_property("faults", 8)
+
+
+@needs_postgres
+def test_a_database_that_is_killed_while_somebody_promotes_loses_and_doubles_nothing(
+    database: servers.Postgres,
+    guarded: servers.MLflowServer,
+    administrator: Any,
+    record_property: Any,
+) -> None:
+    name = "database"
+    make_versions(administrator, 2, model_name=name)
+    store = {
+        "MLFLOW_TRACKING_URI": guarded.address,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+    }
+    impatient = {**store, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    champion = None
+    for to, point in (("1", 2), ("2", 3)):  # before the log is written; before an alias is
+        call = promotion(champion, to)
+        victims = database.processes()
+        [outcome] = decide(
+            call, model_name=name, environment=impatient, kill_at=point, victims=victims
+        )
+        assert outcome.code == 1
+        assert "\n" not in outcome.error
+        database.wait()
+        database.start()
+        [again] = decide(call, model_name=name, environment=store)
+        assert again.code == 0, again.error
+        champion = to
+    assert [(entry.to, entry.counts) for entry in decisions.history(name)] == [
+        ("1", True),
+        ("2", True),
+    ]
+    assert aliases(administrator, name) == {"champion": "2", "previous": "1"}
+    record_property("faults", 2)
 
 
 @needs_postgres

@@ -34,8 +34,8 @@ ADMINISTRATOR = ("admin", SECRETS["MLFLOW_PASSWORD"])
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[int]:
     """Port of a new PostgreSQL with the user and database of the compose file."""
-    with servers.postgres(SECRETS["POSTGRES_PASSWORD"]) as port:
-        yield port
+    with servers.postgres(SECRETS["POSTGRES_PASSWORD"]) as database:
+        yield database.port
 
 
 @pytest.fixture(scope="module")
