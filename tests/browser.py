@@ -44,13 +44,14 @@ def open_page(browser: Browser, file: Path, *, width: int = 1280, scheme: str = 
         offline=True,
         accept_downloads=True,
     )
+    context.set_default_timeout(120_000)  # beside other tests everything takes longer
     page = context.new_page()
     page.problems = []  # type: ignore[attr-defined]
     page.on("pageerror", lambda error: page.problems.append(str(error)))  # type: ignore[attr-defined]
     page.on("request", lambda request: page.problems.append(request.url)  # type: ignore[attr-defined]
             if request.url.startswith("http") else None)  # fmt: skip
     page.goto(f"file://{file}")
-    page.wait_for_selector("body[data-ready]", state="attached", timeout=120_000)
+    page.wait_for_selector("body[data-ready]", state="attached")
     return page
 
 
