@@ -442,21 +442,19 @@ def new_reference(
 
 
 @app.command()
-def explore(model: Model = "", out: Path = Path("explorer.html")) -> None:
+def explore(model: Model = "", out: Path = Path("explorer.html"), as_json: Json = False) -> None:
     """Write one HTML file in which anyone walks through the model, in any browser, offline."""
     from pipelines.serving import exports
 
-    exports.explore(model, out)
-    typer.echo(f"file://{out.resolve()}")
+    _say(exports.explore(model, out), as_json)
 
 
 @app.command()
-def export(model: Model = "", out: Path = Path("onnx")) -> None:
-    """Write the model's networks as ONNX files into a folder."""
+def export(model: Model = "", out: Path = Path("onnx"), as_json: Json = False) -> None:
+    """Write the model's networks, four or what it has, as ONNX files into a folder."""
     from pipelines.serving import exports
 
-    for file in exports.export(model, out):
-        typer.echo(str(file))
+    _say(exports.export(model, out), as_json)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def load(address: str) -> Served:
     registered = tracking.is_address(address)
     if registered:
         address = tracking.pinned(address)
-    with tracking.local_folder(address) as folder:
+    with tracking.model_at(address) as folder:
         try:
             model = aegan.load(folder)
         except aegan.ModelError as error:
