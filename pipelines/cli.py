@@ -22,10 +22,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 REFUSED = 3  # exit status
-ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their arguments themselves
-    "add_help_option": False,
-    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
-}
 # Options and arguments that several commands have.
 Model = Annotated[
     str,
@@ -75,28 +71,101 @@ def _main() -> None:
     sys.exit(code)
 
 
-@app.command(**ARGPARSE)
-def submit(context: typer.Context) -> None:
-    """Run the pipeline on a Ray cluster as a job, follow it, fetch its results."""
+@app.command()
+def submit(
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the running job; it saves a checkpoint first.")
+    ] = False,
+    job: Annotated[
+        str, typer.Option(metavar="ID", help="Follow, fetch or stop this job instead.")
+    ] = "",
+    install: Annotated[
+        bool,
+        typer.Option(
+            "--install",
+            help="Let Ray install requirements.lock, where the cluster's image does not have it.",
+        ),
+    ] = False,
+    pass_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Give this variable of this machine to the job, for instance "
+            "MLFLOW_TRACKING_URI; never one that holds a secret. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="List the files and variables that would go, and what would not."
+        ),
+    ] = False,
+) -> None:
+    """Run the pipeline on the cluster that RAY_ADDRESS names, follow it, fetch its results.
+
+    Ctrl-C leaves the job running; the same command follows it again (docs/submitting.md).
+    """
     from pipelines import submit
 
-    submit.main(context.args)
+    submit.main(stop=stop, job=job, install=install, pass_env=pass_env or [], dry_run=dry_run)
 
 
-@app.command(**ARGPARSE)
-def doctor(context: typer.Context) -> None:
-    """Look whether a run would find what it needs, here and on the cluster."""
+@app.command()
+def doctor(
+    nodes: Annotated[bool, typer.Option("--nodes", hidden=True)] = False, as_json: Json = False
+) -> None:
+    """Look whether a run would find what it needs, here and on the cluster.
+
+    Each thing is ok, warn or fail, with its cure; exit status 1 if any fails.
+    """
     from pipelines.project import doctor
 
-    doctor.main(context.args)
+    if nodes:
+        doctor.print_nodes()
+    else:
+        raise typer.Exit(doctor.main(as_json=as_json))
 
 
-@app.command(**ARGPARSE)
-def stack(context: typer.Context) -> None:
-    """Start, show, end PostgreSQL, S3 and MLflow on this machine: up, status, down."""
+stack = typer.Typer(
+    help="Start, show, end PostgreSQL, S3 and MLflow on this machine.", rich_markup_mode=None
+)
+app.add_typer(stack, name="stack")
+Port = Annotated[
+    int | None, typer.Option(min=1024, max=65535, help="Where it listens.", show_default=False)
+]
+
+
+@stack.command("up")
+def stack_up(
+    postgresql_port: Port = None,
+    s3_port: Port = None,
+    mlflow_port: Port = None,
+    s3_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another S3 endpoint; moto: our own.")
+    ] = None,
+) -> None:
+    """Start what does not run."""
     from pipelines.project import stack
 
-    stack.main(context.args)
+    ports = {"postgresql": postgresql_port, "s3": s3_port, "mlflow": mlflow_port}
+    stack.up(stack.folder_here(), {name: port for name, port in ports.items() if port}, s3_endpoint)
+
+
+@stack.command("status")
+def stack_status() -> None:
+    """Say what runs where; exit status 3 if not everything does."""
+    from pipelines.project import stack
+
+    raise typer.Exit(stack.status(stack.folder_here()))
+
+
+@stack.command("down")
+def stack_down() -> None:
+    """End everything; the data stay."""
+    from pipelines.project import stack
+
+    stack.down(stack.folder_here())
 
 
 @app.command()
@@ -273,12 +342,32 @@ def _say(done: tuple[str, dict[str, Any]], as_json: bool) -> None:
     print(json.dumps(facts) if as_json else shown_lines(text))
 
 
-@app.command(**ARGPARSE)
-def serve(context: typer.Context) -> None:
-    """Answer HTTP requests with a model, and follow its alias."""
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="models:/NAME@ALIAS, which is followed; models:/NAME/3; a model's folder or a "
+            "training checkpoint; by default models:/NAME@champion, if there is one, else what "
+            "was registered last",
+            show_default=False,
+        ),
+    ] = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 5001,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; another than 127.0.0.1 lets in all.")
+    ] = "127.0.0.1",
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A host name that requests may use, too. May be repeated.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Answer HTTP requests with a model, and follow its alias (docs/serving.md)."""
     from pipelines import serve
 
-    serve.main(context.args)
+    serve.main(model=model, host=host, port=port, names=name or [])
 
 
 @app.command()

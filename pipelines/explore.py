@@ -1,8 +1,8 @@
 """Stage `explore`: the trained model for other programs and for people (docs/explorer.md).
 
 `artifacts/explore` holds its networks, four or what the arm has, as ONNX files and `explorer.html`,
-one file in which anyone walks between pictures in a browser. Where what runs the networks there cannot be fetched, the
-stage says so and leaves the page out.
+one file in which anyone walks between pictures in a browser. Where what runs the networks there
+cannot be fetched, the stage says so and leaves the page out.
 """
 
 import logging

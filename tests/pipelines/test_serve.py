@@ -95,7 +95,7 @@ def serving(
 ) -> Iterator[Server]:
     """The server as its command starts it; `code` runs first, to make limits short."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
-    start = f"{code}\nfrom pipelines import serve\nserve.run_stage(serve.main)"
+    start = f"{code}\nfrom pipelines.base.command import run_command\nrun_command('serve')"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", start, "--model", str(model), "--port", "0", *arguments],
