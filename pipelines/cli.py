@@ -169,11 +169,12 @@ def stack_down() -> None:
 
 
 @app.command()
-def verify(model: str) -> None:
+def verify(model: str, as_json: Json = False) -> None:
     """Look whether a model, a folder or models:/..., is what was signed (docs/serving.md)."""
     from pipelines.registry import signing
 
-    typer.echo(signing.verify(model))
+    found = signing.verify(model)
+    _say((found, {"model": model, "found": found}), as_json)
 
 
 @app.command()
@@ -360,7 +361,9 @@ def serve(
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="A host name that requests may use, too. May be repeated.", show_default=False
+            metavar="NAME",
+            help="A host name that requests may use, too. May be repeated.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -371,19 +374,23 @@ def serve(
 
 
 @app.command()
-def encode(source: Source, out: Folder = "", model: Model = "") -> None:
+def encode(source: Source, out: Folder = "", model: Model = "", as_json: Json = False) -> None:
     """Latents of images, to Parquet; of one image without --out to the terminal, as JSON."""
     from pipelines.serving import batch
 
-    batch.main("encode", source, out, model)
+    done = batch.main("encode", source, out, model)
+    if as_json or not out:
+        print(json.dumps(done))
 
 
 @app.command()
-def reconstruct(source: Source, out: Folder = "", model: Model = "") -> None:
+def reconstruct(source: Source, out: Folder = "", model: Model = "", as_json: Json = False) -> None:
     """Images as the model sees them: encoded and drawn again, as PNG files."""
     from pipelines.serving import batch
 
-    batch.main("reconstruct", source, out, model)
+    done = batch.main("reconstruct", source, out, model)
+    if as_json:
+        print(json.dumps(done))
 
 
 @app.command()
@@ -442,14 +449,17 @@ def history(as_json: Json = False) -> None:
 @app.command()
 def promote(
     version: Annotated[int, typer.Argument(min=1)],
-    force: Annotated[bool, typer.Option("--force", help="whatever the gate said")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Whatever the gate said.")] = False,
     reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Make a version the champion; exit status 3 if the gate has not passed it."""
     from pipelines.registry import champions
 
+    name = _model_name()
     try:
-        print(champions.promote(_model_name(), str(version), force=force, reason=reason))
+        done = champions.promote(name, str(version), force=force, reason=reason)
+        _say((done, {"model": name, "champion": str(version), "done": done}), as_json)
     except champions.Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         raise typer.Exit(REFUSED) from None
@@ -457,13 +467,16 @@ def promote(
 
 @app.command()
 def rollback(
-    to: Annotated[int | None, typer.Option(min=1, help="a former champion's version")] = None,
+    to: Annotated[int | None, typer.Option(min=1, help="A former champion's version.")] = None,
     reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Make the previous champion the champion again."""
-    from pipelines.registry import champions
+    from pipelines.registry import champions, decisions
 
-    print(champions.rollback(_model_name(), to=str(to or ""), reason=reason))
+    name = _model_name()
+    done = champions.rollback(name, to=str(to or ""), reason=reason)
+    _say((done, {"model": name, "champion": decisions.champion(name), "done": done}), as_json)
 
 
 def _model_name() -> str:
@@ -481,15 +494,16 @@ def _print_all(found: list[Any], table: Callable[[list[Any]], str] | None) -> No
 @app.command("gate")
 def gate_command(
     version: Annotated[
-        str, typer.Argument(help="number of a version; else what `register.alias` means")
+        str, typer.Argument(help="Number of a version; else what `register.alias` means.")
     ] = "",
     measure_noise: Annotated[
-        bool, typer.Option("--measure-noise", help="train with other seeds instead, once")
+        bool, typer.Option("--measure-noise", help="Train with other seeds instead, once.")
     ] = False,
-    seeds: Annotated[int, typer.Option(help="how many, for --measure-noise", min=3)] = 5,
+    seeds: Annotated[int, typer.Option(help="How many, for --measure-noise.", min=3)] = 5,
     steps: Annotated[
-        int, typer.Option(help="of each training; 0: `training.num_steps`", min=0)
+        int, typer.Option(help="Of each training; 0: `training.num_steps`.", min=0)
     ] = 0,
+    as_json: Json = False,
 ) -> None:
     """Check a registered version: promoted (exit 0) or refused (exit 3), and why."""
     from aegan.config import RegisterConfig
@@ -498,12 +512,14 @@ def gate_command(
 
     if measure_noise:
         shares = noise.measure_noise(seeds=seeds, num_steps=steps)
-        for name, share in shares.items():
-            print(f"{name}: {share:.1%} worse is what another seed can make")
+        lines = [
+            f"{n}: {share:.1%} worse is what another seed can make" for n, share in shares.items()
+        ]
+        _say(("\n".join(lines), dict(shares)), as_json)
         return
     config = params.load(RegisterConfig)
     verdict = gate.gate(config, version or tracking.aliased(config.model_name, config.alias))
-    print(gate.said(verdict))
+    _say((gate.said(verdict), asdict(verdict)), as_json)
     raise typer.Exit(0 if verdict.passed else REFUSED)
 
 
@@ -521,7 +537,7 @@ def show_reference() -> None:
 
 @reference.command("new")
 def new_reference(
-    reason: Annotated[str, typer.Option(help="why; kept with it, and shown")],
+    reason: Annotated[str, typer.Option(help="Why; kept with it, and shown.")],
 ) -> None:
     """Cut another reference split from the test images; scores on two are never compared."""
     from pipelines.base.outputs import SHARDS

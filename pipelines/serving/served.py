@@ -71,6 +71,15 @@ def load(address: str) -> Served:
         return Served(model, about)
 
 
+def check_encoder(model: aegan.AEGAN, *, called: str) -> None:
+    """UserError for a model that cannot take pictures."""
+    if model.encoder is None:
+        raise UserError(
+            f"{called} has no encoder (it was trained as a plain GAN, training.arm), so it "
+            "cannot take pictures: `aegan generate` draws random ones"
+        )
+
+
 def warm_up(model: aegan.AEGAN) -> None:
     """Run the networks once in the smallest and the largest batch: first passes are slow."""
     shape = (model.image_size, model.image_size, model.image_channels)
