@@ -98,6 +98,7 @@ def load(
     config_file, weights_file = Path(folder) / CONFIG, Path(folder) / FILES[weights]
     try:
         config = read_description(config_file)
+        discriminators = discriminators and DISCRIMINATOR_WEIGHTS in files_of(config)
         model = _build(config, config_file, discriminators=discriminators)
         expected, judges = model.state_dict(), {}
         for name in [name for name in expected if name.split(".")[0] in DISCRIMINATORS]:

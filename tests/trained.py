@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import aegan
 from aegan.config import ModelConfig, RegisterConfig
+from aegan.files import sha256_of
 from aegan.networks import AEGAN
 from aegan.networks.model import DISCRIMINATORS
 from aegan.pictures import save_png
@@ -45,14 +46,16 @@ def write_model(
     size = {"image_size": 16, "image_channels": channels}
     model = AEGAN(CONFIG, **size, encoder=encoder, discriminators=discriminators)
     config = {"model": dataclasses.asdict(CONFIG), **size, "fit": "crop"}
-    config |= {"has_encoder": encoder, "discriminators": list(DISCRIMINATORS) * discriminators}
-    (folder / "config.json").write_text(json.dumps(config))
+    config["has_encoder"] = encoder
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     judges = {name: weights.pop(name) for name in [*weights] if name.startswith(DISCRIMINATORS)}
     for name in ("ema", "weights"):
         save_file(weights, folder / f"{name}.safetensors")
     if judges:
-        save_file(judges, folder / "discriminators.safetensors")
+        file = folder / "discriminators.safetensors"
+        save_file(judges, file)
+        config |= {"discriminators": list(DISCRIMINATORS), "sha256": {file.name: sha256_of(file)}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
