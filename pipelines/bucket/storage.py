@@ -50,7 +50,8 @@ EXPECTED = (
 )
 TRANSIENT = (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError)
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
