@@ -29,8 +29,7 @@ def main(*, model: str = "", host: str = HOST, port: int = PORT, names: Sequence
         # Slow to import: a taken port is said before.
         from pipelines.serving import endpoint, served
 
-        address, why = (model, "as --model says") if model else served.registered_model()
-        log.info("serving %s, %s", address, why)
+        address, why = (model, "") if model else served.registered_model()
         torch.set_num_threads(max(1, available_cores() // 2))  # the others read, write pictures
         first = served.load(address)
         served.warm_up(first.model)
@@ -56,7 +55,8 @@ def main(*, model: str = "", host: str = HOST, port: int = PORT, names: Sequence
             timeout_graceful_shutdown=END_SECONDS,
         )
         at = "{}:{}".format(*listener.getsockname()[:2])
-        log.info("%s answers at http://%s/invocations; Ctrl-C ends it", address, at)
+        meant = f"{address} ({why})" if why else address
+        log.info("%s answers at http://%s/invocations; Ctrl-C ends it", meant, at)
         with suppress(KeyboardInterrupt):  # Ctrl-C or SIGTERM, once the last answer is sent
             uvicorn.Server(config).run(sockets=[listener])
 

@@ -43,7 +43,7 @@ def registered_model() -> tuple[str, str]:
     if decisions.champion(config.model_name):
         return f"models:/{config.model_name}@champion", "the champion"
     address = f"models:/{config.model_name}@{config.alias}"
-    return address, "the last that was registered: there is no champion yet (aegan promote)"
+    return address, "registered last: there is no champion yet"
 
 
 def load(address: str) -> Served:

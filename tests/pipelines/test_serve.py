@@ -705,7 +705,9 @@ def test_a_port_that_is_taken_is_one_line_with_the_cure(server: Server, folder: 
     words = run("--model", str(folder), "--port", str(server.port))
     assert f"port {server.port} of 127.0.0.1: Address already in use" in words
     assert "make serve PORT=5002" in words
-    assert "a number from 0 to 65535" in run("--model", str(folder), "--port", "70000")
+    assert "'--port': Input should be less than or equal to 65535" in run(
+        "--model", str(folder), "--port", "70000"
+    )
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
