@@ -27,8 +27,8 @@ test-quick: .venv/installed ## what runs in minutes: no servers, no long trainin
 test-cluster: .venv/installed ## a Ray cluster on this machine that loses workers, nodes, its bucket
 	$(PYTEST) tests/cluster
 
-test-pages: .venv/installed ## the explorer's page in Chromium, offline (apt-get install chromium)
-	$(BIN)/python -m pytest -n 0 tests/integration/test_explorer.py
+test-pages: .venv/installed ## the explorer and all other pages in Chromium, offline (apt-get install chromium)
+	$(BIN)/python -m pytest -n 0 tests/integration/test_explorer.py tests/integration/test_pages.py
 
 test-faults: .venv/installed ## every fault and attack of docs/reliability.md and docs/security.md, with their counts
 	$(PYTEST) -m fault

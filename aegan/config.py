@@ -31,6 +31,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 ImageSize = Literal[16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # 2^n and 3 x 2^n
 IMAGE_SIZES: tuple[int, ...] = get_args(ImageSize)
 ImageChannels = Literal[1, 3]  # gray, RGB
+Packing = Annotated[int, Interval(ge=1, le=64)]
 
 MOST = 10**12  # of anything: more is a slip of the pen, and may not fit into a machine's numbers
 Count = Annotated[int, Ge(1), Le(MOST)]
@@ -218,7 +219,7 @@ class LossConfig:
     gamma_image: ScheduledWeight
     gamma_latent: ScheduledWeight
     # Images that D_x judges at once (PacGAN); 1: each on its own. The arm `gan` only.
-    packing: Annotated[int, Interval(ge=1, le=64)]
+    packing: Packing
 
 
 @dataclass(frozen=True, kw_only=True)

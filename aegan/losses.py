@@ -60,6 +60,16 @@ class Objective:
     def has_encoder(self) -> bool:
         return self.makes_z_hat or self.makes_z_tilde
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Those that a training changes."""
+        return (
+            "generator",
+            *["encoder"] * self.has_encoder,
+            *["image_discriminator"] * self.judges_images,
+            *["latent_discriminator"] * self.judges_latents,
+        )
+
     def only(self, *terms: str) -> "Objective":
         """Of these terms, those it has."""
         others = {field.name for field in fields(self)} - set(terms)

@@ -1,9 +1,10 @@
 """A trained model as a folder: written by `write`, read by `load`, as untrusted as an image file.
 
-    config.json            sizes of the networks, how images become square, hashes of the weights
-    ema.safetensors        averaged weights of generator and encoder
-    weights.safetensors    those of the last step
-    latents.safetensors    the density of the averaged encoder's latents, if it has been fitted
+    config.json                   sizes of the networks, how images become square, hashes of weights
+    ema.safetensors               averaged weights of generator and encoder
+    weights.safetensors           those of the last step
+    latents.safetensors           the density of the averaged encoder's latents, if it was fitted
+    discriminators.safetensors    the discriminators of the last step, if there are any: for export
 
 `format_version` in config.json grows when a field changes; every earlier version is read.
 Sizes are compared before anything of their size is allocated; nothing is unpickled.
@@ -12,7 +13,7 @@ Sizes are compared before anything of their size is allocated; nothing is unpick
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +26,20 @@ from aegan.config import ConfigError, ModelConfig, ValueRange, check_classes, wi
 from aegan.files import save_tensors, sha256_of, write_json
 from aegan.latent_density import LatentDensity, check_shapes, from_tensors, tensors_of
 from aegan.networks import AEGAN
+from aegan.networks.model import DISCRIMINATORS
 
 Weights = Literal["ema", "raw"]
 
 CONFIG = "config.json"
 FILES: dict[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
 LATENTS = "latents.safetensors"
-# 1: none was written, and model.architecture was called model.preset; 2: had no model.prior and no
-# LATENTS.
+DISCRIMINATOR_WEIGHTS = "discriminators.safetensors"
+OPTIONAL = (LATENTS, DISCRIMINATOR_WEIGHTS)
+# 1: none was written, and model.architecture was called model.preset; 2: had no model.prior and
+# nothing optional.
 FORMAT_VERSION = 3
 FITS = ("crop", "pad")
-MAX_PARAMETERS = 2**30  # of generator and encoder: 4 GiB
+MAX_PARAMETERS = 2**30  # of the networks that are loaded: 4 GiB
 MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
 MAX_SHOWN = 60  # characters of a value in a message
 
@@ -45,16 +49,21 @@ class ModelError(ValueError):
 
 
 def write(
-    folder: Path, description: dict[str, Any], weights: dict[Weights, dict[str, Tensor]]
+    folder: Path,
+    description: dict[str, Any],
+    weights: dict[Weights, dict[str, Tensor]],
+    judges: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write a model of this description and these tensors; returns config.json.
 
-    Raises OSError.
+    `judges` are the tensors of the discriminators that the description names. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, tensors in weights.items():
-        save_tensors(tensors, folder / FILES[kind])
-    hashes = {FILES[kind]: sha256_of(folder / FILES[kind]) for kind in weights}
+    files = {FILES[kind]: tensors for kind, tensors in weights.items()}
+    files |= {DISCRIMINATOR_WEIGHTS: dict(judges)} if judges else {}
+    for name, tensors in files.items():
+        save_tensors(tensors, folder / name)
+    hashes = {name: sha256_of(folder / name) for name in files}
     config = {"format_version": FORMAT_VERSION, **description, "sha256": hashes}
     write_json(folder / CONFIG, config)
     return config
@@ -71,23 +80,32 @@ def add_latents(folder: Path, density: LatentDensity) -> None:
 
 def files_of(description: dict[str, Any]) -> list[str]:
     """The files of a model with this config.json, whoever wrote it."""
-    has_latents = _recorded_hash(description, LATENTS) is not None
-    return [CONFIG, *FILES.values(), *[LATENTS] * has_latents]
+    optional = [name for name in OPTIONAL if _recorded_hash(description, name) is not None]
+    return [CONFIG, *FILES.values(), *optional]
 
 
-def load(folder: str | os.PathLike[str], *, weights: Weights = "ema") -> AEGAN:
+def load(
+    folder: str | os.PathLike[str], *, weights: Weights = "ema", discriminators: bool = False
+) -> AEGAN:
     """A trained model's generator and encoder, ready to use; raises ModelError.
 
     `ema`: the averaged weights, which draw the better images, with the density of their latents;
-    `raw`: those of the last step.
+    `raw`: those of the last step. `discriminators`: also those that the folder has, which nothing
+    but an export needs.
     """
     if weights not in FILES:
         raise ValueError(f"weights is {weights}; it must be one of {', '.join(FILES)}")
     config_file, weights_file = Path(folder) / CONFIG, Path(folder) / FILES[weights]
     try:
         config = read_description(config_file)
-        model = _build(config, config_file)
-        tensors = _read_weights(weights_file, model, _recorded_hash(config, weights_file.name))
+        discriminators = discriminators and DISCRIMINATOR_WEIGHTS in files_of(config)
+        model = _build(config, config_file, discriminators=discriminators)
+        expected, judges = model.state_dict(), {}
+        for name in [name for name in expected if name.split(".")[0] in DISCRIMINATORS]:
+            judges[name] = expected.pop(name)
+        tensors = _read_weights(weights_file, expected, config)
+        if judges:
+            tensors |= _read_weights(Path(folder) / DISCRIMINATOR_WEIGHTS, judges, config)
         if weights == "ema" and LATENTS in files_of(config):
             model.latent_density = _read_latents(Path(folder) / LATENTS, config, model.latent_dim)
     except OSError as error:
@@ -123,7 +141,7 @@ def read_description(file: Path) -> dict[str, Any]:
     return config
 
 
-def _build(config: dict[str, Any], file: Path) -> AEGAN:
+def _build(config: dict[str, Any], file: Path, *, discriminators: bool) -> AEGAN:
     """The networks that a config.json describes, without memory for their weights yet."""
 
     def field(section: Any, name: str, kind: type, expected: str) -> Any:
@@ -154,6 +172,11 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
     classes = field({"classes": []} | config, "classes", list, "a list of names")
     if not all(isinstance(name, str) for name in classes):
         raise _damaged(file, "classes holds something else than names")
+    judges = field({"discriminators": []} | config, "discriminators", list, "a list of names")
+    if not all(name in DISCRIMINATORS for name in judges):
+        raise _damaged(
+            file, f"discriminators holds something else than {', '.join(DISCRIMINATORS)}"
+        )
     try:
         with torch.device("meta"):
             model = AEGAN(
@@ -161,11 +184,14 @@ def _build(config: dict[str, Any], file: Path) -> AEGAN:
                 image_size=field(config, "image_size", int, "a whole number"),
                 image_channels=field(config, "image_channels", int, "a whole number"),
                 encoder=field(config, "has_encoder", bool, "true or false"),
-                discriminators=False,
+                discriminators=discriminators,
+                packing=field({"packing": 1} | config, "packing", int, "a whole number"),
             )
         check_classes(sizes, classes)
     except ConfigError as error:
         raise _damaged(file, str(error)) from None
+    for name in set(DISCRIMINATORS) - set(judges):
+        setattr(model, name, None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise _damaged(file, f"networks of {parameters} weights, at most {MAX_PARAMETERS}")
@@ -180,8 +206,12 @@ def _recorded_hash(config: dict[str, Any], name: str) -> Any:
     return hashes.get(name) if isinstance(hashes, dict) else hashes
 
 
-def _read_weights(file: Path, model: AEGAN, recorded: Any) -> dict[str, Tensor]:
-    tensors, _ = _read_tensors(file, lambda found: _compare(found, model, file), recorded)
+def _read_weights(
+    file: Path, expected: dict[str, Tensor], config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Tensors of the names and shapes of those expected, which have no memory yet."""
+    recorded = _recorded_hash(config, file.name)
+    tensors, _ = _read_tensors(file, lambda found: _compare(found, expected, file), recorded)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise _damaged(file, "weights that are not finite numbers")
     return tensors
@@ -230,9 +260,9 @@ def _read_tensors(
     return tensors, metadata
 
 
-def _compare(found: Found, model: AEGAN, file: Path) -> None:
+def _compare(found: Found, tensors: dict[str, Tensor], file: Path) -> None:
     """Refuse tensors other than those of the networks, by the first name that differs."""
-    expected = {name: ("F32", list(value.shape)) for name, value in model.state_dict().items()}
+    expected = {name: ("F32", list(value.shape)) for name, value in tensors.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             held, wanted = (

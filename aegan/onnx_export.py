@@ -13,7 +13,7 @@ imported inside functions: the rest of the library works without them.
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from aegan.files import new_file
 from aegan.networks import AEGAN
 from aegan.networks.layers import ChannelNorm, SameConv2d, UpsampleConv2d
+from aegan.networks.model import DISCRIMINATORS
 from aegan.networks.noise import GaussianNoise
 from aegan.networks.paper import LatentDiscriminator
 from aegan.networks.projection import Projection
 from aegan.priors import Prior
 
 OPSET = 20
-NETWORKS = ("generator", "encoder", "image_discriminator", "latent_discriminator")
+NETWORKS = ("generator", "encoder", *DISCRIMINATORS)
 
 
 def export_onnx(model: AEGAN, folder: Path) -> dict[str, Path]:
     """Write `<network>.onnx` of each network that the model has => their files, by network.
 
-    The batch is free in all of them. A model that `aegan.load` returns has no discriminators.
+    The batch is free in all of them. Discriminators are those of `aegan.load(discriminators=True)`.
     Raises OSError.
     """
     files = {}
@@ -46,6 +47,12 @@ def export_onnx(model: AEGAN, folder: Path) -> dict[str, Path]:
             files[name] = folder / f"{name}.onnx"
             _export(name, network, model, files[name])
     return files
+
+
+def absent(exported: Collection[str]) -> str:
+    """What is to be said of the networks that an export lacks; empty where it has all four."""
+    names = [name.replace("_", " ") for name in NETWORKS if name not in exported]
+    return f"the model has no {', no '.join(names)}" if names else ""
 
 
 def _export(name: str, network: nn.Module, model: AEGAN, file: Path) -> None:

@@ -22,10 +22,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 REFUSED = 3  # exit status
-ARGPARSE: dict[str, Any] = {  # commands that are modules, too, and read their arguments themselves
-    "add_help_option": False,
-    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
-}
 # Options and arguments that several commands have.
 Model = Annotated[
     str,
@@ -75,36 +71,110 @@ def _main() -> None:
     sys.exit(code)
 
 
-@app.command(**ARGPARSE)
-def submit(context: typer.Context) -> None:
-    """Run the pipeline on a Ray cluster as a job, follow it, fetch its results."""
+@app.command()
+def submit(
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the running job; it saves a checkpoint first.")
+    ] = False,
+    job: Annotated[
+        str, typer.Option(metavar="ID", help="Follow, fetch or stop this job instead.")
+    ] = "",
+    install: Annotated[
+        bool,
+        typer.Option(
+            "--install",
+            help="Let Ray install requirements.lock, where the cluster's image does not have it.",
+        ),
+    ] = False,
+    pass_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Give this variable of this machine to the job, for instance "
+            "MLFLOW_TRACKING_URI; never one that holds a secret. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="List the files and variables that would go, and what would not."
+        ),
+    ] = False,
+) -> None:
+    """Run the pipeline on the cluster that RAY_ADDRESS names, follow it, fetch its results.
+
+    Ctrl-C leaves the job running; the same command follows it again (docs/submitting.md).
+    """
     from pipelines import submit
 
-    submit.main(context.args)
-
-
-@app.command(**ARGPARSE)
-def doctor(context: typer.Context) -> None:
-    """Look whether a run would find what it needs, here and on the cluster."""
-    from pipelines.project import doctor
-
-    doctor.main(context.args)
-
-
-@app.command(**ARGPARSE)
-def stack(context: typer.Context) -> None:
-    """Start, show, end PostgreSQL, S3 and MLflow on this machine: up, status, down."""
-    from pipelines.project import stack
-
-    stack.main(context.args)
+    submit.main(stop=stop, job=job, install=install, pass_env=pass_env or [], dry_run=dry_run)
 
 
 @app.command()
-def verify(model: str) -> None:
+def doctor(
+    nodes: Annotated[bool, typer.Option("--nodes", hidden=True)] = False, as_json: Json = False
+) -> None:
+    """Look whether a run would find what it needs, here and on the cluster.
+
+    Each thing is ok, warn or fail, with its cure; exit status 1 if any fails.
+    """
+    from pipelines.project import doctor
+
+    if nodes:
+        doctor.print_nodes()
+    else:
+        raise typer.Exit(doctor.main(as_json=as_json))
+
+
+stack = typer.Typer(
+    help="Start, show, end PostgreSQL, S3 and MLflow on this machine.", rich_markup_mode=None
+)
+app.add_typer(stack, name="stack")
+Port = Annotated[
+    int | None, typer.Option(min=1024, max=65535, help="Where it listens.", show_default=False)
+]
+
+
+@stack.command("up")
+def stack_up(
+    postgresql_port: Port = None,
+    s3_port: Port = None,
+    mlflow_port: Port = None,
+    s3_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another S3 endpoint; moto: our own.")
+    ] = None,
+) -> None:
+    """Start what does not run."""
+    from pipelines.project import stack
+
+    ports = {"postgresql": postgresql_port, "s3": s3_port, "mlflow": mlflow_port}
+    stack.up(stack.folder_here(), {name: port for name, port in ports.items() if port}, s3_endpoint)
+
+
+@stack.command("status")
+def stack_status() -> None:
+    """Say what runs where; exit status 3 if not everything does."""
+    from pipelines.project import stack
+
+    raise typer.Exit(stack.status(stack.folder_here()))
+
+
+@stack.command("down")
+def stack_down() -> None:
+    """End everything; the data stay."""
+    from pipelines.project import stack
+
+    stack.down(stack.folder_here())
+
+
+@app.command()
+def verify(model: str, as_json: Json = False) -> None:
     """Look whether a model, a folder or models:/..., is what was signed (docs/serving.md)."""
     from pipelines.registry import signing
 
-    typer.echo(signing.verify(model))
+    found = signing.verify(model)
+    _say((found, {"model": model, "found": found}), as_json)
 
 
 @app.command()
@@ -273,28 +343,54 @@ def _say(done: tuple[str, dict[str, Any]], as_json: bool) -> None:
     print(json.dumps(facts) if as_json else shown_lines(text))
 
 
-@app.command(**ARGPARSE)
-def serve(context: typer.Context) -> None:
-    """Answer HTTP requests with a model, and follow its alias."""
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="models:/NAME@ALIAS, which is followed; models:/NAME/3; a model's folder or a "
+            "training checkpoint; by default models:/NAME@champion, if there is one, else what "
+            "was registered last",
+            show_default=False,
+        ),
+    ] = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 5001,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; another than 127.0.0.1 lets in all.")
+    ] = "127.0.0.1",
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A host name that requests may use, too. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answer HTTP requests with a model, and follow its alias (docs/serving.md)."""
     from pipelines import serve
 
-    serve.main(context.args)
+    serve.main(model=model, host=host, port=port, names=name or [])
 
 
 @app.command()
-def encode(source: Source, out: Folder = "", model: Model = "") -> None:
+def encode(source: Source, out: Folder = "", model: Model = "", as_json: Json = False) -> None:
     """Latents of images, to Parquet; of one image without --out to the terminal, as JSON."""
     from pipelines.serving import batch
 
-    batch.main("encode", source, out, model)
+    done = batch.main("encode", source, out, model)
+    if as_json or not out:
+        print(json.dumps(done))
 
 
 @app.command()
-def reconstruct(source: Source, out: Folder = "", model: Model = "") -> None:
+def reconstruct(source: Source, out: Folder = "", model: Model = "", as_json: Json = False) -> None:
     """Images as the model sees them: encoded and drawn again, as PNG files."""
     from pipelines.serving import batch
 
-    batch.main("reconstruct", source, out, model)
+    done = batch.main("reconstruct", source, out, model)
+    if as_json:
+        print(json.dumps(done))
 
 
 @app.command()
@@ -353,14 +449,17 @@ def history(as_json: Json = False) -> None:
 @app.command()
 def promote(
     version: Annotated[int, typer.Argument(min=1)],
-    force: Annotated[bool, typer.Option("--force", help="whatever the gate said")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Whatever the gate said.")] = False,
     reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Make a version the champion; exit status 3 if the gate has not passed it."""
     from pipelines.registry import champions
 
+    name = _model_name()
     try:
-        print(champions.promote(_model_name(), str(version), force=force, reason=reason))
+        done = champions.promote(name, str(version), force=force, reason=reason)
+        _say((done, {"model": name, "champion": str(version), "done": done}), as_json)
     except champions.Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         raise typer.Exit(REFUSED) from None
@@ -368,13 +467,16 @@ def promote(
 
 @app.command()
 def rollback(
-    to: Annotated[int | None, typer.Option(min=1, help="a former champion's version")] = None,
+    to: Annotated[int | None, typer.Option(min=1, help="A former champion's version.")] = None,
     reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Make the previous champion the champion again."""
-    from pipelines.registry import champions
+    from pipelines.registry import champions, decisions
 
-    print(champions.rollback(_model_name(), to=str(to or ""), reason=reason))
+    name = _model_name()
+    done = champions.rollback(name, to=str(to or ""), reason=reason)
+    _say((done, {"model": name, "champion": decisions.champion(name), "done": done}), as_json)
 
 
 def _model_name() -> str:
@@ -392,15 +494,16 @@ def _print_all(found: list[Any], table: Callable[[list[Any]], str] | None) -> No
 @app.command("gate")
 def gate_command(
     version: Annotated[
-        str, typer.Argument(help="number of a version; else what `register.alias` means")
+        str, typer.Argument(help="Number of a version; else what `register.alias` means.")
     ] = "",
     measure_noise: Annotated[
-        bool, typer.Option("--measure-noise", help="train with other seeds instead, once")
+        bool, typer.Option("--measure-noise", help="Train with other seeds instead, once.")
     ] = False,
-    seeds: Annotated[int, typer.Option(help="how many, for --measure-noise", min=3)] = 5,
+    seeds: Annotated[int, typer.Option(help="How many, for --measure-noise.", min=3)] = 5,
     steps: Annotated[
-        int, typer.Option(help="of each training; 0: `training.num_steps`", min=0)
+        int, typer.Option(help="Of each training; 0: `training.num_steps`.", min=0)
     ] = 0,
+    as_json: Json = False,
 ) -> None:
     """Check a registered version: promoted (exit 0) or refused (exit 3), and why."""
     from aegan.config import RegisterConfig
@@ -409,12 +512,14 @@ def gate_command(
 
     if measure_noise:
         shares = noise.measure_noise(seeds=seeds, num_steps=steps)
-        for name, share in shares.items():
-            print(f"{name}: {share:.1%} worse is what another seed can make")
+        lines = [
+            f"{n}: {share:.1%} worse is what another seed can make" for n, share in shares.items()
+        ]
+        _say(("\n".join(lines), dict(shares)), as_json)
         return
     config = params.load(RegisterConfig)
     verdict = gate.gate(config, version or tracking.aliased(config.model_name, config.alias))
-    print(gate.said(verdict))
+    _say((gate.said(verdict), asdict(verdict)), as_json)
     raise typer.Exit(0 if verdict.passed else REFUSED)
 
 
@@ -432,7 +537,7 @@ def show_reference() -> None:
 
 @reference.command("new")
 def new_reference(
-    reason: Annotated[str, typer.Option(help="why; kept with it, and shown")],
+    reason: Annotated[str, typer.Option(help="Why; kept with it, and shown.")],
 ) -> None:
     """Cut another reference split from the test images; scores on two are never compared."""
     from pipelines.base.outputs import SHARDS
@@ -442,21 +547,19 @@ def new_reference(
 
 
 @app.command()
-def explore(model: Model = "", out: Path = Path("explorer.html")) -> None:
+def explore(model: Model = "", out: Path = Path("explorer.html"), as_json: Json = False) -> None:
     """Write one HTML file in which anyone walks through the model, in any browser, offline."""
     from pipelines.serving import exports
 
-    exports.explore(model, out)
-    typer.echo(f"file://{out.resolve()}")
+    _say(exports.explore(model, out), as_json)
 
 
 @app.command()
-def export(model: Model = "", out: Path = Path("onnx")) -> None:
-    """Write the model's networks as ONNX files into a folder."""
+def export(model: Model = "", out: Path = Path("onnx"), as_json: Json = False) -> None:
+    """Write the model's networks, four or what it has, as ONNX files into a folder."""
     from pipelines.serving import exports
 
-    for file in exports.export(model, out):
-        typer.echo(str(file))
+    _say(exports.export(model, out), as_json)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def collect() -> tracking.Record:
         "manifest": manifest,
     }
     pictures = sorted(path for path in INTERPOLATE.glob("*") if path.suffix in (".png", ".webp"))
+    networks = sorted(EXPLORE.glob("*.onnx"))
     names = [f"{tracking.PICTURES}/{path.name}" for path in pictures if path.suffix == ".png"]
     return tracking.Record(
         run_name=run["run_name"],
@@ -134,6 +135,7 @@ def collect() -> tracking.Record:
         card=card.write(**described, pictures=names),
         description=card.write(**described),
         pictures=pictures,
+        networks=networks,
     )
 
 

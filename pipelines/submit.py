@@ -8,7 +8,6 @@ RAY_ADDRESS names the cluster's dashboard (http://host:8265), RAY_AUTH_MODE=toke
 give its token, `compute.storage` in params.yaml the bucket. See docs/submitting.md.
 """
 
-import argparse
 import logging
 import os
 import re
@@ -20,7 +19,8 @@ from pathlib import Path
 from aegan.config import ComputeConfig
 from aegan.files import write_text
 from pipelines.base import params
-from pipelines.base.errors import UserError, run_stage
+from pipelines.base.command import run_command
+from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors
 from pipelines.base.names import shown
 from pipelines.base.outputs import REFERENCE_DVC
@@ -49,10 +49,17 @@ COMMIT = "AEGAN_GIT_COMMIT"  # the variable that every job gets
 log = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
-    variables = passed_variables(options.pass_env)
-    if options.dry_run:
+def main(
+    *,
+    stop: bool = False,
+    job: str = "",
+    install: bool = False,
+    pass_env: Sequence[str] = (),
+    dry_run: bool = False,
+) -> None:
+    """The command; its options are explained in `pipelines/cli.py`. Raises UserError."""
+    variables = passed_variables(pass_env)
+    if dry_run:
         preview(variables)
         return
     address = params.load(ComputeConfig).storage
@@ -63,75 +70,48 @@ def main(arguments: list[str] | None = None) -> None:
         )
     files = shipment.shipped_files()
     files_sha256 = shipment.hash_files(files)
-    if options.job:
-        content = ray_jobs.without_attempt(options.job)
+    if job:
+        content = ray_jobs.without_attempt(job)
     else:
         content = content_id(files_sha256, shipment.read_lock())
 
-    if not options.stop and (result := read_result(address, content)) is not None:
+    if not stop and (result := read_result(address, content)) is not None:
         log.info("job %s has succeeded already", result.job)
         fetch(result, address, files_sha256=files_sha256)
         return
 
     client = ray_jobs.connect()
     known = ray_jobs.attempts(client, content)
-    job = ray_jobs.attempt_id(content, max(len(known), 1))
+    attempt = ray_jobs.attempt_id(content, max(len(known), 1))
     runs = bool(known) and not known[-1].is_terminal()
     state = f"has {known[-1].lower()}" if known else "is not known to this cluster"
-    if options.stop:
+    if stop:
         if not runs:
-            raise UserError(f"job {job} does not run: it {state}")
-        ray_jobs.stop(client, job)
+            raise UserError(f"job {attempt} does not run: it {state}")
+        ray_jobs.stop(client, attempt)
         return
     if runs:
-        log.info("job %s is there already: following it", job)
-    elif options.job:
-        raise UserError(f"job {job} {state} and left no results")
+        log.info("job %s is there already: following it", attempt)
+    elif job:
+        raise UserError(f"job {attempt} {state} and left no results")
     else:
         if known:
-            log.info("job %s %s: starting attempt %d", job, state, len(known) + 1)
-        job = ray_jobs.attempt_id(content, len(known) + 1)
+            log.info("job %s %s: starting attempt %d", attempt, state, len(known) + 1)
+        attempt = ray_jobs.attempt_id(content, len(known) + 1)
         push_data(address)
         submit(
             client,
-            job,
+            attempt,
             files,
             command=f"python -m pipelines.jobs.job {content} {files_sha256}",
             variables=variables,
-            install=options.install,
+            install=install,
         )
-    ray_jobs.follow_to_the_end(client, job)
+    ray_jobs.follow_to_the_end(client, attempt)
     result = read_result(address, content)
     if result is None:
-        raise UserError(f"job {job} succeeded, but left no {result_url(address, content)}")
+        raise UserError(f"job {attempt} succeeded, but left no {result_url(address, content)}")
     fetch(result, address, files_sha256=files_sha256)
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="aegan submit", description="Run the pipeline on the cluster that RAY_ADDRESS names."
-    )
-    parser.add_argument("--stop", action="store_true", help="end the running job")
-    parser.add_argument("--job", metavar="ID", help="follow, fetch or stop this job instead")
-    parser.add_argument(
-        "--install",
-        action="store_true",
-        help="let Ray install requirements.lock, where the cluster's image does not have it",
-    )
-    parser.add_argument(
-        "--pass-env",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="give this variable of this machine to the job, for instance MLFLOW_TRACKING_URI; "
-        "never one that holds a secret",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="list the files and the names of the variables that would go, and what would not",
-    )
-    return parser
 
 
 def passed_variables(names: Sequence[str]) -> dict[str, str]:
@@ -253,4 +233,4 @@ def _dvc(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_command("submit")

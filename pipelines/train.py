@@ -234,7 +234,7 @@ def _begin(
     taken = ", ".join(name.replace("_", " ") for name in start.networks)
     log.info("starting from %s (sha256 %s): its %s", address, start.sha256[:12], taken)
     if not any("discriminator" in name for name in start.networks):
-        log.info("a model has no discriminators (a checkpoint has): they start from random weights")
+        log.info("the discriminators start from random weights: only a checkpoint's are taken")
     if store:
         store.exchange(folder)
 

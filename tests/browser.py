@@ -36,7 +36,14 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-def open_page(browser: Browser, file: Path, *, width: int = 1280, scheme: str = "light") -> Page:
+def open_page(
+    browser: Browser,
+    file: Path,
+    *,
+    width: int = 1280,
+    scheme: str = "light",
+    ready: str = "body[data-ready]",
+) -> Page:
     """A page of ours, once it says that it is ready; an error in it or a request fails the test."""
     context = browser.new_context(
         viewport={"width": width, "height": 900},
@@ -51,8 +58,19 @@ def open_page(browser: Browser, file: Path, *, width: int = 1280, scheme: str = 
     page.on("request", lambda request: page.problems.append(request.url)  # type: ignore[attr-defined]
             if request.url.startswith("http") else None)  # fmt: skip
     page.goto(f"file://{file}")
-    page.wait_for_selector("body[data-ready]", state="attached")
+    page.wait_for_selector(ready, state="attached")
     return page
+
+
+def serious_findings(page: Page) -> list[str]:
+    """What axe finds in a page that keeps somebody from using it: rules with the first place."""
+    page.evaluate(axe())
+    found = page.evaluate("axe.run()")["violations"]
+    return [
+        f"{rule['id']}: {rule['nodes'][0]['html']}"
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+    ]
 
 
 def axe() -> str:

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 import aegan
 from aegan.config import ModelConfig, RegisterConfig
+from aegan.files import sha256_of
 from aegan.networks import AEGAN
+from aegan.networks.model import DISCRIMINATORS
 from aegan.pictures import save_png
 from tests.shards import write_shards
 
@@ -30,17 +32,30 @@ REGISTER = RegisterConfig(
 START = 1_700_000_000.0  # seconds since 1970
 
 
-def write_model(folder: Path, *, encoder: bool = True, seed: int = 0, channels: int = 3) -> Path:
+def write_model(
+    folder: Path,
+    *,
+    encoder: bool = True,
+    discriminators: bool = False,
+    seed: int = 0,
+    channels: int = 3,
+) -> Path:
     """Untrained networks for 16x16 images and latents of 8, in the format of `aegan.load`."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     size = {"image_size": 16, "image_channels": channels}
-    model = AEGAN(CONFIG, **size, encoder=encoder, discriminators=False)
+    model = AEGAN(CONFIG, **size, encoder=encoder, discriminators=discriminators)
     config = {"model": dataclasses.asdict(CONFIG), **size, "fit": "crop"}
-    (folder / "config.json").write_text(json.dumps({**config, "has_encoder": encoder}))
+    config["has_encoder"] = encoder
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    judges = {name: weights.pop(name) for name in [*weights] if name.startswith(DISCRIMINATORS)}
     for name in ("ema", "weights"):
         save_file(weights, folder / f"{name}.safetensors")
+    if judges:
+        file = folder / "discriminators.safetensors"
+        save_file(judges, file)
+        config |= {"discriminators": list(DISCRIMINATORS), "sha256": {file.name: sha256_of(file)}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -78,6 +93,8 @@ def write_project(
     (root / "artifacts/train/curves.csv").write_text("step,image_reconstruction\n20,0.5\n40,0.25\n")
     save_png(images[0], root / "artifacts/train/samples/step-00000040-samples.png")
     save_png(images[1], root / "artifacts/interpolate/random.png")
+    (root / "artifacts/explore").mkdir()
+    (root / "artifacts/explore/generator.onnx").write_text("an ONNX file")
     (root / "report").mkdir()
     (root / "report/index.html").write_text("<html>report</html>")
     run_folder = root / "runs" / RUN_NAME

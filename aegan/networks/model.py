@@ -15,12 +15,21 @@ from typing import Literal
 
 from torch import nn
 
-from aegan.config import Architecture, ImageChannels, ImageSize, ModelConfig, check, check_value
+from aegan.config import (
+    Architecture,
+    ImageChannels,
+    ImageSize,
+    ModelConfig,
+    Packing,
+    check,
+    check_value,
+)
 from aegan.latent_density import LatentDensity
 from aegan.networks import demo, paper
 from aegan.networks.projection import Projection
 from aegan.priors import make_prior
 
+DISCRIMINATORS = ("image_discriminator", "latent_discriminator")
 ARCHITECTURES: dict[Architecture, ModuleType] = {"demo": demo, "paper": paper}
 
 
@@ -47,6 +56,7 @@ class AEGAN(nn.Module):
         check(config)
         check_value("image_size", image_size, ImageSize)
         check_value("image_channels", image_channels, ImageChannels)
+        check_value("packing", packing, Packing)
         self.prior = make_prior(config.prior, config.latent_dim)
         self.latent_density: LatentDensity | None = None  # of E(x), fitted after training
         self.latent_dim = config.latent_dim

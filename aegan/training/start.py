@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aegan.config import Arm, ConfigError, TrainConfig, with_new_names
+from aegan.config import ConfigError, TrainConfig, with_new_names
 from aegan.files import sha256_of
 from aegan.losses import OBJECTIVES
 from aegan.model_folder import CONFIG, FILES, ModelError, read_description
@@ -37,7 +37,7 @@ def read(folder: Path, config: TrainConfig, manifest: dict[str, Any]) -> Start:
     Raises ConfigError with everything that does not fit, CheckpointError if files are damaged.
     """
     like = TrainingState(config, manifest, torch.device("cpu"))
-    wanted = _networks(config.training.arm)
+    wanted = OBJECTIVES[config.training.arm].networks
     if (folder / CONFIG).exists():
         description, files = _of_model(folder)
     elif (folder / checkpoint.STATE).exists():
@@ -100,17 +100,6 @@ def record(start: Start, address: str) -> dict[str, Any]:
     return {"address": address, "sha256": start.sha256, "networks": list(start.networks)}
 
 
-def _networks(arm: Arm) -> list[str]:
-    """Those that a training of this arm changes."""
-    objective = OBJECTIVES[arm]
-    return [
-        "generator",
-        *["encoder"] * objective.has_encoder,
-        *["image_discriminator"] * objective.judges_images,
-        *["latent_discriminator"] * objective.judges_latents,
-    ]
-
-
 Files = dict[str, tuple[Path, str]]  # for raw and averaged weights: a file, and a prefix in it
 
 
@@ -141,7 +130,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], Files]:
     try:
         description = {
             "model": with_new_names("model", state["config"]["model"]),
-            "networks": _networks(state["config"]["training"]["arm"]),
+            "networks": OBJECTIVES[state["config"]["training"]["arm"]].networks,
             "classes": state.get("classes", []),
             **{key: state[key] for key in ("image_size", "image_channels")},
         }

@@ -1,5 +1,6 @@
 """Everything a checkpoint holds: networks, averages, optimisers, and how far training is."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from aegan.config import Schedule, TrainConfig, TrainingConfig, identity, with_n
 from aegan.losses import OBJECTIVES
 from aegan.metrics.features import RANDOM_FEATURES, installed_features
 from aegan.networks import AEGAN
+from aegan.networks.model import DISCRIMINATORS
 from aegan.training import checkpoint
 from aegan.training.training_log import TrainingLog
 
@@ -167,19 +169,19 @@ def judged_in(state: dict[str, Any]) -> str:
 
 
 def export_model(path: Path, folder: Path) -> dict[str, Any]:
-    """Write a checkpoint's generator and encoder as a model that `aegan.load` reads.
+    """Write a checkpoint's networks as a model that `aegan.load` reads.
 
     Returns the model's description (config.json). Raises CheckpointError, OSError.
     """
     tensors, state = checkpoint.load(path)
-    used = {
-        name: {
-            key: tensor
-            for key, tensor in _under(tensors, name).items()
-            if key.startswith(("generator.", "encoder."))
-        }
-        for name in ("model", "ema")
-    }
+    arm = state["config"]["training"]["arm"]
+    trained = OBJECTIVES[arm].networks
+    judges = [name for name in DISCRIMINATORS if name in trained]
+
+    def of(name: str, networks: Iterable[str]) -> dict[str, Tensor]:
+        found = _under(tensors, name).items()
+        return {key: tensor for key, tensor in found if key.split(".")[0] in networks}
+
     description = {
         "model": with_new_names("model", state["config"]["model"]),
         "image_size": state["image_size"],
@@ -187,12 +189,20 @@ def export_model(path: Path, folder: Path) -> dict[str, Any]:
         "fit": state["fit"],
         "value_range": state.get("value_range", "full"),
         "classes": state.get("classes", []),
-        "has_encoder": any(key.startswith("encoder.") for key in used["ema"]),
-        "arm": state["config"]["training"]["arm"],
+        "has_encoder": "encoder" in trained,
+        "discriminators": judges,
+        "packing": with_new_names("loss", state["config"]["loss"])["packing"],
+        "arm": arm,
         "step": state["step"],
         "dataset_sha256": state["config"]["dataset_sha256"],
     }
-    return model_folder.write(folder, description, {"raw": used["model"], "ema": used["ema"]})
+    averaged = ("generator", "encoder")
+    return model_folder.write(
+        folder,
+        description,
+        {"raw": of("model", averaged), "ema": of("ema", averaged)},
+        of("model", judges),
+    )
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,10 +20,12 @@ STAND_INS = {  # split whose images show what the model can do: what is to be sa
 }
 
 
-def load_model(folder: Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
+def load_model(
+    folder: Path, weights: Literal["ema", "raw"] = "ema", *, discriminators: bool = False
+) -> aegan.AEGAN:
     """One set of weights; UserError where training has left none that can be read."""
     try:
-        return aegan.load(folder, weights=weights)
+        return aegan.load(folder, weights=weights, discriminators=discriminators)
     except aegan.ModelError as error:
         raise UserError(str(error)) from None
 

@@ -11,7 +11,9 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -48,6 +50,7 @@ EXPECTED = (
 )
 TRANSIENT = (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError)
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
@@ -120,6 +123,18 @@ def _read(url: str, *, etag: str = "") -> tuple[bytes, str]:
                 if attempt == READ_ATTEMPTS:
                     raise
     raise AssertionError("unreachable")
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `read` makes of each item, in their order, PARALLEL_READS of them at once."""
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) == PARALLEL_READS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def read_object_if_any(url: str) -> bytes | None:

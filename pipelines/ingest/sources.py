@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,21 +260,16 @@ def _prefix(url: str) -> str:
 
 
 def _read_bucket(prefix: str) -> Iterator[Entry | Packed]:
-    def read(address: str, size: int) -> RawFile | Skipped | str:
+    def read(item: tuple[str, int]) -> RawFile | Skipped | str:
+        address, size = item
         name = address.removeprefix(prefix)
         if reason := refusal(name, size):
             return Skipped(name, reason)
         return address if is_container_name(name) else RawFile(name, storage.read_object(address))
 
     objects = (item for item in storage.list_objects(prefix) if not item[0].endswith("/"))
-    with ThreadPoolExecutor(storage.PARALLEL_READS) as pool:
-        waiting: deque[Future[RawFile | Skipped | str]] = deque()
-        for address, size in objects:
-            waiting.append(pool.submit(read, address, size))
-            if len(waiting) == storage.PARALLEL_READS:
-                yield from _fetched(waiting.popleft().result(), prefix)
-        while waiting:
-            yield from _fetched(waiting.popleft().result(), prefix)
+    for found in storage.read_ahead(read, objects):
+        yield from _fetched(found, prefix)
 
 
 def _fetched(found: RawFile | Skipped | str, prefix: str) -> Iterator[Entry | Packed]:

@@ -22,22 +22,13 @@ async function unpackNumbers(id) {
 
 // -- the networks, in a worker --------------------------------------------------------------------
 
-let worker = null, lastId = 0;
-const answers = new Map(), timings = [];
+let ask = null, askReader = null;
+const timings = [];
 
-function ask(job) {
-  return new Promise((resolve, reject) => {
-    answers.set(++lastId, {resolve, reject});
-    worker.postMessage({...job, id: lastId});
-  });
-}
-
-function script(text) {
-  return URL.createObjectURL(new Blob([text], {type: "text/javascript"}));
-}
-
-async function startNetworks() {
-  worker = new Worker(script(byId("worker").textContent));
+/** Start the worker whose script has this id => a function that hands it a job and promises its answer. */
+function startWorker(id) {
+  const worker = new Worker(script(byId(id).textContent)), answers = new Map();
+  let lastJob = 0;
   const broken = new Promise((_, reject) => {
     worker.onerror = event => reject(new Error(event.message || "it allows no workers"));
   });
@@ -47,10 +38,22 @@ async function startNetworks() {
     if (data.error) reject(new Error(data.error));
     else resolve(data);
   };
+  return job => Promise.race([broken, new Promise((resolve, reject) => {
+    answers.set(++lastJob, {resolve, reject});
+    worker.postMessage({...job, id: lastJob});
+  })]);
+}
+
+function script(text) {
+  return URL.createObjectURL(new Blob([text], {type: "text/javascript"}));
+}
+
+async function startNetworks() {
+  ask = startWorker("worker");
   const networks = {generator: await unpack("generator")};
   if (model.hasEncoder) networks.encoder = await unpack("encoder");
   const runtime = {bundle: await unpack("bundle"), wasm: await unpack("wasm")};
-  await Promise.race([broken, ask({start: {...runtime, networks}})]);
+  await ask({start: {...runtime, networks}});
 }
 
 /** Latent => pixels [size * size * channels] as bytes. */
@@ -325,9 +328,16 @@ function drawSamples() {
 
 // -- pictures of the visitor ----------------------------------------------------------------------
 
+/** Blob => {size, channels, data}, the pixels that the model is given. */
+async function readPicture(blob, {imageSize, channels, fit}) {
+  askReader ??= startWorker("reader");
+  return (await askReader({blob, wanted: {imageSize, channels, fit}})).picture;
+}
+
 async function take(side, file) {
   if (!file || !model.hasEncoder) return;
-  say("");
+  const reading = `Reading ${file.name} …`;
+  say(reading);
   let picture;
   try {
     picture = await readPicture(file, model);
@@ -336,6 +346,7 @@ async function take(side, file) {
     return;
   }
   setEnd(side, await encode(picture.data), picture);
+  if (byId("status").textContent === reading) say("");
 }
 
 // -- saving ---------------------------------------------------------------------------------------

@@ -2,6 +2,16 @@
 // aegan.data.image_files.decode_image and Pillow make them: upright, in sRGB, on white, cropped or
 // padded to a square, shrunk with Pillow's own arithmetic (whole numbers of 22 bits). Of tall pictures
 // Pillow may take the rows before the columns, which rounds some bytes the other way.
+//
+// Runs in a worker: a telephone's picture takes seconds, in which the page stays responsive.
+
+onmessage = async ({data: {id, blob, wanted}}) => {
+  try {
+    postMessage({id, picture: await readPicture(blob, wanted)});
+  } catch (error) {
+    postMessage({id, error: String(error?.message ?? error)});
+  }
+};
 
 const STRIP_PIXELS = 4e6; // read at once from a large picture
 

@@ -4,10 +4,8 @@ One line for each thing, ok, warn or fail, with its cure; the exit status is 1 i
 cluster's part runs there as a small job (`--nodes`), or here (RAY_ADDRESS=host:port).
 """
 
-import argparse
 import json
 import os
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +15,8 @@ from typing import Any
 
 from aegan import config
 from pipelines.base import params
-from pipelines.base.errors import UserError, run_stage
+from pipelines.base.command import run_command
+from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.bucket import storage
 from pipelines.cluster import checks, session
@@ -29,27 +28,25 @@ JOB_SECONDS = 180.0  # for the job to start and end
 MARK = "aegan-doctor: "  # before each finding in the job's log
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
-    findings = _of_nodes() if options.nodes else examine()
-    worst = 0
-    for finding in findings:
-        if options.nodes:
-            print(MARK + json.dumps(asdict(finding)), flush=True)
+def main(*, as_json: bool = False) -> int:
+    """Print what is found, as lines for people or as JSON; returns the exit status."""
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if as_json:
             continue
         print(f"{finding.status:5} {finding.subject}: {shown(finding.found)}", flush=True)
         if finding.cure:
             print(f"      {shown(finding.cure)}")
-        worst = max(worst, finding.status == "fail")
-    sys.exit(worst)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    return int(any(finding.status == "fail" for finding in findings))
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="aegan doctor", description="Check what a run needs, here and on the cluster."
-    )
-    parser.add_argument("--nodes", action="store_true", help=argparse.SUPPRESS)
-    return parser
+def print_nodes() -> None:
+    """Print what is found on the cluster that this process is a job of, for `_by_job` to read."""
+    for finding in _of_nodes():
+        print(MARK + json.dumps(asdict(finding)), flush=True)
 
 
 def examine() -> Iterator[Finding]:
@@ -204,4 +201,4 @@ class _NodeCheck:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_command("doctor")

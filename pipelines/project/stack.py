@@ -3,16 +3,14 @@
 All listen on 127.0.0.1 and keep their data in `.stack/`; `. .stack/env` points a shell at them.
 """
 
-import argparse
 import json
 import logging
 import os
 import secrets
 import shlex
 import socket
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,8 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from aegan.files import new_file
-from pipelines.base.errors import UserError, run_stage
+from pipelines.base.command import run_command
+from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors, project_folder
 from pipelines.project import daemons, stack_parts
 from pipelines.project.stack_parts import Part
@@ -43,30 +42,9 @@ class Settings:
     s3_endpoint: str  # empty: moto's
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="aegan stack", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    starting = commands.add_parser("up", help="start what does not run")
-    for name, port in PORTS.items():
-        starting.add_argument(f"--{name}-port", type=_port, help=f"at first {port}")
-    starting.add_argument("--s3-endpoint", help="address of another S3 endpoint; moto: our own")
-    commands.add_parser("status", help="what runs where; exit code 3 if not everything does")
-    commands.add_parser("down", help="end everything; the data stay")
-    given = parser.parse_args(arguments)
-    folder = project_folder().resolve() / FOLDER
-    if given.command == "up":
-        ports = {name: getattr(given, f"{name}_port") for name in PORTS}
-        up(folder, {name: port for name, port in ports.items() if port}, given.s3_endpoint)
-    elif given.command == "status":
-        sys.exit(status(folder))
-    else:
-        down(folder)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
-        raise UserError(f"port {text}: expected a number from 1024 to 65535")
-    return int(text)
+def folder_here() -> Path:
+    """Where this project's servers keep their data."""
+    return project_folder().resolve() / FOLDER
 
 
 def up(folder: Path, ports: dict[str, int], s3_endpoint: str | None) -> None:
@@ -279,4 +257,4 @@ def _bytes(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_command("stack")

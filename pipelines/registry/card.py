@@ -44,7 +44,8 @@ def _what(model: JsonObject, run: JsonObject) -> str:
         f"# {parts.capitalize()} of {side}x{side} {colours} images\n\n"
         f"Networks `{networks['architecture']}`, latents of {networks['latent_dim']} dimensions "
         f"({_quoted(networks['prior'])}), trained as `{model.get('arm', 'aegan')}`.\n"
-        "`aegan.load(FOLDER)` reads this folder; weights are safetensors, nothing is pickled."
+        "`aegan.load(FOLDER)` reads this folder; weights are safetensors, nothing is pickled.\n"
+        "`onnx/` holds the networks for other programs."
     )
 
 

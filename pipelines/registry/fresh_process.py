@@ -18,8 +18,8 @@ def main(folder: str) -> None:
     from aegan import operations
 
     try:
-        for weights in ("raw", "ema"):
-            model = aegan.load(folder, weights=weights)
+        aegan.load(folder, weights="raw", discriminators=True)
+        model = aegan.load(folder)
         # The example that a version is registered with (pipelines/registry/tracking.py).
         row = {"latent": [0.0] * model.latent_dim}
         [record] = operations.operate(model, [row], {"operation": "generate"})

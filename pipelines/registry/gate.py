@@ -97,7 +97,7 @@ def _sound_model(name: str, version: str, folder: Path) -> aegan.AEGAN:
     try:
         tracking.check_files(name, version)
         files = tracking.fetch_model(uri, folder)
-        aegan.load(files, weights="raw")
+        aegan.load(files, weights="raw", discriminators=True)
         model = aegan.load(files)
     except (UnsoundModelError, aegan.ModelError) as error:
         raise _RefusedError(str(error).replace(f"{folder}/", "")) from None

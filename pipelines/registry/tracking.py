@@ -50,7 +50,7 @@ from pipelines.registry.mlflow_store import (
 from pipelines.registry.standing import ALIASES, MAX_DESCRIPTION
 
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
-CARD, PICTURES = "README.md", "interpolations"  # in a package
+CARD, PICTURES, NETWORKS = "README.md", "interpolations", "onnx"  # in a package
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
 MAX_FILE_BYTES = 4 * model_folder.MAX_PARAMETERS + 2 * model_folder.MAX_HEADER_BYTES  # of a model
 MODEL_FILES = "artifacts/model"  # where MLflow keeps them, among the files of a version
@@ -76,6 +76,7 @@ class Record:
     card: str  # Markdown, with the pictures
     description: str  # the same without them, of the version
     pictures: Sequence[Path]  # beside the card, in PICTURES
+    networks: Sequence[Path]  # ONNX files, in NETWORKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +175,8 @@ def load_model(address: str | Path, weights: Literal["ema", "raw"] = "ema") -> a
 
     Raises UserError.
     """
-    with readable_errors(), local_folder(str(address)) as folder:
-        if not (folder / checkpoint.STATE).exists():
-            return aegan.load(folder, weights=weights)
-        with TemporaryDirectory() as exported:
-            try:
-                export_model(folder, Path(exported))
-            except (CheckpointError, LookupError) as error:
-                raise UserError(f"{folder} cannot be used: {error}") from None
-            return aegan.load(exported, weights=weights)
+    with readable_errors(), model_at(str(address)) as folder:
+        return aegan.load(folder, weights=weights)
 
 
 def default_model() -> str:
@@ -224,6 +218,21 @@ def local_folder(address: str) -> Iterator[Path]:
     else:
         with package.trusted(folder_at(address)) as folder:
             yield folder
+
+
+@contextmanager
+def model_at(address: str) -> Iterator[Path]:
+    """The same as a model's folder, also where the address is a checkpoint's."""
+    with local_folder(address) as folder:
+        if not (folder / checkpoint.STATE).exists():
+            yield folder
+            return
+        with TemporaryDirectory() as exported:
+            try:
+                export_model(folder, Path(exported))
+            except (CheckpointError, LookupError) as error:
+                raise UserError(f"{folder} cannot be used: {error}") from None
+            yield Path(exported)
 
 
 def folder_at(address: str) -> Path:
@@ -321,8 +330,8 @@ def check_files(model_name: str, version: str) -> None:
             raise UnsoundModelError(
                 f"{uri} has no model_sha256: it was not registered by this pipeline"
             )
-        known = {model_folder.CONFIG, model_folder.LATENTS, *model_folder.FILES.values()}
-        known |= {CARD, PICTURES, package.SUMS, package.SIGNATURE}
+        known = {model_folder.CONFIG, *model_folder.FILES.values(), *model_folder.OPTIONAL}
+        known |= {CARD, PICTURES, NETWORKS, package.SUMS, package.SIGNATURE}
         names = {Path(file.path).name for file in repository.list_artifacts(MODEL_FILES)}
     if others := sorted(names - known):
         raise UnsoundModelError(f"{uri} holds {shown(others[0])}, which is no file of a model")
@@ -623,11 +632,12 @@ def _log_model(mlflow: Any, client: Any, run: Any, record: Record) -> str:
 
 
 def _write_package(record: Record, folder: Path) -> None:
-    """The model's files with card, pictures, hashes and, with a key, a signature."""
+    """The model's files with card, pictures, ONNX, hashes and, with a key, a signature."""
     shutil.copytree(record.model_folder, folder)
-    (folder / PICTURES).mkdir()
-    for picture in record.pictures:
-        shutil.copy(picture, folder / PICTURES)
+    for name, files in ((PICTURES, record.pictures), (NETWORKS, record.networks)):
+        (folder / name).mkdir()
+        for file in files:
+            shutil.copy(file, folder / name)
     (folder / CARD).write_text(record.card, encoding="utf-8")
     package.write_sums(folder)
     if key := package.signing_key():

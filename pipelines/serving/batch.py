@@ -9,19 +9,16 @@ parts, written aside and renamed: a second call does the files that no part has 
     OUT/quarantine.csv                the files with a reason, of all parts
 """
 
-import json
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +50,7 @@ from pipelines.ingest.shards import write_parquet
 from pipelines.ingest.sources import list_bucket, read_archive, read_folder
 from pipelines.registry import tracking
 from pipelines.serving.decoding import Decoded, Decoder, Form, decode_on_cluster
-from pipelines.serving.served import Served, load
+from pipelines.serving.served import Served, check_encoder, load
 
 PART_BATCHES = 16  # of BATCH_SIZE files: what a run that is cut off does again, at most
 EXPECTED = "a folder, an image, a .zip, .tar, .parquet, .npy or .npz file, or s3://bucket/prefix"
@@ -72,17 +69,19 @@ class Row(NamedTuple):
     reason: str | None
 
 
-def main(operation: Operation, source: str, out: str, model: str) -> None:
-    """The command: one image to the terminal or a PNG file, else `run`; raises UserError."""
+def main(operation: Operation, source: str, out: str, model: str) -> dict[str, Any]:
+    """The command: one image to the terminal or a PNG file, else `run` => what was done.
+
+    Raises UserError.
+    """
     path = Path(source).expanduser()
     is_one = path.is_file() and not is_many(path)
     if not out and not (is_one and operation == "encode"):
         raise UserError("--out is missing: name a folder for the results")
     served = load(model or tracking.default_model())
-    check_encoder(operation, served.model)
+    check_encoder(served.model, called=served.about["model"])
     if not is_one or not (out == "" or out.lower().endswith(".png")):
-        run(operation, source, Path(out), served)
-        return
+        return run(operation, source, Path(out), served)
     try:
         images = aegan.read_images([path], served.model)
     except aegan.UnusableImageError as error:
@@ -92,26 +91,18 @@ def main(operation: Operation, source: str, out: str, model: str) -> None:
             raise UserError(
                 f"--out {out}: latents go to a folder, or without --out to the terminal"
             )
-        print(
-            json.dumps({"source": source, "latent": aegan.encode(served.model, images)[0].tolist()})
-        )
-        return
+        return {"source": source, "latent": aegan.encode(served.model, images)[0].tolist()}
     with clear_disk_errors(Path(out)):
         save_png(aegan.reconstruct(served.model, images)[0], out)
+    return {"source": source, "out": out}
 
 
-def check_encoder(operation: Operation, model: aegan.AEGAN) -> None:
-    """UserError for a model that cannot encode."""
-    if model.encoder is None:
-        raise UserError(
-            f"{operation} needs an encoder, and this model has none: it was trained as a plain GAN "
-            "(training.arm: gan)"
-        )
+def run(operation: Operation, source: str, out: Path, served: Served) -> dict[str, Any]:
+    """Work on all files of a source that no part in `out` has yet => their numbers.
 
-
-def run(operation: Operation, source: str, out: Path, served: Served) -> None:
-    """Work on all files of a source that no part in `out` has yet; raises UserError."""
-    check_encoder(operation, served.model)
+    Raises UserError.
+    """
+    check_encoder(served.model, called=served.about["model"])
     started = time.monotonic()
     with clear_disk_errors(out), TemporaryDirectory() as downloads:
         entries = _open(source, Path(downloads))
@@ -128,6 +119,8 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> None:
     log.info("%s: %d files, %.0f a second, in %s", operation, count, rate, out)
     if kinds:
         log.info("%s, see %s", summary(kinds, count + len(done)), out / "quarantine.csv")
+    files = {"files": count, "done_before": len(done), "skipped": kinds.total()}
+    return {"source": source, "out": str(out), "model": served.about["model"], **files}
 
 
 def _work(
@@ -294,14 +287,7 @@ def _fetched(entries: Iterable[RawFile | ListedFile]) -> Iterator[RawFile]:
             return entry
         return RawFile(entry.source, storage.read_object(entry.url))
 
-    with ThreadPoolExecutor(storage.PARALLEL_READS) as pool:
-        waiting: deque[Future[RawFile]] = deque()
-        for entry in entries:
-            waiting.append(pool.submit(read, entry))
-            if len(waiting) == storage.PARALLEL_READS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return storage.read_ahead(read, entries)
 
 
 def _peek(items: Iterator[Item]) -> tuple[Iterator[Item], Item | None]:

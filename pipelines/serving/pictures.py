@@ -19,6 +19,7 @@ from aegan.sampling import InterpolationPath, Latents, default_latents
 from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors
 from pipelines.registry import tracking
+from pipelines.serving.served import check_encoder
 
 TILE = 128  # pixels; smaller images are enlarged to it
 MOVING_TILE = 256
@@ -186,11 +187,7 @@ def _open(model: str) -> tuple[str, aegan.AEGAN]:
 
 def _open_encoder(model: str) -> tuple[str, aegan.AEGAN]:
     address, networks = _open(model)
-    if networks.encoder is None:
-        raise UserError(
-            f"{address} has no encoder (it was trained as a plain GAN, training.arm), so it "
-            "cannot take pictures: `aegan generate` draws random ones"
-        )
+    check_encoder(networks, called=address)
     return address, networks
 
 

@@ -21,7 +21,7 @@ from aegan.files import sha256_of
 from aegan.operations import BATCH_SIZE, run
 from pipelines.base import params
 from pipelines.base.errors import UserError
-from pipelines.registry import tracking
+from pipelines.registry import decisions, tracking
 
 LOOK_SECONDS = 3.0  # between two looks at the alias
 AGAIN_SECONDS = 60.0  # until a version that could not be loaded is tried again
@@ -37,10 +37,13 @@ class Served:
     about: dict[str, Any]
 
 
-def registered_model() -> str:
-    """The address of what the stage register has registered."""
+def registered_model() -> tuple[str, str]:
+    """The address of the champion, else of what was registered last, and why; raises UserError."""
     config = params.load(RegisterConfig)
-    return f"models:/{config.model_name}@{config.alias}"
+    if decisions.champion(config.model_name):
+        return f"models:/{config.model_name}@champion", "the champion"
+    address = f"models:/{config.model_name}@{config.alias}"
+    return address, "registered last: there is no champion yet"
 
 
 def load(address: str) -> Served:
@@ -48,7 +51,7 @@ def load(address: str) -> Served:
     registered = tracking.is_address(address)
     if registered:
         address = tracking.pinned(address)
-    with tracking.local_folder(address) as folder:
+    with tracking.model_at(address) as folder:
         try:
             model = aegan.load(folder)
         except aegan.ModelError as error:
@@ -66,6 +69,15 @@ def load(address: str) -> Served:
             "has_fitted_latents": model.latent_density is not None,
         }
         return Served(model, about)
+
+
+def check_encoder(model: aegan.AEGAN, *, called: str) -> None:
+    """UserError for a model that cannot take pictures."""
+    if model.encoder is None:
+        raise UserError(
+            f"{called} has no encoder (it was trained as a plain GAN, training.arm), so it "
+            "cannot take pictures: `aegan generate` draws random ones"
+        )
 
 
 def warm_up(model: aegan.AEGAN) -> None:

@@ -198,7 +198,7 @@ def test_an_exported_model_carries_hashes_that_the_library_verifies(tmp_path: Pa
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in folder.glob("*.safetensors")
     }
-    assert len(description["sha256"]) == 2
+    assert len(description["sha256"]) == 3
     model = aegan.load(folder, weights="raw")
     assert (model.image_size, model.image_channels, model.fit) == (48, 1, "pad")
     for name, weight in state.model.generator.state_dict().items():
@@ -206,6 +206,40 @@ def test_an_exported_model_carries_hashes_that_the_library_verifies(tmp_path: Pa
     (folder / "weights.safetensors").write_bytes((folder / "ema.safetensors").read_bytes()[::-1])
     with pytest.raises(aegan.ModelError):
         aegan.load(folder, weights="raw")
+
+
+@pytest.mark.parametrize(
+    ("arm", "judges"),
+    [
+        ("aegan", ["image_discriminator", "latent_discriminator"]),
+        ("gan", ["image_discriminator"]),
+        ("aae", ["latent_discriminator"]),
+        ("ae", []),
+    ],
+)
+def test_a_model_has_the_discriminators_that_its_training_had_for_whoever_asks(
+    arm: str, judges: list[str], tmp_path: Path
+) -> None:
+    manifest = {"image_size": 16, "image_channels": 3, "fit": "crop", "dataset_sha256": "0" * 64}
+    loss = {"packing": 2} if "image_discriminator" in judges else {}
+    state = TrainingState(tiny_config(arm=arm, loss=loss), manifest, torch.device("cpu"))
+    folder = tmp_path / "model"
+    description = export_model(state.save(tmp_path / "checkpoints"), folder)
+    assert description["discriminators"] == judges
+    assert set(model_folder.files_of(description)) == {file.name for file in folder.iterdir()}
+    for weights in model_folder.FILES:
+        model = aegan.load(folder, weights=weights, discriminators=True)
+        for name in ("image_discriminator", "latent_discriminator"):
+            network = getattr(model, name)
+            assert (network is not None) == (name in judges)
+            for key, value in network.state_dict().items() if network else ():
+                assert torch.equal(value, getattr(state.model, name).state_dict()[key])
+    (folder / model_folder.DISCRIMINATOR_WEIGHTS).unlink(missing_ok=True)
+    served = aegan.load(folder)
+    assert served.image_discriminator is served.latent_discriminator is None
+    if judges:
+        with pytest.raises(aegan.ModelError, match=r"discriminators\.safetensors is missing"):
+            aegan.load(folder, discriminators=True)
 
 
 # -- whatever the folder holds --------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipelines import serve
+from tests.options import options_of
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "infra/Dockerfile").read_text()
@@ -54,8 +54,8 @@ def test_the_image_that_serves_begins_with_options_that_the_command_knows():
     (options,) = (json.loads(step.partition(" ")[2]) for step in STEPS if step.startswith("CMD"))
     assert entry[:3] == ["python", "-m", "pipelines.serve"]
     assert STEPS[-1] == "FROM pipeline"  # what is built unless another is named
-    given = serve.parser().parse_args([*entry[3:], *options])
-    assert (given.host, given.model) == ("0.0.0.0", "models:/aegan@champion")
+    given = options_of("serve", [*entry[3:], *options])
+    assert (given["host"], given["model"]) == ("0.0.0.0", "models:/aegan@champion")
 
 
 def test_the_container_is_not_root():

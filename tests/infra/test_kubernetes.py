@@ -20,6 +20,7 @@ from pipelines import retrain, serve
 from pipelines.base import identity
 from pipelines.retraining import steps
 from pipelines.serving import endpoint
+from tests.options import options_of
 
 FOLDER = Path(__file__).parents[2] / "infra/kubernetes"
 KUBERNETES_VERSION = "1.32"
@@ -279,8 +280,8 @@ def test_probes_ask_what_the_server_answers_and_its_end_is_waited_for():
     assert container["ports"] == [{"name": "http", "containerPort": serve.PORT}]
     wait = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert template["spec"]["terminationGracePeriodSeconds"] > serve.END_SECONDS + wait
-    given = serve.parser().parse_args(container["args"])
-    assert given.name == [SERVING["service"]["metadata"]["name"]]  # by which clients call it
+    given = options_of("serve", container["args"])
+    assert given["name"] == [SERVING["service"]["metadata"]["name"]]  # by which clients call it
 
 
 def test_the_service_and_the_policy_concern_the_serving_pods():

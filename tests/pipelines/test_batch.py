@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import signal
 import subprocess
@@ -210,7 +209,7 @@ def test_a_source_without_files_leaves_the_place_free_for_another(
 
 def test_a_model_without_encoder_is_refused(tmp_path: Path, pictures: Path) -> None:
     gan = served.load(str(write_model(tmp_path / "gan", encoder=False)))
-    with pytest.raises(UserError, match="needs an encoder, and this model has none"):
+    with pytest.raises(UserError, match=r"has no encoder .* cannot take pictures"):
         batch.run("encode", str(pictures), tmp_path / "out", gan)
     assert not (tmp_path / "out").exists()
 
@@ -248,11 +247,10 @@ def test_a_bucket_s_prefix_is_a_source_like_a_folder(
 
 
 def test_one_image_is_answered_in_the_terminal_or_as_one_picture(
-    pictures: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, model: Path, tmp_path: Path
 ) -> None:
     image = str(pictures / "a/0002.png")
-    batch.main("encode", image, "", str(model))
-    answer = json.loads(capsys.readouterr().out)
+    answer = batch.main("encode", image, "", str(model))
     assert answer["source"] == image
     assert len(answer["latent"]) == 8
     batch.main("reconstruct", image, str(tmp_path / "again.png"), str(model))

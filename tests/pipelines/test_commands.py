@@ -16,12 +16,14 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import aegan
+from aegan.onnx_export import NETWORKS
 from aegan.training import loop
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from pipelines import cli
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
+from pipelines.serving import served
 from tests.latents import add_density, small_density
 from tests.pictures import blocks, write_folder
 from tests.shards import write_shards
@@ -229,6 +231,10 @@ def test_a_checkpoint_answers_as_the_model_made_of_it(tmp_path):
             for place in (checkpoint, tmp_path / "model")
         )
         assert torch.equal(found, expected)
+    written = facts("export", "--model", checkpoint, "--out", tmp_path / "onnx")
+    assert [name for name in NETWORKS if name in written] == [*NETWORKS]
+    assert all(Path(written[name]).exists() for name in NETWORKS)
+    assert served.load(str(checkpoint)).about["has_encoder"]
     (checkpoint / "state.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"state\.safetensors"):
         tracking.load_model(checkpoint)

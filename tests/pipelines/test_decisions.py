@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aegan.config import RegisterConfig
-from pipelines import register
+from pipelines import cli, register
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import champions, decisions, mlflow_store, tracking
 from pipelines.registry.decision_log import Decision, fold, succession
+from pipelines.serving import served
 from tests import deciding
 from tests.trained import ROOT, write_project
 
@@ -116,6 +117,33 @@ def client(stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 
 def promote(start: str | None, to: str, **options: Any) -> Decision:
     return decisions.decide("aegan", kind="promotion", start=start, to=to, reasons=["x"], **options)
+
+
+def test_a_server_that_is_told_no_model_serves_the_champion_else_the_last_registered(
+    client: Any,
+) -> None:
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    address, why = served.registered_model()
+    assert address == "models:/aegan@candidate"
+    assert "there is no champion yet" in why
+    promote(None, "2")
+    assert served.registered_model() == ("models:/aegan@champion", "the champion")
+
+
+def test_commands_say_who_is_champion_as_json(
+    client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for words, champion in (
+        (["promote", "1", "--force", "--reason", "x"], "1"),
+        (["promote", "3", "--force", "--reason", "x"], "3"),
+    ):
+        monkeypatch.setattr("sys.argv", ["aegan", *words, "--json"])
+        with pytest.raises(SystemExit) as ended:
+            cli._main()
+        assert not ended.value.code
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["model"], facts["champion"]) == ("aegan", champion)
 
 
 def aliases(client: Any, model_name: str = "aegan") -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import aegan
+from aegan.onnx_export import NETWORKS
 from aegan.pixels import to_float
 from pipelines.base.errors import UserError
 from pipelines.explore import explore
@@ -42,7 +43,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_without_its_runtime_the_page_is_left_out_and_the_stage_goes_on(
     elsewhere: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = write_model(tmp_path / "model")
+    model = write_model(tmp_path / "model", discriminators=True)
     explore(model, tmp_path / "out")
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     said = warning.getMessage()
@@ -50,12 +51,18 @@ def test_without_its_runtime_the_page_is_left_out_and_the_stage_goes_on(
     assert "onnxruntime-web" in said
     assert "\n" not in said
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"generator.onnx", "encoder.onnx"}
+    assert names == {f"{name}.onnx" for name in NETWORKS}
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "out/encoder.onnx")
     (found,) = session.run(None, {"x": to_float(images).contiguous().numpy()})
     expected = aegan.encode(aegan.load(model), images).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    given = {"image_discriminator": to_float(images), "latent_discriminator": torch.randn(3, 8)}
+    for name, inputs in given.items():
+        judge = getattr(aegan.load(model, discriminators=True), name)
+        session = onnxruntime.InferenceSession(tmp_path / f"out/{name}.onnx")
+        (logit,) = session.run(None, {session.get_inputs()[0].name: inputs.contiguous().numpy()})
+        np.testing.assert_allclose(logit, judge(inputs).numpy(), rtol=0, atol=1e-4)
 
 
 def test_a_runtime_that_was_changed_on_the_way_is_refused(elsewhere: Path) -> None:

@@ -309,6 +309,7 @@ def test_a_version_has_a_card_pictures_hashes_and_a_signature(
     assert "![interpolations/random.png](interpolations/random.png)" in card
     assert "![" not in description
     assert (folder / "interpolations/random.png").exists()
+    assert "  onnx/generator.onnx\n" in (folder / "SHA256SUMS").read_text()
     address = "models:/aegan@candidate"
     assert "signed with the trusted key" in signing.verify(address)
     assert tracking.load_model(address).latent_dim == 8

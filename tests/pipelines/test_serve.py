@@ -95,7 +95,7 @@ def serving(
 ) -> Iterator[Server]:
     """The server as its command starts it; `code` runs first, to make limits short."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
-    start = f"{code}\nfrom pipelines import serve\nserve.run_stage(serve.main)"
+    start = f"{code}\nfrom pipelines.base.command import run_command\nrun_command('serve')"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", start, "--model", str(model), "--port", "0", *arguments],
@@ -705,7 +705,9 @@ def test_a_port_that_is_taken_is_one_line_with_the_cure(server: Server, folder: 
     words = run("--model", str(folder), "--port", str(server.port))
     assert f"port {server.port} of 127.0.0.1: Address already in use" in words
     assert "make serve PORT=5002" in words
-    assert "a number from 0 to 65535" in run("--model", str(folder), "--port", "70000")
+    assert "'--port': Input should be less than or equal to 65535" in run(
+        "--model", str(folder), "--port", "70000"
+    )
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:

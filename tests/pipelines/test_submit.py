@@ -166,7 +166,7 @@ def test_a_dry_run_lists_what_goes_and_what_stays_without_cluster_and_bucket(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     write("aegan/new.py", "b = 1\n")
-    submit.main(["--dry-run", "--pass-env", "MLFLOW_TRACKING_URI"])
+    submit.main(dry_run=True, pass_env=["MLFLOW_TRACKING_URI"])
     said = capsys.readouterr().out
     assert re.search(r"would be shipped: 4 files, [\d,]+ bytes", said)
     assert re.search(r"^ +6  aegan/losses\.py$", said, re.MULTILINE)
@@ -182,7 +182,7 @@ def test_a_dry_run_shows_everything_and_then_what_would_be_refused(project, caps
     Path("aegan/hosts").symlink_to("/etc/hosts")
     git("add", ".")
     with pytest.raises(UserError, match="would be refused: aegan/hosts is a link that leads out"):
-        submit.main(["--dry-run"])
+        submit.main(dry_run=True)
     assert "aegan/losses.py" in capsys.readouterr().out
 
 
@@ -212,7 +212,7 @@ def test_a_reader_that_has_seen_enough_of_a_dry_run_is_no_error(project):
 def test_no_secret_of_this_machine_can_be_handed_to_a_job(project, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"--pass-env {name}: it holds a secret, .* instance role"):
-        submit.main(["--pass-env", name])
+        submit.main(pass_env=[name])
 
 
 def test_variables_that_say_where_things_are_can_be_handed_to_a_job(monkeypatch):
@@ -309,7 +309,7 @@ def test_a_folder_without_git_is_one_clear_error(tmp_path, monkeypatch):
 
 def test_without_a_bucket_the_error_says_what_is_needed(project):
     with pytest.raises(UserError, match=r"needs a bucket .* set `storage: s3://bucket/prefix`"):
-        submit.main([])
+        submit.main()
 
 
 @pytest.mark.parametrize("address", ["", "auto", "10.0.0.1:6379", "ray://10.0.0.1:10001"])

@@ -395,7 +395,7 @@ def test_a_run_records_the_source_of_its_weights(finished, tmp_path, caplog):
     assert f"starting from {model} (sha256 {start['sha256'][:12]}): its generator, encoder" in (
         caplog.text
     )
-    assert "a model has no discriminators" in caplog.text
+    assert "the discriminators start from random weights" in caplog.text
     state = checkpoint.read_state(RunFolder(project.run_folder).checkpoint(3))
     assert state["start"] == start
 
