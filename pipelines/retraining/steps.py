@@ -10,7 +10,9 @@ from typing import Any
 from aegan.config import PreprocessConfig, RegisterConfig, RetrainConfig
 from aegan.files import remove
 from aegan.metrics.features import installed_features
+from aegan.training.loop import COLLAPSED
 from pipelines.base import params
+from pipelines.base.errors import UserError
 from pipelines.base.files import read_json
 from pipelines.base.outputs import PREPROCESS, RAW, SHARDS
 from pipelines.registry import gate, reference, tracking
@@ -49,10 +51,10 @@ class Retraining:
 
     def prepare(self, start: str = "") -> None:
         """The worktree at the commit, set to begin with these weights; the gate is ours."""
-        settings: dict[str, dict[str, Any]] = {"register": {"promote": "manual"}}
+        training: dict[str, Any] = {"stop_on_collapse": True}
         if start:
-            settings["training"] = {"start_from": start}
-        self.work.prepare(self.commit, settings)
+            training["start_from"] = start
+        self.work.prepare(self.commit, {"register": {"promote": "manual"}, "training": training})
 
 
 def fetch(retraining: Retraining) -> dict[str, Any]:
@@ -162,9 +164,14 @@ def decide(retraining: Retraining) -> dict[str, Any]:
 
 
 def train(retraining: Retraining) -> dict[str, Any]:
-    """All stages, up to a registered version."""
+    """All stages, up to a registered version; a collapse of the generator is a refusal."""
     retraining.prepare(retraining.result("decide")["start"])
-    retraining.work.dvc("repro", deadline=retraining.deadline)
+    try:
+        retraining.work.dvc("repro", deadline=retraining.deadline)
+    except UserError as error:
+        if COLLAPSED not in str(error):
+            raise
+        return {OUTCOME: "refused", REASONS: [str(error)]}
     registered = read_json(retraining.work.folder / REGISTRATION, stage="register")
     return {key: registered[key] for key in ("version", "model_sha256")}
 

@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 
-from aegan.config import DataConfig
+from aegan.config import DataConfig, RegisterConfig, RetrainConfig
+from aegan.training.loop import COLLAPSED
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
-from pipelines.retraining import lease, messages, workplace
+from pipelines.retraining import lease, messages, steps, workplace
 from pipelines.retraining.ledger import Bucket, Folder, Ledger, Place, Step, new_entry
 from pipelines.retraining.look import files_seen, look
+from tests.compose import wait_until
 from tests.s3 import s3_server
 
 pytestmark = pytest.mark.integration
@@ -348,3 +352,73 @@ def test_a_retraining_is_committed_once_on_a_branch_of_its_own(project: Path) ->
     changed = git("show", "--name-only", "--format=", commit, folder=project).splitlines()
     assert changed == ["dvc.lock", "params.yaml"]
     assert git("log", "--oneline", "main", folder=project).count("\n") == 0
+
+
+def with_stage(project: Path, script: str) -> None:
+    """A pipeline of one stage, which runs a script with what the tests run with."""
+    stage = f"{sys.executable} stage.py"
+    (project / "stage.py").write_text(script)
+    (project / "dvc.yaml").write_text(json.dumps({"stages": {"train": {"cmd": stage}}}))
+    git("add", "--all", folder=project)
+    git("commit", "--quiet", "--message=stage", folder=project)
+
+
+@pytest.fixture
+def code_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Processes that work in another folder find the packages."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+
+
+@pytest.mark.fault("retraining")
+@pytest.mark.usefixtures("code_of_ours")
+def test_after_kill_9_what_dvc_runs_is_told_to_end_and_does(project: Path) -> None:
+    """Its stage hears a Ctrl-C, as a training does, which then saves its checkpoint."""
+    with_stage(
+        project,
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "open('pid', 'w').write(str(os.getpid()))\n"
+        "try:\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    open('saved', 'w')\n",
+    )
+    code = (
+        "from pipelines.retraining import workplace\n"
+        "work = workplace.Workplace()\n"
+        "work.prepare(workplace.last_commit(), {})\n"
+        "work.dvc('repro')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    work = project / "retraining/work"
+    wait_until(lambda: (work / "pid").exists(), seconds=120, what="a stage")
+    stage = psutil.Process(int((work / "pid").read_text()))
+    dvc = stage.parent()
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs([stage, *([dvc] if dvc else [])], timeout=60)[1] == []
+    assert (work / "saved").exists()
+
+
+@pytest.mark.usefixtures("code_of_ours")
+def test_a_training_that_collapsed_is_refused_with_its_reason(project: Path) -> None:
+    with_stage(project, f"raise SystemExit('error: {COLLAPSED}: all samples are alike')")
+    entry = new_entry(**FACTS)
+    entry.steps["decide"] = Step("", 0.0, "whole", result={"start": "models:/aegan/3"})
+    work = workplace.Workplace()
+    retraining = steps.Retraining(
+        entry=entry,
+        commit=workplace.last_commit(),
+        config=params.load(RetrainConfig),
+        registry=params.load(RegisterConfig),
+        work=work,
+        lease=lease.Lease(),
+        deadline=float("inf"),
+    )
+    result = steps.train(retraining)
+    assert result["outcome"] == "refused"
+    assert result["reasons"] == [f"dvc repro failed: {COLLAPSED}: all samples are alike"]
+    training = params.read(work.folder / "params.yaml")["training"]
+    assert (training["stop_on_collapse"], training["start_from"]) == (True, "models:/aegan/3")
+    with_stage(project, "raise SystemExit('error: the disk is full')")
+    with pytest.raises(UserError, match="the disk is full"):
+        steps.train(replace(retraining, commit=workplace.last_commit()))
