@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from aegan.config import PreprocessConfig, RegisterConfig, RetrainConfig
 from aegan.files import remove
 from aegan.metrics.features import installed_features
@@ -194,13 +196,22 @@ def pass_gate(retraining: Retraining) -> dict[str, Any]:
     version = retraining.result("train")["version"]
     retraining.lease.check()
     with chdir(retraining.work.folder):  # where the images are that a first reference is cut from
-        verdict = gate.gate(retraining.registry, version)
+        verdict = gate.gate(retraining.registry, version, new_images=_new_test_images(retraining))
         images = reference.current_or_first(SHARDS).images
     model = tracking.load_model(_address(retraining, version))
     history_page.draw(model, images, retraining.work.folder.with_name(f"{retraining.entry.id}.png"))
     champion = version if verdict.passed else retraining.entry.champion
     outcome = "promoted" if verdict.passed else "refused"
     return {"champion": champion, OUTCOME: outcome, REASONS: list(verdict.reasons)}
+
+
+def _new_test_images(retraining: Retraining) -> Tensor | None:
+    """Those that came after the champion; None where its own are not on this machine."""
+    if not retraining.entry.champion or not _dataset_of(retraining.before):
+        return None
+    near = retraining.result("check").get("near_reference", [])
+    new = preprocessed(retraining.work.folder)
+    return check.new_test_images(new, retraining.before, without=near)
 
 
 STEPS: dict[str, Callable[[Retraining], dict[str, Any]]] = {
