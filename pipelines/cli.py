@@ -99,6 +99,14 @@ def stack(context: typer.Context) -> None:
     stack.main(context.args)
 
 
+@app.command(**ARGPARSE)
+def clean(context: typer.Context) -> None:
+    """Show what nothing needs any more, or remove it: --keep N, --yes, --days N (`make tidy`)."""
+    from pipelines.project import tidy
+
+    tidy.main(context.args)
+
+
 @app.command()
 def verify(model: str) -> None:
     """Look whether a model, a folder or models:/..., is what was signed (docs/serving.md)."""

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,8 @@ from aegan.training.loop import COLLAPSED
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
+from pipelines.project import old_versions
+from pipelines.registry import mlflow_store
 from pipelines.retraining import lease, messages, steps, workplace
 from pipelines.retraining.ledger import Bucket, Folder, Ledger, Place, Step, new_entry
 from pipelines.retraining.look import files_seen, look
@@ -279,6 +282,36 @@ def test_two_on_one_machine_exclude_each_other_without_a_bucket(
         held.check()
         with pytest.raises(lease.BusyError), lease.hold(Folder(tmp_path)):
             pass
+
+
+def test_runs_of_versions_that_go_leave_the_bucket_and_nothing_else_does(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", "params.yaml")
+    params.change({"compute": {"storage": bucket}}, said_by="test")
+    client = mlflow_store.open_store().MlflowClient()
+    client.create_registered_model("aegan")
+    objects = ["checkpoints/step-00000002/state.json", "run.json", "notes.txt"]
+    for number in range(4):
+        run = client.create_run("0").info
+        client.log_text(run.run_id, "report", "report.txt")
+        client.set_terminated(run.run_id)
+        run_name = f"aegan-{number // 2}"  # one training, twice registered
+        client.create_model_version(
+            "aegan", run.artifact_uri, run.run_id, tags={"run_name": run_name}
+        )
+        for name in objects:
+            storage.write_object(f"{bucket}/runs/{run_name}/{name}", b"{}")
+    with lease.hold(Bucket(f"{bucket}/retraining")), pytest.raises(lease.BusyError):
+        old_versions.clean(1, used=set(), remove=True)
+    assert old_versions.clean(1, used={"aegan-0"}, remove=False) == set()  # still wanted here
+    assert old_versions.clean(1, used=set(), remove=True) == {"aegan-0"}
+    assert [found.version for found in client.search_model_versions("name = 'aegan'")] == [4]
+    assert len(list(tmp_path.glob("mlruns/**/report.txt"))) == 1
+    left = [url.partition("/runs/")[2] for url, _ in storage.list_objects(f"{bucket}/runs/")]
+    assert left == ["aegan-0/notes.txt", *(f"aegan-1/{name}" for name in sorted(objects))]
 
 
 def git(*arguments: str, folder: Path) -> str:
