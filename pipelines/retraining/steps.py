@@ -17,7 +17,8 @@ from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.base.files import read_json
 from pipelines.base.outputs import PREPROCESS, RAW, SHARDS
-from pipelines.registry import gate, reference, tracking
+from pipelines.registry import decisions, gate, reference, tracking
+from pipelines.registry.decision_log import succession
 from pipelines.retraining import check, history_page
 from pipelines.retraining.lease import Lease
 from pipelines.retraining.ledger import Entry
@@ -80,17 +81,21 @@ def _keep_images_of_champion(retraining: Retraining) -> None:
 
     They lie where the last retraining or the last `make run` left them, or nowhere on this machine.
     """
-    work, kept = retraining.work, retraining.before
-    wanted = _champions_dataset(retraining)
-    for found in (kept, preprocessed(work.folder), preprocessed(work.project)):
+    work, wanted = retraining.work, _champions_dataset(retraining)
+    place = work.folder.with_name(BEFORE)
+    if wanted and _dataset_of(preprocessed(place)) == wanted:
+        return
+    remove(place)
+    for found in (preprocessed(work.folder), preprocessed(work.project)):
         if wanted and _dataset_of(found) == wanted:
-            if found != kept:
-                remove(work.folder.with_name(BEFORE))
-                shutil.copytree(found.shards, kept.shards)
-                kept.quarantine.parent.mkdir(parents=True)
-                shutil.copy(found.quarantine, kept.quarantine)
+            aside = place.with_name(f".{BEFORE}.tmp")
+            remove(aside)
+            copy = preprocessed(aside)
+            shutil.copytree(found.shards, copy.shards)
+            copy.quarantine.parent.mkdir(parents=True)
+            shutil.copy(found.quarantine, copy.quarantine)
+            aside.rename(place)  # whole or not there
             return
-    remove(work.folder.with_name(BEFORE))
 
 
 def _dataset_of(images: check.Preprocessed) -> str:
@@ -200,9 +205,12 @@ def pass_gate(retraining: Retraining) -> dict[str, Any]:
         images = reference.current_or_first(SHARDS).images
     model = tracking.load_model(_address(retraining, version))
     history_page.draw(model, images, retraining.work.folder.with_name(f"{retraining.entry.id}.png"))
-    champion = version if verdict.passed else retraining.entry.champion
-    outcome = "promoted" if verdict.passed else "refused"
-    return {"champion": champion, OUTCOME: outcome, REASONS: list(verdict.reasons)}
+    if not verdict.passed:
+        champion, outcome, reasons = retraining.entry.champion, "refused", verdict.reasons
+    else:  # by the log, which has the reasons also if we were killed after it was passed before
+        [*_, made] = succession(decisions.history(retraining.registry.model_name))
+        champion, outcome, reasons = version, "promoted", made.reasons
+    return {"champion": champion, OUTCOME: outcome, REASONS: list(reasons)}
 
 
 def _new_test_images(retraining: Retraining) -> Tensor | None:
