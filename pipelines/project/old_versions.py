@@ -13,8 +13,6 @@ from pipelines.registry.standing import moment
 from pipelines.retraining import lease
 from pipelines.retraining.ledger import Ledger, place_of
 
-UNFINISHED = ("", "asks", "waits")  # outcomes of a retraining that may go on
-
 
 def clean(keep: int, *, used: set[str], remove: bool) -> set[str]:
     """Say which versions go and why others stay, and remove them if that is asked for.
@@ -53,7 +51,7 @@ def _needed(ledger: Ledger) -> Iterator[tuple[str, str]]:
     """Versions that this project's settings, and retrainings not at their end, name."""
     yield params.load(TrainingConfig).start_from, "training.start_from names it"
     for entry in ledger.entries():
-        if entry.outcome in UNFINISHED:
+        if not entry.outcome:
             reason = f"retraining {entry.id} is not at its end"
             yield entry.champion, reason
             for step in entry.steps.values():

@@ -7,8 +7,9 @@ to, what a run that is at work begins with, and what others say (`pipelines/proj
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-from pipelines.registry import decisions, mlflow_store, tracking
+from pipelines.registry import decisions, tracking
 from pipelines.registry.decision_log import log_of, succession
 from pipelines.registry.mlflow_store import alone, check_place, open_store, readable_errors
 
@@ -75,23 +76,34 @@ def remove(model_name: str, old: Sequence[Found]) -> None:
             others = {
                 (made.name, str(made.version)) for made in named if made.name != log_of(model_name)
             } - {(model_name, version.number)}
-            if not others:
-                run = client.get_run(version.run_id)
+            run = _run(client, version.run_id)
+            if run and not others:
                 _remove_files(client, run)
                 tracking.remove_run(client, run)
             client.delete_model_version(model_name, version.number)
 
 
+def _run(client: Any, run_id: str) -> Any:
+    """None for one that somebody has removed for good."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 def _remove_files(client: Any, run: Any) -> None:
-    """Those of a run at a server; on this machine they go with the run."""
-    if mlflow_store.database_file():
-        return
+    """Those at a server or in a bucket; those on this machine go with the run."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     models = tracking.logged_models(client, run)
     for place in (run.info.artifact_uri, *(model.artifact_location for model in models)):
         check_place(place, f"the run {run.info.run_id}")
-        get_artifact_repository(place).delete_artifacts()
+        if urlsplit(place).scheme not in ("", "file"):
+            get_artifact_repository(place).delete_artifacts()
 
 
 def _running(client: Any) -> Iterator[Any]:

@@ -135,7 +135,7 @@ def new_test_images(new: Preprocessed, old: Preprocessed, *, without: Sequence[s
     No more than a reference has, those with the lowest hashes.
     """
     now, before = _Images(new.shards), _Images(old.shards)
-    is_new = (now.splits == "test") & ~np.isin(now.ids, np.concatenate([before.ids, without]))
+    is_new = (now.splits == "test") & ~np.isin(now.ids, [*before.ids, *without])
     height, width, channels = image_shape(now.manifest)
     most = most_images(height * width * channels)
     chosen = np.isin(now.ids, np.sort(now.ids[is_new])[:most]) & is_new
