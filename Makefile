@@ -104,8 +104,8 @@ infra/.env: ## random passwords for infra/compose.yaml
 clean: ## remove the files that runs have written, and nothing else; .venv and MLflow's stay
 	@$(PYTHON) -m pipelines.project.clean
 
-tidy: .venv/installed ## sizes of what runs leave behind, and what nothing names; YES=1 removes that, DAYS=14
-	@$(BIN)/python -m pipelines.project.tidy $(if $(YES),--yes) $(if $(DAYS),--days $(DAYS))
+tidy: .venv/installed ## sizes of what runs leave behind, and what nothing names; YES=1 removes that, DAYS=14, KEEP=5 versions
+	@$(BIN)/python -m pipelines.project.tidy $(if $(YES),--yes) $(if $(DAYS),--days $(DAYS)) $(if $(KEEP),--keep $(KEEP))
 
 # A moved or copied project makes what names its folder anew; the packages are there already.
 ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))

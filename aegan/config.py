@@ -250,6 +250,7 @@ class TrainingConfig:
     checkpoint_interval_steps: Count
     checkpoints_kept: Count  # newest ones, besides the best
     max_rollbacks: CountOrNone  # after a non-finite loss
+    stop_on_collapse: bool  # end with an error once samples stay too alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +384,7 @@ CHANGEABLE = frozenset(
         "checkpoint_interval_steps",
         "checkpoints_kept",
         "max_rollbacks",
+        "stop_on_collapse",
     }
 )
 

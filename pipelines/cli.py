@@ -111,6 +111,14 @@ def submit(
     submit.main(stop=stop, job=job, install=install, pass_env=pass_env or [], dry_run=dry_run)
 
 
+@app.command(**ARGPARSE)
+def clean(context: typer.Context) -> None:
+    """Show what nothing needs any more, or remove it: --keep N, --yes, --days N (`make tidy`)."""
+    from pipelines.project import tidy
+
+    tidy.main(context.args)
+
+
 @app.command()
 def doctor(
     nodes: Annotated[bool, typer.Option("--nodes", hidden=True)] = False, as_json: Json = False

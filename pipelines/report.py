@@ -109,6 +109,11 @@ CURVES = {  # column of curves.csv: title, what to look for
         "The same without a share that a finite number of images causes (kernel distance): 0 where "
         "nothing tells samples from held-out images.",
     ),
+    "sample_variety": (
+        "Variety of samples",
+        "How much random samples differ from each other, 1 as held-out images do; noise differs "
+        "more. It is measured where training.stop_on_collapse is set.",
+    ),
     "augmentation_probability": (
         "Augmentation",
         "How often the judge of images sees them changed. It rises while the judge is too sure of "

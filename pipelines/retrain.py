@@ -94,11 +94,13 @@ def _champion(model_name: str) -> str:
 
 
 def _is_the_same(known: Entry, new: Entry) -> bool:
-    """Whether it is this one, or one that saw the same and ended with today's champion."""
+    """Whether it is this one, or one that saw the same and whose end is today's champion.
+
+    Also if it was cut off between the gate's promotion and the ledger's word of it.
+    """
     same_facts = (known.seen, known.settings) == (new.seen, new.settings)
-    return known.id == new.id or (
-        same_facts and bool(known.outcome) and known.champion_after == new.champion
-    )
+    end = known.champion_after if known.outcome else known.trained_version
+    return known.id == new.id or (same_facts and bool(end) and end == new.champion)
 
 
 def _settings() -> str:

@@ -56,6 +56,8 @@ NOT_IN_OUTPUTS = {  # ours that stages import but need not depend on, and why
 }
 NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is known of them
     "aegan/data": "how images are decoded; the readers of shards dvc.yaml names",
+    "aegan/metrics/diagnosis.py": "when a training is ended that leads nowhere",
+    "aegan/metrics/diversity.py": "by what that is noticed",
     "aegan/model_folder.py": "how finished weights are written, and read to start from",
     "aegan/operations.py": "what a registered model answers",
     "pipelines/registry": "where weights to start from are kept; the run's name has their hash",

@@ -10,6 +10,7 @@ ALIKE = 0.8  # of real images' dissimilarity: what a model would have that draws
 DEAD = 0.9  # of the error of an encoder that always answers the prior's mean
 NOT_LEVELLED_OFF = 0.8  # of the steps: the best checkpoint lies after them
 RISEN = 1.05  # of its lowest value: a curve that rises again
+IN_A_ROW = 3  # looks at a training that must agree that it has collapsed
 FEW_IMAGES = 2000  # to learn from
 AUGMENTATION = "Augmentation changes what the judge sees of them, which helps with few."
 TARGET = "training.augmentation_target"
@@ -48,6 +49,16 @@ def relative_variety(metrics: Mapping[str, Any]) -> float | None:
     """How much random samples differ from each other, by MS-SSIM, where 1 is as real images do."""
     row = metrics.get("ms_ssim")
     return (1 - row["ema"]) / (1 - row["floor"]) if row and row["floor"] < 1 else None
+
+
+def has_collapsed(varieties: Sequence[float]) -> bool:
+    """Whether a training has, by the variety of its samples at each look, 1 as real images do.
+
+    Not before several in a row were too alike, and not while they become less so: samples of a
+    generator that has just begun may be alike, too, or noise, which is more varied than images are.
+    """
+    last = varieties[-IN_A_ROW:]
+    return len(last) == IN_A_ROW and max(last) < ALIKE and last[-1] <= last[0]
 
 
 def next_steps(

@@ -20,6 +20,8 @@ from aegan.augment import ADJUST_INTERVAL_STEPS, DRAWS
 from aegan.config import TrainConfig, check, check_batch_size, check_classes
 from aegan.data.dataset import load_images, read_manifest
 from aegan.data.reader import resident_reader, streamed_reader
+from aegan.losses import OBJECTIVES
+from aegan.metrics.diagnosis import IN_A_ROW, has_collapsed
 from aegan.pictures import grid, is_sound_png, save_png
 from aegan.pixels import to_float
 from aegan.sampling import decode, random_latents, reconstruct
@@ -29,7 +31,7 @@ from aegan.training.ema import ema_decay, update_ema
 from aegan.training.run_folder import Row, RunFolder, append_row
 from aegan.training.state import TrainingState
 from aegan.training.updates import ROUND, Updates
-from aegan.training.validation import Judge, selected_by
+from aegan.training.validation import VARIETY, Judge, selected_by
 
 VALIDATION_IMAGES = 512  # how many judge a checkpoint
 STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
@@ -37,6 +39,13 @@ STOP_INTERVAL_STEPS = 10  # how often workers agree whether to stop
 
 class DivergedError(Exception):
     """A loss or weight was not finite again after every permitted rollback."""
+
+
+COLLAPSED = "the generator has collapsed"  # by which others know the error, too
+
+
+class CollapsedError(DivergedError):
+    """Samples stayed too alike, and `training.stop_on_collapse` is set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +77,8 @@ def train(
     `metrics.jsonl`, sample pictures; the other ranks get the checkpoint from it. Every rank calls
     `report` at every checkpoint and asks `should_stop` every few steps. A run whose log, pictures
     or newest checkpoint were damaged is whole again at the end.
-    Raises ConfigError, CheckpointError, DivergedError, and OSError on every rank if rank 0 cannot
-    write.
+    Raises ConfigError, CheckpointError, DivergedError, CollapsedError, and OSError on every rank if
+    rank 0 cannot write.
     """
     options, folder = config.training, RunFolder(run_folder)
     manifest = read_manifest(shards)
@@ -271,13 +280,37 @@ def _keep(
     # But not an early stop: the best one must not depend on stops.
     if judge_due and len(judge.images):
         row |= judge.scores(state.ema, seed=config.training.seed)
+        row |= _variety(state, config, judge)
     state.seconds += time.perf_counter() - clock
     row["seconds"] = state.seconds
     if log:
         append_row(folder.log, row)
     if save:
         _save(state, config, folder)
+    varieties = [row[VARIETY] for row in state.log.rows if VARIETY in row]
+    if VARIETY in row and has_collapsed(varieties):
+        raise CollapsedError(_collapse_report(row, varieties))
     return row
+
+
+def _variety(state: TrainingState, config: TrainConfig, judge: Judge) -> Row:
+    """That of samples, where it is asked for and the arm trains them."""
+    if not (config.training.stop_on_collapse and OBJECTIVES[config.training.arm].x_hat):
+        return {}
+    variety = judge.variety(state.ema, seed=config.training.seed)
+    return {} if variety is None else {VARIETY: variety}
+
+
+def _collapse_report(row: Row, varieties: list[float]) -> str:
+    last = ", ".join(f"{variety:.0%}" for variety in varieties[-IN_A_ROW:])
+    judge = row.get("image_discriminator")
+    told = "" if judge is None else f"; the image discriminator's loss is {judge:.2g}"
+    return (
+        f"{COLLAPSED}: at step {row['step']:,} its samples differ from each other only {last} as "
+        f"much as real images do, at the last {IN_A_ROW} validations{told}. Try training.arm: "
+        "aegan, a lower training.learning_rate or a higher loss.gamma_image; or set "
+        "training.stop_on_collapse: false to go on from the checkpoint"
+    )
 
 
 def _end(

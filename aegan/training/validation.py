@@ -7,11 +7,16 @@ from torch import Tensor, nn
 
 from aegan.config import Arm
 from aegan.losses import OBJECTIVES
+from aegan.metrics.diagnosis import relative_variety
+from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.features import extract, feature_extractor
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
 from aegan.networks import AEGAN
 from aegan.sampling import reconstruct, sample
+
+VARIETY = "sample_variety"  # of a row of the log; measured if training is to end on a collapse
+VARIETY_IMAGES = 64  # samples of the same latents each time, and real images beside them
 
 
 def selected_by(arm: Arm) -> str:
@@ -64,3 +69,18 @@ class Judge:
             difference = reconstruct(model, self.images).float() - self.images.float()
             scores["validation_image_reconstruction"] = float(difference.abs().mean() / 127.5)
         return scores
+
+    def variety(self, model: AEGAN, *, seed: int) -> float | None:
+        """How much samples differ from each other, 1 as the images do; None for too few images."""
+        if len(self.images) < 2:
+            return None
+        made = sample(model, VARIETY_IMAGES, seed=seed, latents="prior")
+        return relative_variety(
+            {"ms_ssim": {"ema": ms_ssim(made, seed=0), "floor": self._likeness_of_images}}
+        )
+
+    @cached_property
+    def _likeness_of_images(self) -> float:
+        """Of some from all over the split, whose images may lie class by class."""
+        every = max(1, len(self.images) // VARIETY_IMAGES)
+        return ms_ssim(self.images[::every], seed=0)

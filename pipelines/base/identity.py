@@ -16,6 +16,8 @@ NOT_IN_WEIGHTS = {  # what training imports, but no weight depends on, and why
     "aegan": "names of other modules, which count themselves",
     "aegan.arguments": "what is refused",
     "aegan.config": "types of the parameters, which count themselves",
+    "aegan.metrics.diagnosis": "when a training is ended that leads nowhere",
+    "aegan.metrics.diversity": "by what that is noticed",
     "aegan.files": "how a file comes into its place",
     "aegan.latent_density": "what random latents are drawn of once the weights are trained",
     "aegan.model_folder": "how finished weights are written, and read to start from",

@@ -127,6 +127,11 @@ class RunStore:
         """Delete an object, to be uploaded anew."""
         self._delete({name})
 
+    def remove(self) -> None:
+        """Delete the run."""
+        self.refresh()
+        self._delete(set(self._names))
+
     def pack(self, folder: RunFolder) -> RunFolder:
         """Set aside what the store lacks, as it is now: files stay there when they are pruned."""
         outbox = RunFolder(folder.outbox)

@@ -156,27 +156,32 @@ def run_dvc(
 ) -> None:
     """Run DVC and show what it says; a failure is a UserError with the failed stage's reason.
 
-    It works here or in a folder; `within` gives what is around it while it does.
+    It works here, or in a folder: then it ends with us, however we end. `within` gives what is
+    around it while it does.
     """
     # Not DVC itself: what it takes from the bucket is checked.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.project.dvc_command", *arguments],
+    modules = ["pipelines.project.dvc_command", *arguments]
+    if folder is not None:
+        modules.insert(0, "pipelines.jobs.with_parent")
+    reasons: dict[str, str] = {}
+    with subprocess.Popen(
+        [sys.executable, "-m", *modules],
         cwd=folder,
+        stdin=None if folder is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=folder is not None,  # whoever started it there ends it, with all it runs
-    )
-    assert process.stdout is not None
-    reasons: dict[str, str] = {}
-    with within(process):
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            kind, _, reason = line.strip().partition(": ")
-            if kind in ("error", "ERROR"):  # a stage's words, DVC's words
-                reasons.setdefault(kind, reason)
-        process.wait()
+        start_new_session=folder is not None,  # a Ctrl-C there is for all that it runs
+    ) as process:
+        assert process.stdout is not None
+        with within(process):
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                kind, _, reason = line.strip().partition(": ")
+                if kind in ("error", "ERROR"):  # a stage's words, DVC's words
+                    reasons.setdefault(kind, reason)
+            process.wait()
     if process.returncode != 0:
         reason = reasons.get("error") or reasons.get("ERROR") or "it did not say why"
         raise UserError(f"dvc {arguments[0]} failed: {reason}")

@@ -1,7 +1,8 @@
 """`make tidy`: what runs have left behind, how large it is, and what of it nothing names any more.
 
 It shows; `make tidy YES=1` removes what it shows. A run of training that nothing names may be
-one that is to go on: it stays until it has not been written to for `DAYS` (14).
+one that is to go on: it stays until it has not been written to for `DAYS` (14). `aegan clean` is
+the same; with `--keep N` registered versions beyond the newest, and their runs, go as well.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +27,9 @@ from pipelines.base.errors import UserError, run_stage
 from pipelines.base.names import shown
 from pipelines.bucket import shard_store
 from pipelines.cluster import session
-from pipelines.project import clean
+from pipelines.project import clean, old_versions
 from pipelines.registry import mlflow_files, mlflow_leftovers
+from pipelines.retraining.workplace import WORK
 
 DAYS = 14
 SESSION_DAYS = 1 / 24  # a younger session of Ray may be about to start its processes
@@ -59,13 +61,15 @@ class Place:
     remove: Callable[[list[Path]], None]
 
 
-def main() -> None:
-    options = parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
     with locks.hold(locks.PIPELINE):
         locks.check_stages()
         check_experiments()
-        freed = 0
-        for place in places(options.days):
+        freed, old = 0, set[str]()
+        if options.keep is not None:
+            old = old_versions.clean(options.keep, used=published_runs(), remove=options.yes)
+        for place in places(options.days, old):
             sizes = {path: size_of(path) for path in place.unnamed}
             unnamed = in_words(sum(sizes.values()))
             print(f"{place.name}: {in_words(place.size)}, of which nothing names {unnamed}")
@@ -80,7 +84,7 @@ def main() -> None:
     if options.yes:
         print(f"removed: {in_words(freed)}")
     else:
-        print(f"nothing names {in_words(freed)} of it; `make tidy YES=1` removes what is listed")
+        print(f"nothing names {in_words(freed)} of it; YES=1 (--yes) removes what is listed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,19 +93,27 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--days", type=float, default=DAYS, help="how long a run that nothing names is kept"
     )
+    parser.add_argument(
+        "--keep", type=int, help="also remove registered versions but the newest so many"
+    )
     return parser
 
 
-def places(days: float) -> Iterator[Place]:
-    """Every place, one after the other: what one removes is not counted by the next."""
-    yield Place(
-        name="runs",
-        keeps="runs that a dvc.lock, an experiment or MLflow names, or that were written to "
-        f"in the last {days:g} days",
-        size=size_of(RUNS),
-        unnamed=list(unnamed_runs(days)),
-        remove=remove_runs,
-    )
+def places(days: float, old: Collection[str] = ()) -> Iterator[Place]:
+    """Every place, one after the other: what one removes is not counted by the next.
+
+    The runs of `old` go whatever names them.
+    """
+    for runs in (RUNS, WORK / RUNS):
+        if runs == RUNS or runs.exists():
+            yield Place(
+                name=str(runs),
+                keeps="runs that a dvc.lock, an experiment or MLflow names, or that were written "
+                f"to in the last {days:g} days",
+                size=size_of(runs),
+                unnamed=list(unnamed_runs(runs, days, old)),
+                remove=remove_runs,
+            )
     yield Place(
         name="half-written files",
         keeps="none: no stage is at work",
@@ -152,20 +164,26 @@ def places(days: float) -> Iterator[Place]:
 # -- runs -----------------------------------------------------------------------------------------
 
 
-def unnamed_runs(days: float) -> Iterator[Path]:
+def unnamed_runs(runs: Path, days: float, old: Collection[str] = ()) -> Iterator[Path]:
     """Folders of trainings, searches and decodings that nothing names and nothing works in."""
-    named = named_runs() if RUNS.exists() else set()
-    for folder in _folders(RUNS):
-        ours = RUN.fullmatch(folder.name) and folder.name not in named
-        if ours and is_older(folder, days) and not _is_at_work(folder):
+    named = named_runs() if runs.exists() else set()
+    for folder in _folders(runs):
+        goes = folder.name in old or (folder.name not in named and is_older(folder, days))
+        if RUN.fullmatch(folder.name) and goes and not _is_at_work(folder):
             yield folder
+
+
+def published_runs() -> set[str]:
+    """Those whose results lie in this folder, or where it is retrained."""
+    files = [folder / FACTS for folder in (Path(), WORK) if (folder / FACTS).exists()]
+    return {match[1].decode() for file in files for match in RUN_NAME.finditer(file.read_bytes())}
 
 
 def named_runs() -> set[str]:
     """Those that this folder, its commits and experiments, and MLflow's runs and versions name."""
     git = ["git", "rev-list", "--all", "--", "dvc.lock"]  # experiments are references, too
     listed = subprocess.run(git, capture_output=True, text=True, check=False)  # none without git
-    names = mlflow_leftovers.run_names()
+    names = mlflow_leftovers.run_names() | published_runs()
     locks_of_dvc = [_read_text(Path("dvc.lock"))]
     for revision in listed.stdout.split():
         show = ["git", "show", f"{revision}:./dvc.lock"]
@@ -176,7 +194,7 @@ def named_runs() -> set[str]:
         for text in locks_of_dvc
         for match in RUN_FACTS.finditer(text)
     }
-    for file in (FACTS, *facts):
+    for file in facts:
         if file.exists():
             names |= {match[1].decode() for match in RUN_NAME.finditer(file.read_bytes())}
     return names
@@ -186,7 +204,7 @@ def remove_runs(folders: list[Path]) -> None:
     """Remove the runs' own files; one of the user's among them stays, with the folders above it."""
     for folder in folders:
         for file in list(folder.rglob("*")):
-            name = file.relative_to(RUNS).as_posix()
+            name = file.relative_to(folder.parent).as_posix()
             if file.is_file() and outputs.fits(name, (*clean.WRITTEN[RUNS], *outputs.TEMPORARY)):
                 file.unlink()
         clean.remove_empty_folders(folder)

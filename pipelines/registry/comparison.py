@@ -4,6 +4,7 @@ Two models see the same images, the same seeds and, where both have the same pri
 latents, so a difference between them is one of the models.
 """
 
+import hashlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from aegan.metrics.features import (
 )
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.neighbours import precision_recall_density_coverage
-from pipelines.registry.reference import Reference
+from pipelines.registry.reference import MIN_IMAGES, Reference
 
 DRAWS = 5  # of samples, and parts of the reference that are reconstructed
 SAMPLES = 256  # a draw, or as many as the reference has images
@@ -61,6 +62,21 @@ class Change:
     @property
     def refused(self) -> bool:
         return not self.worse <= self.allowed  # NaN is refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnNewImages:
+    """Both models on test images that came after the champion; it decides nothing."""
+
+    count: int
+    candidate: Sequence[Row] = ()  # empty for too few images
+    champion: Sequence[Row] = ()
+    changes: Sequence[Change] = ()
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the candidate is, in every figure."""
+        return bool(self.changes) and all(change.worse < 0 for change in self.changes)
 
 
 class Examination:
@@ -142,6 +158,17 @@ def compare(
             )
         )
     return changes
+
+
+def compare_on_new(images: Tensor, candidate: aegan.AEGAN, champion: aegan.AEGAN) -> OnNewImages:
+    """The figures of the gate on other images, uint8 [N, H, W, C], by the same code and seeds."""
+    if len(images) < MIN_IMAGES:
+        return OnNewImages(count=len(images))
+    name = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    examination = Examination(Reference(sha256=name, images=images, facts={}))
+    ours, theirs = examination.examine(candidate), examination.examine(champion)
+    changes = compare(ours, theirs, margin=0.0, noise={})
+    return OnNewImages(count=len(images), candidate=ours, champion=theirs, changes=changes)
 
 
 def has_variety(rows: Sequence[Row]) -> bool:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import Tensor
+
 import aegan
 from aegan.config import RegisterConfig
 from aegan.files import write_json, write_text
@@ -30,14 +32,16 @@ from pipelines.registry.comparison import (
     VARIETY,
     Change,
     Examination,
+    OnNewImages,
     Row,
     compare,
+    compare_on_new,
     error_of_the_mean_image,
     has_variety,
     mean,
 )
 from pipelines.registry.mlflow_store import UnsoundModelError
-from pipelines.registry.reference import ANOTHER, Reference, current_or_first
+from pipelines.registry.reference import ANOTHER, MIN_IMAGES, Reference, current_or_first
 
 PAGE, FIGURES = CACHE / "index.html", CACHE / "comparison.json"
 FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
@@ -62,8 +66,11 @@ class Verdict:
     reasons: tuple[str, ...]  # sentences
 
 
-def gate(config: RegisterConfig, version: str) -> Verdict:
-    """Check a version; make it the champion, or log why not. Raises UserError, Outrun."""
+def gate(config: RegisterConfig, version: str, *, new_images: Tensor | None = None) -> Verdict:
+    """Check a version; make it the champion, or log why not. Raises UserError, Outrun.
+
+    How both do on `new_images`, uint8 [N, H, W, C] that neither was trained on, is said, too.
+    """
     name = config.model_name
     tracking.check_version(name, version)
     champion = decisions.champion(name)
@@ -78,7 +85,7 @@ def gate(config: RegisterConfig, version: str) -> Verdict:
             candidate = _sound_model(name, version, Path(folder) / "candidate")
             other = _champion(name, champion, Path(folder) / "champion") if champion else None
             margin = config.gate_margin
-            reasons = _compare(candidate, other, reference, version, champion, margin)
+            reasons = _compare(candidate, other, reference, version, champion, margin, new_images)
             passed = True
         except _RefusedError as error:
             reasons, passed = error.args, False
@@ -149,6 +156,7 @@ def _compare(
     version: str,
     champion: str | None,
     margin: float,
+    new_images: Tensor | None,
 ) -> tuple[str, ...]:
     """Why it may pass; _RefusedError with the reasons if it may not. Leaves page and figures."""
     for model, number in ((candidate, version), (other, champion)):
@@ -161,6 +169,10 @@ def _compare(
     failed, notes = _floors(ours, reference), _notes(candidate, other, reference)
     failed += [_said(change) for change in changes if change.refused]
     passed = [_said(change) for change in changes if not change.refused]
+    on_new = None
+    if other and new_images is not None:
+        on_new = compare_on_new(new_images, candidate, other)
+    new = _said_of_new(on_new, refused=bool(failed)) if on_new else ()
     with clear_disk_errors(PAGE):
         write_json(
             FIGURES,
@@ -170,6 +182,7 @@ def _compare(
                 "champion": {"version": champion, "draws": theirs},
                 "changes": [asdict(change) for change in changes],
                 "noise": reference.noise,
+                "new_images": asdict(on_new) if on_new else None,
             },
         )
         write_text(
@@ -181,11 +194,12 @@ def _compare(
                 changes=changes,
                 refusals=failed,
                 notes=notes,
+                on_new=on_new,
             ),
         )
     if failed:
-        raise _RefusedError(*failed, *notes)
-    return (*passed, *notes)
+        raise _RefusedError(*failed, *new, *notes)
+    return (*passed, *new, *notes)
 
 
 def _check_size(model: aegan.AEGAN | None, name: str, reference: Reference) -> None:
@@ -240,12 +254,28 @@ def _notes(
 
 
 def _said(change: Change) -> str:
+    return f"{_figures_of(change)}, {change.allowed:.1%} worse is allowed ({change.allowed_by})"
+
+
+def _figures_of(change: Change) -> str:
     word = "worse" if change.worse > 0 else "better"
     return (
         f"{change.metric} {change.candidate:.4g}, the champion's {change.champion:.4g}: "
-        f"{abs(change.worse):.1%} {word}, {change.allowed:.1%} worse is allowed "
-        f"({change.allowed_by})"
+        f"{abs(change.worse):.1%} {word}"
     )
+
+
+def _said_of_new(on_new: OnNewImages, *, refused: bool) -> tuple[str, ...]:
+    """How both did on images that came after the champion, which decides nothing."""
+    if not on_new.changes:
+        few = f"{on_new.count} test images came after the champion, {MIN_IMAGES} are needed"
+        return (f"on the new images nothing was compared: {few}",)
+    figures = "; ".join(map(_figures_of, on_new.changes))
+    said = [f"on the new images ({on_new.count} test images): {figures}"]
+    if on_new.is_better:
+        old = "the reference decides" if refused else "within what is allowed on the reference"
+        said.append(f"it is better on the new images and {old}")
+    return tuple(said)
 
 
 # -- what is left behind --------------------------------------------------------------------------

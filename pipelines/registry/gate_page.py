@@ -16,10 +16,11 @@ from pipelines.registry.comparison import (
     MIN_VARIETY,
     VARIETY,
     Change,
+    OnNewImages,
     Row,
     mean,
 )
-from pipelines.registry.reference import Reference
+from pipelines.registry.reference import MIN_IMAGES, Reference
 
 SHOWN = 10  # latents, and reference images
 EXPLAINED = {
@@ -47,6 +48,7 @@ def render(
     changes: Sequence[Change],
     refusals: Sequence[str],
     notes: Sequence[str],
+    on_new: OnNewImages | None = None,
 ) -> str:
     """The page as HTML, whole in itself."""
     examined = {
@@ -64,6 +66,8 @@ def render(
         refusals=refusals,
         notes=notes,
         figures=_figures(candidate, champion, changes),
+        on_new=on_new,
+        min_images=MIN_IMAGES,
         explained=EXPLAINED,
         draws=DRAWS,
         same_latents=same_latents,

@@ -120,6 +120,11 @@ def file_of(sha256: str) -> Path:
     return _folder() / f"{sha256}.parquet"
 
 
+def most_images(size: int) -> int:
+    """How many images of so many bytes a reference has at most."""
+    return min(MAX_IMAGES, MAX_BYTES // size)
+
+
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     """Keep with a reference how figures on it scatter over training seeds; raises UserError."""
     file = _folder() / f"{reference.sha256}.json"
@@ -160,7 +165,7 @@ def _table(shards: Path, split: Split) -> bytes:
     ids = dataset.load_columns(shards, split, ["image_id"])["image_id"]
     images = dataset.load_images(shards, split)
     size = images[0].size
-    chosen = np.argsort(ids)[: min(MAX_IMAGES, MAX_BYTES // size)]
+    chosen = np.argsort(ids)[: most_images(size)]
     height, width, channels = images.shape[1:]
     pixels = images[chosen].reshape(len(chosen), -1)
     columns = {

@@ -386,7 +386,7 @@ def _locate(client: Any, uri: str) -> tuple[str, str | None]:
 
     if uri.startswith("runs:/"):
         run_id, _, name = uri.removeprefix("runs:/").partition("/")
-        models = _logged_models(client, client.get_run(run_id))
+        models = logged_models(client, client.get_run(run_id))
         found = next((model for model in models if model.name == name), None)
         if not found:
             raise UserError(f"{uri}: this run has no model of that name")
@@ -493,7 +493,7 @@ def _create_version(
         )
     _delete_versions(client, model_name, run, keep=first)
     if first.run_id != run.info.run_id:
-        _remove_run(client, run)
+        remove_run(client, run)
         return first
     return replace(first, reused=False)
 
@@ -552,12 +552,15 @@ def _end_unfinished(client: Any, experiment: str, identity: Mapping[str, str]) -
         if client.search_model_versions(f"run_id = '{run.info.run_id}'"):
             client.set_terminated(run.info.run_id)
         else:
-            _remove_run(client, run)
+            remove_run(client, run)
 
 
-def _remove_run(client: Any, run: Any) -> None:
-    """Delete a run and the models logged in it; on this machine their files first."""
-    models = [model.model_id for model in _logged_models(client, run)]
+def remove_run(client: Any, run: Any) -> None:
+    """Delete a run and the models logged in it; on this machine their files first.
+
+    Called within `readable_errors` and `alone`, like the next.
+    """
+    models = [model.model_id for model in logged_models(client, run)]
     if mlflow_store.database_file():
         home = mlflow_store.files_folder() / run.info.experiment_id  # not where the store says
         for folder in (run.info.run_id, *(f"models/{model}" for model in models)):
@@ -567,7 +570,7 @@ def _remove_run(client: Any, run: Any) -> None:
     client.delete_run(run.info.run_id)
 
 
-def _logged_models(client: Any, run: Any) -> list[Any]:
+def logged_models(client: Any, run: Any) -> list[Any]:
     found: list[Any] = client.search_logged_models(
         [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
     )

@@ -1,7 +1,7 @@
 """Whether new images may be trained on: what changed since the last time, finding by finding."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from aegan.config import SPLITS, PreprocessConfig, RetrainConfig
 from aegan.data.dataset import image_shape, load_columns, read_row_group, row_groups
@@ -21,6 +22,7 @@ from pipelines.base.errors import UserError
 from pipelines.base.files import read_json
 from pipelines.ingest.near_duplicates import NearDuplicates, thumbnails
 from pipelines.ingest.quarantine import cell, kind_of_reason, read_quarantine
+from pipelines.registry.reference import most_images
 
 Verdict = Literal["ok", "wait", "ask", "refuse"]  # the later the graver
 SAME_FORM = ("image_size", "image_channels", "fit", "value_range")  # of the manifest
@@ -125,6 +127,20 @@ class _Images:
                 start += rows
                 if len(inside):
                     yield read_row_group(file, group, image_shape(self.manifest))[inside]
+
+
+def new_test_images(new: Preprocessed, old: Preprocessed, *, without: Sequence[str]) -> Tensor:
+    """The test images that were not there last time, uint8 [N, H, W, C], but those of `without`.
+
+    No more than a reference has, those with the lowest hashes.
+    """
+    now, before = _Images(new.shards), _Images(old.shards)
+    is_new = (now.splits == "test") & ~np.isin(now.ids, [*before.ids, *without])
+    height, width, channels = image_shape(now.manifest)
+    most = most_images(height * width * channels)
+    chosen = np.isin(now.ids, np.sort(now.ids[is_new])[:most]) & is_new
+    pixels = [np.empty((0, height, width, channels), np.uint8), *now.pixels(chosen)]
+    return torch.from_numpy(np.concatenate(pixels))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ def write(entries: Sequence[Entry], folder: Path, config: RetrainConfig) -> Path
 def _row(entry: Entry, folder: Path, config: RetrainConfig) -> dict[str, Any]:
     seconds = sum(step.seconds for step in entry.steps.values())
     found = entry.steps["check"].result if "check" in entry.steps else {}
-    trained = entry.steps["train"].result if "train" in entry.steps else {}
     return {
         "id": entry.id,
         "when": moment(entry.begun),
@@ -51,7 +50,7 @@ def _row(entry: Entry, folder: Path, config: RetrainConfig) -> dict[str, Any]:
         "is_well": entry.outcome in WELL,
         "reasons": entry.reasons,
         "accepted": entry.accepted,
-        "version": trained.get("version", ""),
+        "version": entry.trained_version,
         "champion": entry.champion,
         "findings": found.get("findings", []),
         "note": found.get("note", ""),

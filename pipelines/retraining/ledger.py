@@ -99,6 +99,11 @@ class Entry:
     told: bool = False  # whether the webhook has taken the message of its outcome
     format: int = FORMAT
 
+    @property
+    def trained_version(self) -> str:
+        """What it has registered; "" for nothing."""
+        return str(self.steps["train"].result.get("version", "")) if "train" in self.steps else ""
+
 
 class Ledger:
     def __init__(self, place: Place) -> None:

@@ -7,13 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from aegan.config import PreprocessConfig, RegisterConfig, RetrainConfig
 from aegan.files import remove
 from aegan.metrics.features import installed_features
+from aegan.training.loop import COLLAPSED
 from pipelines.base import params
+from pipelines.base.errors import UserError
 from pipelines.base.files import read_json
 from pipelines.base.outputs import PREPROCESS, RAW, SHARDS
-from pipelines.registry import gate, reference, tracking
+from pipelines.registry import decisions, gate, reference, tracking
+from pipelines.registry.decision_log import succession
 from pipelines.retraining import check, history_page
 from pipelines.retraining.lease import Lease
 from pipelines.retraining.ledger import Entry
@@ -49,10 +54,10 @@ class Retraining:
 
     def prepare(self, start: str = "") -> None:
         """The worktree at the commit, set to begin with these weights; the gate is ours."""
-        settings: dict[str, dict[str, Any]] = {"register": {"promote": "manual"}}
+        training: dict[str, Any] = {"stop_on_collapse": True}
         if start:
-            settings["training"] = {"start_from": start}
-        self.work.prepare(self.commit, settings)
+            training["start_from"] = start
+        self.work.prepare(self.commit, {"register": {"promote": "manual"}, "training": training})
 
 
 def fetch(retraining: Retraining) -> dict[str, Any]:
@@ -76,17 +81,21 @@ def _keep_images_of_champion(retraining: Retraining) -> None:
 
     They lie where the last retraining or the last `make run` left them, or nowhere on this machine.
     """
-    work, kept = retraining.work, retraining.before
-    wanted = _champions_dataset(retraining)
-    for found in (kept, preprocessed(work.folder), preprocessed(work.project)):
+    work, wanted = retraining.work, _champions_dataset(retraining)
+    place = work.folder.with_name(BEFORE)
+    if wanted and _dataset_of(preprocessed(place)) == wanted:
+        return
+    remove(place)
+    for found in (preprocessed(work.folder), preprocessed(work.project)):
         if wanted and _dataset_of(found) == wanted:
-            if found != kept:
-                remove(work.folder.with_name(BEFORE))
-                shutil.copytree(found.shards, kept.shards)
-                kept.quarantine.parent.mkdir(parents=True)
-                shutil.copy(found.quarantine, kept.quarantine)
+            aside = place.with_name(f".{BEFORE}.tmp")
+            remove(aside)
+            copy = preprocessed(aside)
+            shutil.copytree(found.shards, copy.shards)
+            copy.quarantine.parent.mkdir(parents=True)
+            shutil.copy(found.quarantine, copy.quarantine)
+            aside.rename(place)  # whole or not there
             return
-    remove(work.folder.with_name(BEFORE))
 
 
 def _dataset_of(images: check.Preprocessed) -> str:
@@ -162,9 +171,14 @@ def decide(retraining: Retraining) -> dict[str, Any]:
 
 
 def train(retraining: Retraining) -> dict[str, Any]:
-    """All stages, up to a registered version."""
+    """All stages, up to a registered version; a collapse of the generator is a refusal."""
     retraining.prepare(retraining.result("decide")["start"])
-    retraining.work.dvc("repro", deadline=retraining.deadline)
+    try:
+        retraining.work.dvc("repro", deadline=retraining.deadline)
+    except UserError as error:
+        if COLLAPSED not in str(error):
+            raise
+        return {OUTCOME: "refused", REASONS: [str(error)]}
     registered = read_json(retraining.work.folder / REGISTRATION, stage="register")
     return {key: registered[key] for key in ("version", "model_sha256")}
 
@@ -187,13 +201,25 @@ def pass_gate(retraining: Retraining) -> dict[str, Any]:
     version = retraining.result("train")["version"]
     retraining.lease.check()
     with chdir(retraining.work.folder):  # where the images are that a first reference is cut from
-        verdict = gate.gate(retraining.registry, version)
+        verdict = gate.gate(retraining.registry, version, new_images=_new_test_images(retraining))
         images = reference.current_or_first(SHARDS).images
     model = tracking.load_model(_address(retraining, version))
     history_page.draw(model, images, retraining.work.folder.with_name(f"{retraining.entry.id}.png"))
-    champion = version if verdict.passed else retraining.entry.champion
-    outcome = "promoted" if verdict.passed else "refused"
-    return {"champion": champion, OUTCOME: outcome, REASONS: list(verdict.reasons)}
+    if not verdict.passed:
+        champion, outcome, reasons = retraining.entry.champion, "refused", verdict.reasons
+    else:  # by the log, which has the reasons also if we were killed after it was passed before
+        [*_, made] = succession(decisions.history(retraining.registry.model_name))
+        champion, outcome, reasons = version, "promoted", made.reasons
+    return {"champion": champion, OUTCOME: outcome, REASONS: list(reasons)}
+
+
+def _new_test_images(retraining: Retraining) -> Tensor | None:
+    """Those that came after the champion; None where its own are not on this machine."""
+    if not retraining.entry.champion or not _dataset_of(retraining.before):
+        return None
+    near = retraining.result("check").get("near_reference", [])
+    new = preprocessed(retraining.work.folder)
+    return check.new_test_images(new, retraining.before, without=near)
 
 
 STEPS: dict[str, Callable[[Retraining], dict[str, Any]]] = {

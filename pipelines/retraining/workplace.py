@@ -19,6 +19,7 @@ from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.base.files import project_folder
 from pipelines.jobs.job import run_dvc
+from pipelines.jobs.with_parent import END_SECONDS
 from pipelines.retraining.ledger import FOLDER
 
 WORK = Path(FOLDER) / "work"
@@ -27,7 +28,6 @@ ROBOT = {
     for role in ("AUTHOR", "COMMITTER")
     for key, value in (("NAME", "aegan retrain"), ("EMAIL", "aegan@localhost"))
 }
-END_SECONDS = 120.0  # for a training that is told to end to save its checkpoint
 
 
 class BudgetError(UserError):

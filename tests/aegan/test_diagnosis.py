@@ -56,6 +56,22 @@ def test_the_alarm_tells_a_model_that_draws_a_few_images_from_one_that_draws_man
     ] * is_alarm
 
 
+@pytest.mark.parametrize(
+    ("varieties", "is_collapse"),
+    [
+        ([], False),
+        ([0.0, 0.0], False),  # the first looks: the generator may not have begun
+        ([0.0, 0.0, 0.0], True),
+        ([1.3, 1.1, 0.7, 0.5, 0.4], True),
+        ([0.2, 0.4, 0.6], False),  # it learns
+        ([0.5, 0.5, 0.9, 0.5, 0.5], False),  # one good look among them
+        ([1.3, 1.2, 1.0], False),
+    ],
+)
+def test_a_collapse_is_samples_that_stay_alike_and_not_a_beginning(varieties, is_collapse):
+    assert diagnosis.has_collapsed(varieties) is is_collapse
+
+
 def test_a_collapsed_gan_is_advised_to_train_as_an_aegan():
     (alarm,) = alarms({"ms_ssim": {"ema": 0.9, "floor": 0.2}}, arm="gan")
     assert "12% as much" in alarm.text

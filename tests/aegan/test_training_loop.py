@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 
 from aegan.augment import Augmentation
 from aegan.config import ConfigError, Schedule, TrainConfig
+from aegan.data import designed_faces
 from aegan.data.dataset import load_images
 from aegan.losses import OBJECTIVES
 from aegan.metrics import efficientnet
@@ -20,7 +22,7 @@ from aegan.networks import AEGAN
 from aegan.priors import make_prior
 from aegan.sampling import reconstruct, sample
 from aegan.training import checkpoint, loop, training_log, updates
-from aegan.training.loop import DivergedError, train
+from aegan.training.loop import CollapsedError, DivergedError, train
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState, export_model
 from aegan.training.validation import Judge
@@ -495,6 +497,43 @@ def test_a_loss_that_stays_non_finite_ends_the_run_after_the_permitted_rollbacks
     with pytest.raises(DivergedError, match=r"after 2 returns .*Lower training.learning_rate"):
         run(config, shards, tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == [0]  # nothing broken was kept
+
+
+def test_a_collapse_ends_the_run_where_that_is_asked_for_and_a_resume_of_it_too(tmp_path):
+    """A discriminator that never learns is cheated by one picture, whatever the latent."""
+    images = designed_faces.generate(0, 60, seed=0, image_size=16)[0]
+    shards = write_shards(tmp_path / "shards", {"train": images[:40], "validation": images[40:]})
+    config = tiny_config(
+        arm="gan",
+        learning_rate=2e-2,
+        discriminator_learning_rate=0.0,
+        ema_half_life_images=0.0,
+        num_steps=200,
+        checkpoint_interval_steps=10,
+        stop_on_collapse=True,
+    )
+    with pytest.raises(CollapsedError, match=r"has collapsed: at step .*only \d+%, \d+%, \d+% "):
+        run(config, shards, tmp_path / "run")
+    ended = checkpoint.steps(tmp_path / "run/checkpoints")[-1]
+    assert 30 <= ended < 200
+    with pytest.raises(CollapsedError):
+        run(config, shards, tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run/checkpoints")[-1] == ended + 10
+    allowed = replace(config.training, num_steps=ended + 20, stop_on_collapse=False)
+    assert run(replace(config, training=allowed), shards, tmp_path / "run").finished
+
+
+def test_looking_for_a_collapse_changes_no_weight_of_a_sound_run(shards, tmp_path):
+    options = {"num_steps": 20, "checkpoint_interval_steps": 4, "sample_interval_steps": 20}
+    for looks in (False, True):
+        config = tiny_config(**options, stop_on_collapse=looks)
+        assert run(config, shards, tmp_path / str(looks)).finished
+    assert_same(tensors_at(tmp_path / "True", 20), tensors_at(tmp_path / "False", 20))
+    looked = [
+        row["sample_variety"] for row in log_at(tmp_path / "True", 20) if row["step"] % 4 == 0
+    ]
+    assert len(looked) == 5
+    assert not any("sample_variety" in row for row in log_at(tmp_path / "False", 20))
 
 
 def test_the_random_numbers_of_a_batch_are_not_those_of_the_noise_inside_networks():

@@ -50,6 +50,7 @@ FIELDS = {  # KubeRay: kind => fields it may have
         *("entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished"),
         *("shutdownAfterJobFinishes", "suspend"),
     },
+    "RayCronJobSpec": {"jobTemplate", "schedule", "suspend"},  # of 1.6, where it is alpha
 }
 
 
@@ -298,6 +299,35 @@ def test_retraining_is_as_the_schemas_of_kubernetes_say():
     for name in ("cronjob", "volume"):
         kubernetes_validate.validate(RETRAIN[name], KUBERNETES_VERSION, strict=True)
     assert set(RETRAIN["kustomization"]["resources"]) == {"cronjob.yaml", "volume.yaml"}
+
+
+def test_the_ray_cron_job_is_one_that_kuberay_and_kubernetes_know():
+    manifest, cron = RETRAIN["raycronjob"], RETRAIN["raycronjob"]["spec"]
+    assert manifest["apiVersion"] == "ray.io/v1"
+    assert cron.keys() <= FIELDS["RayCronJobSpec"]
+    job = cron["jobTemplate"]
+    assert job.keys() <= FIELDS["RayJobSpec"]
+    cluster = job["rayClusterSpec"]
+    assert cluster.keys() <= FIELDS["RayClusterSpec"]
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["authOptions"] == {"mode": "token"}
+    (workers,) = cluster["workerGroupSpecs"]
+    for kind, group in (("HeadGroupSpec", cluster["headGroupSpec"]), ("WorkerGroupSpec", workers)):
+        assert group.keys() <= FIELDS[kind]
+        pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        for container in (*spec.get("initContainers", []), *spec["containers"]):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"].keys() == {"requests", "limits"}
+    claim = cluster["headGroupSpec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]
+    assert claim["claimName"] == RETRAIN["volume"]["metadata"]["name"]
+    assert RETRAIN["cronjob"]["spec"]["schedule"] == cron["schedule"]
 
 
 def test_one_retraining_runs_at_a_time_with_no_more_rights_than_it_needs():

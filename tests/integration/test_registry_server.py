@@ -1,5 +1,6 @@
 """Registrations at a real MLflow server: at once, cut off, and one that wants to do harm."""
 
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from aegan.config import RegisterConfig
 from pipelines import register
 from pipelines.base import params
 from pipelines.base.errors import UserError
-from pipelines.registry import tracking
+from pipelines.project import tidy
+from pipelines.registry import champions, decisions, mlflow_store, tracking
+from pipelines.retraining.ledger import Ledger, Step, new_entry, place_of
 from tests.compose import wait_until
 from tests.registrations import Registrations, registrations
 from tests.servers import SQLiteServer
@@ -184,3 +187,74 @@ def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
     assert sorted(elsewhere.rglob("*")) == files
     assert heard == []
     record_property("faults", len(places) + 1)
+
+
+def test_old_versions_go_with_their_files_and_what_anything_names_stays(
+    registering: Registrations,
+    server: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    name, project = "cleaned", write_project(tmp_path / "project", seed=20)
+    params.change({"register": {"model_name": name}}, project / "params.yaml", said_by="test")
+    [first] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
+    assert first.code == 0, first.errors
+    monkeypatch.chdir(project)
+    client = mlflow_store.open_store().MlflowClient()
+    runs = {}
+    for number in "23456789":
+        start = {"start_from": f"models:/{name}/7"} if number == "6" else {}
+        run = client.create_run("0", tags=start, run_name=f"run {number}").info
+        client.log_text(run.run_id, "of the version", "report.txt")
+        if number != "6":
+            client.set_terminated(run.run_id)
+        tags = {"run_name": f"aegan-{int(number):012x}"}
+        client.create_model_version(name, run.artifact_uri, run.run_id, tags=tags)
+        runs[number] = run.run_id
+        (Path("runs") / tags["run_name"]).mkdir()
+        (Path("runs") / tags["run_name"] / "metrics.jsonl").touch()
+    champion = None
+    for number in ("2", "1", "3"):
+        decisions.decide(name, kind="promotion", start=champion, to=number, reasons=["better"])
+        champion = number
+    client.set_registered_model_tag(name, "shown", f"models:/{name}/4")
+    client.set_registered_model_alias(name, "candidate", "8")
+    entry = new_entry(seen="a", source="b", settings="c", champion="3")
+    entry.steps["train"] = Step("d", 0.0, "e", result={"version": "5"})
+    Ledger(place_of("")).save(entry)
+
+    def with_files() -> list[str]:
+        found = {file.parts[-3] for file in (server.folder / "files").rglob("report.txt")}
+        return [number for number, run_id in runs.items() if run_id in found]
+
+    tidy.main(["--keep", "1"])
+    said = capsys.readouterr().out
+    assert f"versions of {name}: 9, of which 1 may go" in said
+    for number, reason in {
+        "1": "the alias previous",
+        "3": f"retraining {entry.id} is not at its end",
+        "4": "the tag shown names it",
+        "5": f"retraining {entry.id} is not at its end",
+        "6": "its run is at work",
+        "7": "the run run 6 begins with it",
+        "8": "the alias candidate",
+        "9": "one of the newest 1",
+    }.items():
+        assert re.search(rf"version {number} of .*: stays, {reason}", said), said
+    assert with_files() == [*"23456789"]
+
+    tidy.main(["--keep", "1", "--yes"])
+    assert [*decisions.versions(client, name)] == [*"13456789"]
+    assert with_files() == [*"3456789"]
+    assert {path.name[-1] for path in Path("runs").glob("aegan-*")} == {*"3456789"}
+    assert client.get_run(runs["2"]).info.lifecycle_stage == "deleted"
+    assert "rollback to version 1 from version 3" in champions.rollback(name)
+    assert decisions.champion(name) == "1"
+    capsys.readouterr()
+    tidy.main(["--keep", "1"])
+    assert f"versions of {name}: 8, of which 0 may go" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--keep 0: expected"):
+        tidy.main(["--keep", "0"])
+    client.set_terminated(runs["6"])

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from aegan.data import designed_faces
+from pipelines.retraining.steps import STEPS
+from tests import killed_retraining
 from tests.compose import wait_until
+from tests.killed_retraining import Moment
 from tests.pictures import write_folder
 from tests.projects import make_project
 from tests.tiny import SMALL
@@ -233,20 +236,48 @@ def test_a_source_that_lost_most_of_its_images_is_refused(project: Project) -> N
     kept.rename(project.folder / "data/faces")
 
 
-def test_more_images_of_the_same_kind_go_on_from_the_champion(project: Project) -> None:
+@pytest.mark.fault("retraining")
+def test_more_images_go_on_from_the_champion_also_if_it_is_killed_at_each_end_of_every_step(
+    project: Project, heard: tuple[str, list[dict[str, Any]]], record_property: Any
+) -> None:
+    """With `kill -9`, before a step and after its work, of which the ledger does not know then."""
     project.add("second", faces(TRAININGS[0], TRAININGS[1] - TRAININGS[0]))
     before = project.ids()
     plan = project.run("retrain", "--dry-run")
     assert "would do: fetch, check, decide, train, publish, gate" in plan
     assert project.ids() == before
+    for step in STEPS:
+        for moment in get_args(Moment):
+            killed_retraining.retrain(project.folder, project.environment, step, moment)
+            [name] = project.ids() - before
+            assert not _entry(project, name)["outcome"]
+    record_property("faults", 2 * len(STEPS))
     process = project.start("retrain")
     output, _ = process.communicate()
     assert process.returncode in (0, 3), output  # promoted, or refused with its reasons
-    assert "starting from models:/aegan/1" in output
-    newest = max((_entry(project, name) for name in project.ids()), key=lambda e: e["begun"])
-    assert newest["outcome"] == ("promoted" if process.returncode == 0 else "refused")
-    assert newest["reasons"]
+
+    # All is as if nothing had happened.
+    [name] = project.ids() - before
+    entry = _entry(project, name)
+    assert list(entry["steps"]) == [*STEPS]
+    assert all(step["output"] for step in entry["steps"].values())
+    assert entry["steps"]["decide"]["result"] == {"start": "models:/aegan/1"}
+    assert entry["steps"]["train"]["result"]["version"] == "2"
+    assert [model["version"] for model in json.loads(project.run("models", "--json"))] == ["1", "2"]
+    assert project.git("tag", "--list").split().count(f"retrained/{name}") == 1
+    assert len(project.git("tag", "--list").split()) == 2
+    commit = entry["steps"]["publish"]["result"]["commit"]
+    assert project.git("rev-parse", f"retrained/{name}^{{commit}}", f"retrain/{name}").split() == [
+        commit,
+        commit,
+    ]
+    [decision] = [row for row in json.loads(project.run("history", "--json")) if row["to"] == "2"]
+    assert decision["kind"] == ("promotion" if process.returncode == 0 else "refusal")
+    assert entry["outcome"] == ("promoted" if process.returncode == 0 else "refused")
+    assert entry["reasons"] == decision["reasons"]
+    assert any(reason.startswith("on the new images") for reason in entry["reasons"])
     assert project.champion() == ("2" if process.returncode == 0 else "1")
+    assert [one["outcome"] for one in heard[1] if one["retraining"] == name] == [entry["outcome"]]
 
 
 def test_health_is_good_after_a_look(project: Project) -> None:

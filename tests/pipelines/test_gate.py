@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import aegan
 from aegan.data import designed_faces
 from aegan.model_folder import OPTIONAL
 from aegan.networks import AEGAN
@@ -29,7 +30,7 @@ from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
 from pipelines.registry import decisions, gate, mlflow_files, reference
-from pipelines.registry.comparison import CACHE, compare
+from pipelines.registry.comparison import CACHE, compare, compare_on_new
 from tests.disks import largest_file
 from tests.s3 import s3_server
 from tests.shards import write_shards
@@ -91,8 +92,11 @@ def add(model: Path, name: str) -> str:
     return register.register(replace(CONFIG, model_name=name)).number
 
 
-def judge(name: str, version: str, **changes: Any) -> gate.Verdict:
-    return gate.gate(replace(CONFIG, model_name=name, **changes), version)
+def judge(
+    name: str, version: str, *, new_images: torch.Tensor | None = None, **changes: Any
+) -> gate.Verdict:
+    config = replace(CONFIG, model_name=name, **changes)
+    return gate.gate(config, version, new_images=new_images)
 
 
 def promote(name: str, version: str) -> None:
@@ -163,15 +167,44 @@ def test_the_first_version_is_held_to_floors_and_an_equal_one_to_it_and_a_damage
     assert len(load_file(cached)) == 2
 
     damaged = changed(project / "sound", tmp_path / "damaged", add_noise)
-    third = judge("a", add(damaged, "a"))
+    theirs = aegan.sample(aegan.load(damaged), 40, seed=99)  # of which nobody else draws as many
+    third = judge("a", add(damaged, "a"), new_images=theirs)
     assert (third.passed, third.champion, decisions.champion("a")) == (False, "2", "2")
     assert any("worse, 5.0% worse is allowed (register.gate_margin)" in r for r in third.reasons)
     assert {"gate": "refused", "gate_champion": "2"}.items() <= tags("a", "3").items()
+    assert "it is better on the new images and the reference decides" in third.reasons
     page = Path("artifacts/gate/index.html").read_text()
     assert "Version 3 is" in page
     assert third.reasons[0].partition(":")[0] in page
     figures = json.loads(Path("artifacts/gate/comparison.json").read_text())
     assert [len(figures[role]["draws"]) for role in ("candidate", "champion")] == [5, 5]
+
+
+def test_images_that_came_after_the_champion_are_compared_too_and_the_reference_decides(
+    project: Path, tmp_path: Path
+) -> None:
+    sound = project / "sound"
+    damaged = changed(sound, tmp_path / "damaged", add_noise)
+    new = torch.from_numpy(designed_faces.generate(1000, 40, seed=0, image_size=16)[0])
+    promote("new", add(damaged, "new"))
+    few = compare_on_new(new[:5], aegan.load(sound), aegan.load(damaged))
+    assert gate._said_of_new(few, refused=False) == (
+        "on the new images nothing was compared: 5 test images came after the champion, 8 are "
+        "needed",
+    )
+
+    better = judge("new", add(sound, "new"), new_images=new)
+    assert (better.passed, decisions.champion("new")) == (True, "2")
+    [figures] = [reason for reason in better.reasons if reason.startswith("on the new images (40")]
+    assert figures.count("better") == 3
+    assert "it is better on the new images and within what is allowed on the reference" in (
+        better.reasons
+    )
+    page = Path("artifacts/gate/index.html").read_text()
+    assert "On the new images" in page
+    assert "better on all of them" in page
+    kept = json.loads(Path("artifacts/gate/comparison.json").read_text())["new_images"]
+    assert (kept["count"], len(kept["candidate"]), len(kept["changes"])) == (40, 5, 3)
 
 
 def test_what_noise_explains_is_no_reason_to_refuse() -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from aegan.config import PreprocessConfig, RetrainConfig
 from aegan.data import designed_faces
+from aegan.data.dataset import load_columns
 from aegan.metrics.features import RANDOM_FEATURES
 from pipelines.base import params
 from pipelines.base.errors import UserError
@@ -192,3 +193,20 @@ def test_a_reference_that_cannot_be_used_is_one_line(check, faces, tmp_path):
         with pytest.raises(UserError, match=r"the reference .* 32x32x3") as caught:
             check(faces[: OLD + 5], reference=tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_new_test_images_are_those_that_were_not_there_and_are_not_like_the_reference(
+    tmp_path, faces
+):
+    before, now = (
+        Preprocessed(
+            shards=write_shards(tmp_path / name, {"train": faces[:30], "test": test}),
+            quarantine=tmp_path,
+        )
+        for name, test in (("before", faces[30:40]), ("now", faces[35:50]))
+    )
+    ids = load_columns(now.shards, "test", ["image_id"])["image_id"]
+    found = module.new_test_images(now, before, without=[ids[-1]])
+    kept = {image.tobytes() for image in found.numpy()}
+    assert kept == {image.tobytes() for image in faces[40:49]}
+    assert module.new_test_images(before, before, without=[]).shape == (0, SIZE, SIZE, 3)

@@ -4,7 +4,9 @@ import hashlib
 import hmac
 import json
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,15 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 
-from aegan.config import DataConfig
+from aegan.config import DataConfig, RegisterConfig, RetrainConfig
+from aegan.training.loop import COLLAPSED
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
-from pipelines.retraining import lease, messages, workplace
+from pipelines.project import old_versions
+from pipelines.registry import mlflow_store
+from pipelines.retraining import lease, messages, steps, workplace
 from pipelines.retraining.ledger import Bucket, Folder, Ledger, Place, Step, new_entry
 from pipelines.retraining.look import files_seen, look
+from tests.compose import wait_until
 from tests.s3 import s3_server
 
 pytestmark = pytest.mark.integration
@@ -277,6 +284,36 @@ def test_two_on_one_machine_exclude_each_other_without_a_bucket(
             pass
 
 
+def test_runs_of_versions_that_go_leave_the_bucket_and_nothing_else_does(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", "params.yaml")
+    params.change({"compute": {"storage": bucket}}, said_by="test")
+    client = mlflow_store.open_store().MlflowClient()
+    client.create_registered_model("aegan")
+    objects = ["checkpoints/step-00000002/state.json", "run.json", "notes.txt"]
+    for number in range(4):
+        run = client.create_run("0").info
+        client.log_text(run.run_id, "report", "report.txt")
+        client.set_terminated(run.run_id)
+        run_name = f"aegan-{number // 2}"  # one training, twice registered
+        client.create_model_version(
+            "aegan", run.artifact_uri, run.run_id, tags={"run_name": run_name}
+        )
+        for name in objects:
+            storage.write_object(f"{bucket}/runs/{run_name}/{name}", b"{}")
+    with lease.hold(Bucket(f"{bucket}/retraining")), pytest.raises(lease.BusyError):
+        old_versions.clean(1, used=set(), remove=True)
+    assert old_versions.clean(1, used={"aegan-0"}, remove=False) == set()  # still wanted here
+    assert old_versions.clean(1, used=set(), remove=True) == {"aegan-0"}
+    assert [found.version for found in client.search_model_versions("name = 'aegan'")] == [4]
+    assert len(list(tmp_path.glob("mlruns/**/report.txt"))) == 1
+    left = [url.partition("/runs/")[2] for url, _ in storage.list_objects(f"{bucket}/runs/")]
+    assert left == ["aegan-0/notes.txt", *(f"aegan-1/{name}" for name in sorted(objects))]
+
+
 def git(*arguments: str, folder: Path) -> str:
     done = subprocess.run(
         ["git", *arguments],
@@ -348,3 +385,73 @@ def test_a_retraining_is_committed_once_on_a_branch_of_its_own(project: Path) ->
     changed = git("show", "--name-only", "--format=", commit, folder=project).splitlines()
     assert changed == ["dvc.lock", "params.yaml"]
     assert git("log", "--oneline", "main", folder=project).count("\n") == 0
+
+
+def with_stage(project: Path, script: str) -> None:
+    """A pipeline of one stage, which runs a script with what the tests run with."""
+    stage = f"{sys.executable} stage.py"
+    (project / "stage.py").write_text(script)
+    (project / "dvc.yaml").write_text(json.dumps({"stages": {"train": {"cmd": stage}}}))
+    git("add", "--all", folder=project)
+    git("commit", "--quiet", "--message=stage", folder=project)
+
+
+@pytest.fixture
+def code_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Processes that work in another folder find the packages."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+
+
+@pytest.mark.fault("retraining")
+@pytest.mark.usefixtures("code_of_ours")
+def test_after_kill_9_what_dvc_runs_is_told_to_end_and_does(project: Path) -> None:
+    """Its stage hears a Ctrl-C, as a training does, which then saves its checkpoint."""
+    with_stage(
+        project,
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "open('pid', 'w').write(str(os.getpid()))\n"
+        "try:\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    open('saved', 'w')\n",
+    )
+    code = (
+        "from pipelines.retraining import workplace\n"
+        "work = workplace.Workplace()\n"
+        "work.prepare(workplace.last_commit(), {})\n"
+        "work.dvc('repro')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    work = project / "retraining/work"
+    wait_until(lambda: (work / "pid").exists(), seconds=120, what="a stage")
+    stage = psutil.Process(int((work / "pid").read_text()))
+    dvc = stage.parent()
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs([stage, *([dvc] if dvc else [])], timeout=60)[1] == []
+    assert (work / "saved").exists()
+
+
+@pytest.mark.usefixtures("code_of_ours")
+def test_a_training_that_collapsed_is_refused_with_its_reason(project: Path) -> None:
+    with_stage(project, f"raise SystemExit('error: {COLLAPSED}: all samples are alike')")
+    entry = new_entry(**FACTS)
+    entry.steps["decide"] = Step("", 0.0, "whole", result={"start": "models:/aegan/3"})
+    work = workplace.Workplace()
+    retraining = steps.Retraining(
+        entry=entry,
+        commit=workplace.last_commit(),
+        config=params.load(RetrainConfig),
+        registry=params.load(RegisterConfig),
+        work=work,
+        lease=lease.Lease(),
+        deadline=float("inf"),
+    )
+    result = steps.train(retraining)
+    assert result["outcome"] == "refused"
+    assert result["reasons"] == [f"dvc repro failed: {COLLAPSED}: all samples are alike"]
+    training = params.read(work.folder / "params.yaml")["training"]
+    assert (training["stop_on_collapse"], training["start_from"]) == (True, "models:/aegan/3")
+    with_stage(project, "raise SystemExit('error: the disk is full')")
+    with pytest.raises(UserError, match="the disk is full"):
+        steps.train(replace(retraining, commit=workplace.last_commit()))

@@ -359,6 +359,7 @@ def test_only_what_can_change_a_past_step_keeps_a_run_from_its_resume():
         "checkpoint_interval_steps": 7,
         "checkpoints_kept": 7,
         "max_rollbacks": 7,
+        "stop_on_collapse": True,
         "start_from": "the address, of which only the content counts",
     }
     training = CONFIG.training
