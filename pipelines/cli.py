@@ -111,12 +111,25 @@ def submit(
     submit.main(stop=stop, job=job, install=install, pass_env=pass_env or [], dry_run=dry_run)
 
 
-@app.command(**ARGPARSE)
-def clean(context: typer.Context) -> None:
-    """Show what nothing needs any more, or remove it: --keep N, --yes, --days N (`make tidy`)."""
+@app.command()
+def clean(
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Also registered versions but the newest so many, unless something needs them.",
+            show_default=False,
+        ),
+    ] = None,
+    days: Annotated[
+        float, typer.Option(metavar="N", help="How long a run that nothing names is kept.")
+    ] = 14,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+) -> None:
+    """Show what runs have left behind that nothing names any more, or remove it (`make tidy`)."""
     from pipelines.project import tidy
 
-    tidy.main(context.args)
+    tidy.main(days=days, keep=keep, yes=yes)
 
 
 @app.command()

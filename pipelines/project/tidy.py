@@ -5,14 +5,13 @@ one that is to go on: it stays until it has not been written to for `DAYS` (14).
 the same; with `--keep N` registered versions beyond the newest, and their runs, go as well.
 """
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +22,8 @@ from filelock import FileLock, Timeout
 from aegan.files import remove
 from aegan.training.run_folder import DRIVER_LOCK, RunFolder
 from pipelines.base import locks, outputs
-from pipelines.base.errors import UserError, run_stage
+from pipelines.base.command import run_command
+from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.bucket import shard_store
 from pipelines.cluster import session
@@ -61,15 +61,19 @@ class Place:
     remove: Callable[[list[Path]], None]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> None:
+    """Say what nothing names any more, and with `yes` remove it; raises UserError.
+
+    A run that nothing names is kept for so many days; of registered versions all, or the newest so
+    many (`keep`) and those that something needs.
+    """
     with locks.hold(locks.PIPELINE):
         locks.check_stages()
         check_experiments()
         freed, old = 0, set[str]()
-        if options.keep is not None:
-            old = old_versions.clean(options.keep, used=published_runs(), remove=options.yes)
-        for place in places(options.days, old):
+        if keep is not None:
+            old = old_versions.clean(keep, used=published_runs(), remove=yes)
+        for place in places(days, old):
             sizes = {path: size_of(path) for path in place.unnamed}
             unnamed = in_words(sum(sizes.values()))
             print(f"{place.name}: {in_words(place.size)}, of which nothing names {unnamed}")
@@ -78,25 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"    {in_words(size):>9}  {shown(str(path))}, {_age(path)}")
             if len(sizes) > SHOWN:
                 print(f"    and {len(sizes) - SHOWN} more")
-            if options.yes:
+            if yes:
                 place.remove(place.unnamed)
             freed += sum(sizes.values())
-    if options.yes:
+    if yes:
         print(f"removed: {in_words(freed)}")
     else:
         print(f"nothing names {in_words(freed)} of it; YES=1 (--yes) removes what is listed")
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="make tidy", description=__doc__)
-    parser.add_argument("--yes", action="store_true", help="remove what is listed")
-    parser.add_argument(
-        "--days", type=float, default=DAYS, help="how long a run that nothing names is kept"
-    )
-    parser.add_argument(
-        "--keep", type=int, help="also remove registered versions but the newest so many"
-    )
-    return parser
 
 
 def places(days: float, old: Collection[str] = ()) -> Iterator[Place]:
@@ -383,4 +375,4 @@ def in_words(size: float) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_command("clean")

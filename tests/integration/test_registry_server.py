@@ -229,7 +229,7 @@ def test_old_versions_go_with_their_files_and_what_anything_names_stays(
         found = {file.parts[-3] for file in (server.folder / "files").rglob("report.txt")}
         return [number for number, run_id in runs.items() if run_id in found]
 
-    tidy.main(["--keep", "1"])
+    tidy.main(keep=1)
     said = capsys.readouterr().out
     assert f"versions of {name}: 9, of which 1 may go" in said
     for number, reason in {
@@ -245,7 +245,7 @@ def test_old_versions_go_with_their_files_and_what_anything_names_stays(
         assert re.search(rf"version {number} of .*: stays, {reason}", said), said
     assert with_files() == [*"23456789"]
 
-    tidy.main(["--keep", "1", "--yes"])
+    tidy.main(keep=1, yes=True)
     assert [*decisions.versions(client, name)] == [*"13456789"]
     assert with_files() == [*"3456789"]
     assert {path.name[-1] for path in Path("runs").glob("aegan-*")} == {*"3456789"}
@@ -253,8 +253,8 @@ def test_old_versions_go_with_their_files_and_what_anything_names_stays(
     assert "rollback to version 1 from version 3" in champions.rollback(name)
     assert decisions.champion(name) == "1"
     capsys.readouterr()
-    tidy.main(["--keep", "1"])
+    tidy.main(keep=1)
     assert f"versions of {name}: 8, of which 0 may go" in capsys.readouterr().out
     with pytest.raises(UserError, match="--keep 0: expected"):
-        tidy.main(["--keep", "0"])
+        tidy.main(keep=0)
     client.set_terminated(runs["6"])

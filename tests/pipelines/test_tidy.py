@@ -39,11 +39,6 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def run_tidy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["tidy", *arguments])
-    tidy.main()
-
-
 def make_run(name: str, *, days: float = 30) -> Path:
     """A run's folder that was last written to so many days ago."""
     folder = Path("runs") / name
@@ -96,19 +91,19 @@ def test_an_old_run_goes_unless_the_folder_a_commit_or_an_experiment_names_it(
     other = write(Path("runs/my experiments/a.png"))
 
     with FileLock(folders["at work"] / "driver.lock"):
-        run_tidy(monkeypatch)
+        tidy.main()
         said = capsys.readouterr().out
         assert f"runs/{names['unnamed']}, 30 days old" in said
         assert [reason for reason, name in names.items() if f"/{name}," in said] == ["unnamed"]
         assert (folders["unnamed"] / "run.json").exists()  # it only shows
 
-        run_tidy(monkeypatch, "--yes")
+        tidy.main(yes=True)
     gone = [reason for reason, f in folders.items() if not (f / "run.json").exists()]
     assert gone == ["unnamed"]
     assert [file for file in folders["unnamed"].rglob("*") if file.is_file()] == [mine]
     assert other.exists()
 
-    run_tidy(monkeypatch, "--yes", "--days", "1")
+    tidy.main(yes=True, days=1)
     assert not folders["young"].exists()
 
 
@@ -127,9 +122,9 @@ def test_what_no_dvc_lock_names_leaves_the_cache_with_its_records_and_the_rest_c
             git("commit", "--quiet", "--message", "one")
     assert contents_of_cache() == {"committed", "forgotten", "of the folder"}
 
-    run_tidy(monkeypatch)
+    tidy.main()
     assert contents_of_cache() == {"committed", "forgotten", "of the folder"}
-    run_tidy(monkeypatch, "--yes")
+    tidy.main(yes=True)
     assert contents_of_cache() == {"committed", "of the folder"}
     assert len(list(Path(".dvc/cache/runs").glob("*/*/*"))) == 2
     git("stash", "--quiet")
@@ -160,10 +155,10 @@ def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, 
     mine = write(Path("mlruns/notes/mine.txt"))
     old = make_run("aegan-000000000000")  # MLflow names it
 
-    run_tidy(monkeypatch)
+    tidy.main()
     assert unnamed.exists()
     assert all(folder.exists() for folder in runs.values())
-    run_tidy(monkeypatch, "--yes")
+    tidy.main(yes=True)
     assert not unnamed.exists()
     assert [kind for kind, folder in runs.items() if not folder.exists()] == ["deleted"]
     assert mine.exists()
@@ -175,10 +170,10 @@ def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, 
 def test_a_damaged_mlflow_database_ends_tidying_before_anything_is_removed(project, monkeypatch):
     old, damaged = make_run("aegan-0123456789ab"), write(Path("mlflow.db"), "no database" * 1000)
     with pytest.raises(UserError, match=r"mlflow\.db: file is not a database"):
-        run_tidy(monkeypatch, "--yes")
+        tidy.main(yes=True)
     old.rename("elsewhere")
     with pytest.raises(UserError, match=r"mlflow\.db: file is not a database"):
-        run_tidy(monkeypatch, "--yes")
+        tidy.main(yes=True)
     assert Path("elsewhere/run.json").exists()
     assert damaged.exists()
 
@@ -205,9 +200,9 @@ def test_what_killed_processes_left_goes_and_what_a_living_one_uses_stays(projec
         [sys.executable, "-c", "input()", f"--dir={living}/r/session_1"], stdin=-1
     )
     try:
-        run_tidy(monkeypatch)
+        tidy.main()
         assert all(path.exists() for path in (*left, dead, private, shards))
-        run_tidy(monkeypatch, "--yes")
+        tidy.main(yes=True)
     finally:
         user.kill()
         user.wait()
@@ -242,7 +237,7 @@ def test_nothing_is_tidied_away_under_a_run(project, monkeypatch, at_work):
         assert process.stdout is not None
         process.stdout.readline()
         with pytest.raises(UserError, match=f"is at work .*process {process.pid}"):
-            run_tidy(monkeypatch, "--yes")
+            tidy.main(yes=True)
     finally:
         process.kill()
         process.communicate()
