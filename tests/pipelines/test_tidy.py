@@ -67,9 +67,7 @@ def name_in_lock(name: str, *, md5: str) -> None:
 
 
 @pytest.mark.fault("left behind")
-def test_an_old_run_goes_unless_the_folder_a_commit_or_an_experiment_names_it(
-    project, monkeypatch, capsys
-):
+def test_an_old_run_goes_unless_the_folder_a_commit_or_an_experiment_names_it(project, capsys):
     names = {
         reason: f"aegan-{number:012x}"
         for number, reason in enumerate(
@@ -110,7 +108,7 @@ def test_an_old_run_goes_unless_the_folder_a_commit_or_an_experiment_names_it(
 @pytest.mark.fault("left behind")
 @pytest.mark.slow
 def test_what_no_dvc_lock_names_leaves_the_cache_with_its_records_and_the_rest_can_be_restored(
-    project, monkeypatch
+    project,
 ):
     stage = {"cmd": "cp in out", "deps": ["in"], "outs": ["out"]}
     write(Path("dvc.yaml"), json.dumps({"stages": {"copy": stage}}))
@@ -138,7 +136,7 @@ def contents_of_cache() -> set[str]:
 
 @pytest.mark.fault("left behind")
 @pytest.mark.slow
-def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, monkeypatch):
+def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project):
     mlflow = mlflow_store.open_store()
     client = mlflow.MlflowClient()
     experiment = client.create_experiment("aegan")
@@ -167,7 +165,7 @@ def test_files_of_runs_deleted_in_mlflow_go_and_those_of_versions_stay(project, 
 
 
 @pytest.mark.fault("damaged files")
-def test_a_damaged_mlflow_database_ends_tidying_before_anything_is_removed(project, monkeypatch):
+def test_a_damaged_mlflow_database_ends_tidying_before_anything_is_removed(project):
     old, damaged = make_run("aegan-0123456789ab"), write(Path("mlflow.db"), "no database" * 1000)
     with pytest.raises(UserError, match=r"mlflow\.db: file is not a database"):
         tidy.main(yes=True)
@@ -179,7 +177,7 @@ def test_a_damaged_mlflow_database_ends_tidying_before_anything_is_removed(proje
 
 
 @pytest.mark.fault("left behind")
-def test_what_killed_processes_left_goes_and_what_a_living_one_uses_stays(project, monkeypatch):
+def test_what_killed_processes_left_goes_and_what_a_living_one_uses_stays(project):
     names = ("ray/session_2026-01-01_10-00-00_1_2", "aegan-ray-a1b2", "aegan-ray-c3d4")
     dead, private, living = (project / "tmp" / name for name in names)
     left = [
@@ -214,7 +212,7 @@ def test_what_killed_processes_left_goes_and_what_a_living_one_uses_stays(projec
 
 @pytest.mark.fault("left behind")
 @pytest.mark.parametrize("at_work", ["a pipeline", "a stage", "an experiment of the queue"])
-def test_nothing_is_tidied_away_under_a_run(project, monkeypatch, at_work):
+def test_nothing_is_tidied_away_under_a_run(project, at_work):
     old = make_run("aegan-0123456789ab")
     copy = project / ".dvc/tmp/exps/tmp1a2b3c4d"
     copy.mkdir(parents=True)
