@@ -146,49 +146,6 @@ def listener() -> Iterator[tuple[str, list[str]]]:
         other.shutdown()
 
 
-def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
-    registering: Registrations,
-    server: Registry,
-    listener: tuple[str, list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    record_property: Any,
-) -> None:
-    host, heard = listener
-    project = write_project(tmp_path / "project", seed=3)
-    [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
-    assert outcome.code == 0, outcome
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
-    assert tracking.load_model("models:/aegan@candidate").latent_dim == 8
-    elsewhere = shutil.copytree("artifacts/train", tmp_path / "elsewhere/artifacts").parent
-    places = [
-        f"mlflow-artifacts://{host}/x",
-        f"http://{host}/api/2.0/mlflow-artifacts/artifacts/x",
-        f"ftp://{host}/x",
-        f"dbfs://{host}/x",
-        str(elsewhere),
-        elsewhere.as_uri(),
-        f"mlruns/../../{elsewhere.name}",
-        f"file:{project}/mlruns/../{elsewhere}",
-    ]
-    for place in places:
-        server.column(f"UPDATE model_versions SET storage_location = '{place}' RETURNING 1")
-        with pytest.raises(UserError, match="none of the places of the registry"):
-            tracking.load_model("models:/aegan@candidate")
-    server.column(f"UPDATE experiments SET artifact_location = '{elsewhere}' RETURNING 1")
-    files = sorted(elsewhere.rglob("*"))
-    Path("artifacts/evaluate/metrics.json").write_text('{"frechet_distance": {"ema": 1.0}}')
-    [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
-    assert outcome.code == 1
-    assert "none of the places of the registry" in outcome.errors
-    assert sorted(elsewhere.rglob("*")) == files
-    assert heard == []
-    record_property("faults", len(places) + 1)
-
-
 def test_old_versions_go_with_their_files_and_what_anything_names_stays(
     registering: Registrations,
     server: Registry,
@@ -258,3 +215,46 @@ def test_old_versions_go_with_their_files_and_what_anything_names_stays(
     with pytest.raises(UserError, match="--keep 0: expected"):
         tidy.main(keep=0)
     client.set_terminated(runs["6"])
+
+
+def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
+    registering: Registrations,
+    server: Registry,
+    listener: tuple[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Any,
+) -> None:
+    host, heard = listener
+    project = write_project(tmp_path / "project", seed=3)
+    [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
+    assert outcome.code == 0, outcome
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    assert tracking.load_model("models:/aegan@candidate").latent_dim == 8
+    elsewhere = shutil.copytree("artifacts/train", tmp_path / "elsewhere/artifacts").parent
+    places = [
+        f"mlflow-artifacts://{host}/x",
+        f"http://{host}/api/2.0/mlflow-artifacts/artifacts/x",
+        f"ftp://{host}/x",
+        f"dbfs://{host}/x",
+        str(elsewhere),
+        elsewhere.as_uri(),
+        f"mlruns/../../{elsewhere.name}",
+        f"file:{project}/mlruns/../{elsewhere}",
+    ]
+    for place in places:
+        server.column(f"UPDATE model_versions SET storage_location = '{place}' RETURNING 1")
+        with pytest.raises(UserError, match="none of the places of the registry"):
+            tracking.load_model("models:/aegan@candidate")
+    server.column(f"UPDATE experiments SET artifact_location = '{elsewhere}' RETURNING 1")
+    files = sorted(elsewhere.rglob("*"))
+    Path("artifacts/evaluate/metrics.json").write_text('{"frechet_distance": {"ema": 1.0}}')
+    [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
+    assert outcome.code == 1
+    assert "none of the places of the registry" in outcome.errors
+    assert sorted(elsewhere.rglob("*")) == files
+    assert heard == []
+    record_property("faults", len(places) + 1)
