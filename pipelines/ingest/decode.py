@@ -97,7 +97,7 @@ Decode = Callable[[Piece], int]  # returns how many of its files were known
 def _decode_in_processes(decode: Decode, pieces: list[Piece], *, processes: int) -> int:
     """Decode pieces; those at which a process died, now or in an earlier run, one at a time."""
     missing, suspects = pieces, [piece for piece in pieces if piece.mark.exists()]
-    while missing:
+    while True:
         for piece in suspects:
             _decode_alone(decode, piece)
         missing = [piece for piece in missing if not is_complete(piece)]

@@ -3,8 +3,8 @@
 The parts of the last run stay in its work folder, under the same parameters, code and decoder as
 today's. Each row names its file's hash (the first 128 bits are the draw and the turn), so a file
 that is there again, under whatever name and among whatever others, is not decoded again. Only what
-the decoder gave is taken over; all else in a row is made from it as if it had been decoded now. Files
-that were unusable are looked at again: they are few, and a crash may have been no fault of theirs.
+the decoder gave is taken over; all else in a row is made from it, as if it had been decoded now.
+Files that were unusable are looked at again: they are few, and a crash may be no fault of theirs.
 """
 
 from pathlib import Path
