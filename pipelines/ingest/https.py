@@ -84,9 +84,15 @@ def ask(url: str) -> Facts:
 
 def _facts(answer: requests.Response) -> Facts:
     etag = answer.headers.get("ETag", "")
-    length = answer.headers.get("Content-Length", "")
     is_strong = not etag.startswith("W/")  # a weak one may stand for other bytes
-    return etag if is_strong else "", int(length) if length.isdecimal() else -1
+    return etag if is_strong else "", _length_of(answer)
+
+
+def _length_of(answer: requests.Response) -> int:
+    try:
+        return int(answer.headers["Content-Length"])
+    except (KeyError, ValueError):  # not said, or no number
+        return -1
 
 
 def _watched(work: Callable[[Event], Facts], file: Path, name: str) -> Facts:
@@ -287,10 +293,8 @@ def _wait_of(answer: requests.Response) -> float:
 
 
 def _save(answer: requests.Response, file: Path, given_up: Event) -> None:
-    try:
-        pieces = -(-int(answer.headers["Content-Length"]) // CHUNK_BYTES)
-    except (KeyError, ValueError):  # not said, or no number
-        pieces = None
+    length = _length_of(answer)
+    pieces = -(-length // CHUNK_BYTES) if length >= 0 else None
     with file.open("wb") as out:
         chunks = answer.raw.stream(CHUNK_BYTES, decode_content=False)
         for chunk in progress(chunks, "fetching", unit="MiB", total=pieces):
