@@ -38,9 +38,10 @@ from pipelines.base.errors import UserError, run_stage
 from pipelines.base.files import clear_disk_errors, new_folder, project_folder, read_json
 from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
 from pipelines.base.progress import progress
-from pipelines.ingest import decode, splits
+from pipelines.ingest import decode, keep_out, splits
 from pipelines.ingest.deduplicate import (
     DUPLICATE,
+    KEPT_OUT,
     LEAST_HELD_OUT,
     LEAST_IMAGES,
     SET_ASIDE,
@@ -49,7 +50,7 @@ from pipelines.ingest.deduplicate import (
     decide,
 )
 from pipelines.ingest.near_duplicates import Indices
-from pipelines.ingest.quarantine import summary, write_quarantine
+from pipelines.ingest.quarantine import KEPT_OUT_REASON, summary, write_quarantine
 from pipelines.ingest.shards import ShardWriter
 
 RUNS = Path("runs")
@@ -81,12 +82,16 @@ def preprocess(
     A set that cannot be trained on in batches of `batch_size` is refused here, not hours later.
     """
     snapshot = read_json(raw / "manifest.json", stage="download")
+    kept_out = None
+    if config.keep_out:
+        file = project_folder() / config.keep_out
+        kept_out = keep_out.read(file, channels=config.image_channels)
     how, what = _how(config), sha256_of_json(snapshot)[:16]
     with _work_folder(runs, how, what, other_runs=other_runs) as (work, earlier):
         parts = decode.decode_snapshot(
             config, raw, snapshot["shards"], work=work, earlier=earlier, processes=processes
         )
-        verdict = decide(parts, config, thumbnails_file=work / "thumbnails")
+        verdict = decide(parts, config, thumbnails_file=work / "thumbnails", kept_out=kept_out)
         _check_splits(config, parts, verdict, batch_size=batch_size)
         with (
             new_folder(artifacts, written=FOLDERS[PREPROCESS]) as reports,
@@ -122,7 +127,14 @@ def preprocess(
 def _how(config: PreprocessConfig) -> str:
     """Hash of all that a decoded row depends on besides its file: parameters, code and decoder."""
     code = identity.code_sha256(identity.code_of(["pipelines.ingest.pieces"]))
-    return sha256_of_json([dataclasses.asdict(config), code, PIL.__version__])[:16]
+    return sha256_of_json([_settings(config), code, PIL.__version__])[:16]
+
+
+def _settings(config: PreprocessConfig) -> dict[str, Any]:
+    """How images are made; which ones are kept out is no part of it."""
+    settings = dataclasses.asdict(config)
+    del settings["keep_out"]
+    return settings
 
 
 @contextmanager
@@ -177,7 +189,7 @@ def _check_splits(
             f"no usable image among {len(verdict.fate)} files, the first is "
             f"{first['source']} ({first['reason']}): check data.source"
         )
-    counts = np.bincount(verdict.fate, minlength=SET_ASIDE + 1).tolist()
+    counts = np.bincount(verdict.fate, minlength=KEPT_OUT + 1).tolist()
     kept = sum(counts[: len(SPLITS)])
     fractions = splits.fractions(config)
     held_out = {code: least for code, least in LEAST_HELD_OUT.items() if fractions[code] > 0}
@@ -269,7 +281,7 @@ def _schema(config: PreprocessConfig, factors: list[str]) -> pa.Schema:
         "width": config.image_size,
         "channels": config.image_channels,
         "schema_version": SCHEMA_VERSION,
-        "preprocess_sha256": sha256_of_json(dataclasses.asdict(config)),
+        "preprocess_sha256": sha256_of_json(_settings(config)),
     }
     return pa.schema(columns, {key: str(value) for key, value in metadata.items()})
 
@@ -380,7 +392,7 @@ def _write_shards(
         "image_channels": config.image_channels,
         "fit": config.fit,
         "value_range": config.value_range,
-        "preprocess_sha256": sha256_of_json(dataclasses.asdict(config)),
+        "preprocess_sha256": sha256_of_json(_settings(config)),
         "dataset_sha256": hashlib.sha256(
             "".join(entry["sha256"] for entry in entries).encode()
         ).hexdigest(),
@@ -435,7 +447,9 @@ def _left_out(
         fate = verdict.fate[start : start + len(table)]
         for row in np.flatnonzero(fate >= len(SPLITS)):
             source, reason = (column[row].as_py() for column in table.columns)
-            if fate[row] != UNUSABLE:
+            if fate[row] == KEPT_OUT:
+                reason = KEPT_OUT_REASON
+            elif fate[row] != UNUSABLE:
                 twin = verdict.sources[int(verdict.twin[start + row])].as_py()
                 near = "near duplicate of an image in another split"
                 kind = "duplicate" if fate[row] == DUPLICATE else near

@@ -120,6 +120,12 @@ def file_of(sha256: str) -> Path:
     return _folder() / f"{sha256}.parquet"
 
 
+def path_of_current() -> str:
+    """Of the reference that counts, from the project's folder; "" if none was cut yet."""
+    found = current()
+    return str(file_of(found.sha256).relative_to(project_folder())) if found else ""
+
+
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     """Keep with a reference how figures on it scatter over training seeds; raises UserError."""
     file = _folder() / f"{reference.sha256}.json"

@@ -52,6 +52,7 @@ CONFIG = PreprocessConfig(
     test_fraction=0.2,
     rows_per_shard=32,
     rows_per_row_group=8,
+    keep_out="",
 )
 REAL_FACES = Path("../shared/data/anime_faces/anime_faces.zip")
 
@@ -465,6 +466,55 @@ def split_of_each_source(folder: Path) -> dict[str, str]:
         for split in SPLITS
         for source in dataset.load_columns(folder / "shards", split, ["source"])["source"]
     }
+
+
+def reference_of(images: np.ndarray, file: Path) -> Path:
+    """A Parquet file as `aegan reference` cuts one."""
+    rows = [image.tobytes() for image in images]
+    columns = {
+        "image_id": [hashlib.sha256(row).hexdigest() for row in rows],
+        "image": pa.array(rows, pa.binary(len(rows[0]))),
+    }
+    height, width, channels = images.shape[1:]
+    metadata = {"height": str(height), "width": str(width), "channels": str(channels)}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), file)
+    return file
+
+
+@pytest.mark.parametrize("distance", [3.0, 0.0])
+def test_what_is_near_to_the_reference_is_not_trained_on_and_is_listed(tmp_path, distance):
+    images = blocks(60)
+    config = dataclasses.replace(CONFIG, near_duplicate_distance=distance)
+    raw = snapshot(write_folder(tmp_path / "images", images), tmp_path)
+    run(raw, tmp_path, config)
+    split = split_of_each_source(tmp_path)
+    trained = [name for name in sorted(split) if split[name] == "train"]
+    held_out = [name for name in sorted(split) if split[name] == "test"]
+    numbers = [int(Path(name).stem) for name in (*trained[:3], held_out[0])]
+    elsewhere = images[numbers]  # which are in the source, too
+    elsewhere[0] ^= 1  # and one that was saved anew
+    file = reference_of(elsewhere, tmp_path / "reference.parquet")
+    out = tmp_path / "out"
+    statistics = run(raw, out, dataclasses.replace(config, keep_out=str(file)))
+    lost = trained[0 if distance else 1 : 3]
+    assert quarantine(out) == dict.fromkeys(lost, "near duplicate of a reference image")
+    assert statistics["quarantined_by_reason"] == {"near duplicate of a reference image": len(lost)}
+    assert split_of_each_source(out) == {n: s for n, s in split.items() if n not in lost}
+    before, after = (
+        json.loads((folder / "shards/manifest.json").read_text()) for folder in (tmp_path, out)
+    )
+    assert before["preprocess_sha256"] == after["preprocess_sha256"]
+
+
+@pytest.mark.parametrize("content", [None, b"no table", "gray"])
+def test_a_reference_that_does_not_fit_is_one_clear_error(faces, tmp_path, content):
+    file = tmp_path / "reference.parquet"
+    if content == "gray":
+        reference_of(blocks(2, channels=1), file)
+    elif content:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"reference.parquet .*: expected a Parquet file of images"):
+        run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, keep_out=str(file)))
 
 
 def star_fields(count: int, *, seed: int = 0) -> np.ndarray:
