@@ -1,8 +1,9 @@
 """Seconds until new images are ready to train on: look, fetch and preprocess, anew and again.
 
-    .venv/bin/python -m benchmarks.incremental --archive ZIP --json FILE
+    .venv/bin/python -m benchmarks.incremental folder --archive ZIP --json FILE
+    .venv/bin/python -m benchmarks.incremental bucket --archive ZIP --json FILE --images 5000
 
-From a folder and from an S3 server on this machine (moto). First all files from nothing; then with
+From a folder, or from an S3 server on this machine (moto). First all files from nothing; then with
 an earlier run that knew all of them but 0, 1 or 10%, which lie evenly among the others. The stages
 run as users run them, in processes of their own. Processor time counts theirs, not the server's; on
 a busy machine it is the one to compare.
@@ -121,18 +122,18 @@ def measure(source: Folder | Bucket, files: list[Path], project: Path) -> dict[s
 def table(found: dict[str, Any]) -> str:
     """Lines of Markdown: wall seconds and, in brackets, processor seconds."""
     stages = ("look", "fetch", "preprocess")
-    lines = [f"| source | {' | '.join(('files', *stages, 'fetch and preprocess'))} |"]
-    for source, cases in found.items():
-        for case, by_stage in cases.items():
-            cells = [(by_stage[name]["seconds"], by_stage[name]["cpu_seconds"]) for name in stages]
-            cells.append((cells[1][0] + cells[2][0], cells[1][1] + cells[2][1]))
-            told = " | ".join(f"{wall:.1f} ({cpu:.1f})" for wall, cpu in cells)
-            lines.append(f"| {source} | {case} | {told} |")
+    lines = [f"| {' | '.join(('files', *stages, 'fetch and preprocess'))} |"]
+    for case, by_stage in found.items():
+        cells = [(by_stage[name]["seconds"], by_stage[name]["cpu_seconds"]) for name in stages]
+        cells.append((cells[1][0] + cells[2][0], cells[1][1] + cells[2][1]))
+        told = " | ".join(f"{wall:.1f} ({cpu:.1f})" for wall, cpu in cells)
+        lines.append(f"| {case} | {told} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", choices=("folder", "bucket"))
     parser.add_argument("--archive", type=Path, required=True, help=".zip of images")
     parser.add_argument("--images", type=int, help="use so many of them")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
@@ -145,12 +146,15 @@ def main() -> None:
             archive.extractall(folder / "all")
         paths = sorted(path for path in (folder / "all").rglob("*") if path.is_file())
         files = paths[: options.images]
-        found = {
-            "folder": measure(Folder(folder / "images"), files, folder / "project-folder"),
-            "bucket": measure(Bucket(), files, folder / "project-bucket"),
-        }
+        source = Folder(folder / "images") if options.source == "folder" else Bucket()
+        found = measure(source, files, folder / "project")
     print(table(found))
-    settings = {"archive": options.archive.name, "files": len(files), "image_size": 64}
+    settings = {
+        "source": options.source,
+        "archive": options.archive.name,
+        "files": len(files),
+        "image_size": 64,
+    }
     write_json(options.json, {"machine": describe(), "settings": settings, "results": found})
 
 
