@@ -107,17 +107,17 @@ def _open_source(config: DataConfig, workspace: Path, earlier: Sequence[Path]) -
         elif scheme == "kaggle":
             yield Source(address, read_folder(kaggle.fetch(address.partition(":")[2])))
         elif is_one:
-            version = version_of(address, address)
-            fetch = partial(download_version, address, version, fetched)
-            yield _fetched_archive(name, version, fetch, fetched, before)
+            listed = version_of(address, name)
+            fetch_object = partial(download_version, address, listed, fetched)
+            yield _fetched_archive(name, listed, fetch_object, fetched, before)
         elif config.in_place:
             yield Source(address, list_bucket(address), in_place=True)
         elif scheme == "s3":
             yield Source(address, read_bucket(address, before))
         elif scheme in ("http", "https"):
-            fetch = partial(_fetch, address, name, fetched)
-            version = _ask(address, name) if before else None
-            yield _fetched_archive(name, version, fetch, fetched, before)
+            told = _ask(address, name) if before else None
+            fetch_file = partial(_fetch, address, name, fetched)
+            yield _fetched_archive(name, told, fetch_file, fetched, before)
         elif Path(address).is_dir():
             yield Source(config.source, read_folder(Path(address)))
         elif Path(address).is_file():
@@ -143,8 +143,7 @@ def _fetched_archive(
     """One archive, table or array from elsewhere; `version` is what is there now, if known."""
     if before and version and (known := before.entries_of(version)) is not None:
         return Source(name, known, archive_sha256=before.source_sha256)
-    version = fetch()
-    return Source(name, with_version(read_archive(file, name), version), file)
+    return Source(name, with_version(read_archive(file, name), fetch()), file)
 
 
 def _fetch(address: str, name: str, file: Path) -> Version | None:

@@ -16,12 +16,8 @@ from pipelines.ingest.labels import folder_classes
 from pipelines.ingest.near_duplicates import Indices, NearDuplicates
 from pipelines.ingest.splits import TEST, TRAIN, VALIDATION, Numbers, drawn_splits, waiting_times
 
-UNUSABLE, DUPLICATE, SET_ASIDE, KEPT_OUT = (
-    3,
-    4,
-    5,
-    6,
-)  # fates besides a split's position in SPLITS: 0, 1, 2
+# Fates besides a split's position in SPLITS: 0, 1, 2.
+UNUSABLE, DUPLICATE, SET_ASIDE, KEPT_OUT = 3, 4, 5, 6
 LEAST_IMAGES = 10  # from which on no split with a fraction stays empty
 LEAST_HELD_OUT = {TEST: 2, VALIDATION: 1}  # images
 CANDIDATES = 1024  # images that may be looked at to fill a split

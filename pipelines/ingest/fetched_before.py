@@ -111,7 +111,7 @@ class FetchedBefore:
 
     def entries_of(self, version: Version) -> Iterator[Read] | None:
         """What an object gives; None if it is another one now, or not sure to be whole here."""
-        if version not in self._places:
+        if not version.etag or version not in self._places:
             return None
         first, last = self._places[version]
         rows = self._rows[first : last + 1]

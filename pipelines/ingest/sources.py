@@ -316,16 +316,24 @@ def _fetched(
             yield Packed(read.name, content, None, version)
 
 
-def version_of(url: str, name: str) -> Version | None:
-    """Of an object as it is now; None if it is not listed."""
-    listed = next(storage.list_versions(url), None)
-    return Version(name, listed[2], listed[1]) if listed and listed[0] == url else None
+def version_of(url: str, name: str) -> Version:
+    """Of an object as it is now; without an etag if it may be read, but not be listed."""
+    try:
+        listed = next(storage.list_versions(url), None)
+    except storage.StorageError:
+        listed = None
+    return Version(name, listed[2], listed[1]) if listed and listed[0] == url else unknown(name)
 
 
-def download_version(url: str, listed: Version | None, file: Path) -> Version | None:
-    """Download an object; returns what it is a version of, None if it was changed meanwhile."""
+def unknown(name: str) -> Version:
+    """Of an object that cannot be told from others: it is fetched again the next time."""
+    return Version(name, "", 0)
+
+
+def download_version(url: str, listed: Version, file: Path) -> Version:
+    """Download an object; returns what it is a version of, unknown if it was changed meanwhile."""
     storage.download_object(url, file)
-    return listed if listed and version_of(url, listed.name) == listed else None
+    return listed if version_of(url, listed.name) == listed else unknown(listed.name)
 
 
 def list_bucket(url: str) -> Entries:

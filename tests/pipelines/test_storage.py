@@ -401,6 +401,33 @@ def test_an_archive_with_the_etag_of_before_is_not_fetched_again(bucket, fetched
         assert all_bytes(tmp_path / "first") == all_bytes(tmp_path / "second")
 
 
+def test_an_archive_that_changes_while_it_is_fetched_is_fetched_again_the_next_time(
+    bucket, endpoint, monkeypatch, tmp_path
+):
+    images = [encode(image) for image in blocks(3)]
+    bucket("moving/a.zip", zipped({"a.png": images[0]}))
+    bucket("moving/b.png", images[2])
+    proxy = FaultyProxy(endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage._client.cache_clear()
+
+    def change(method: str, path: str) -> None:
+        if path.endswith("a.zip"):
+            bucket("moving/a.zip", zipped({"a.png": images[1]}))
+
+    proxy.fault = change
+    source = config("s3://images/moving")
+    download(source, tmp_path / "first")
+    proxy.fault = lambda method, path: None
+    proxy.requests.clear()
+    download(source, tmp_path / "second", earlier=[tmp_path / "first"])
+    assert {path.rpartition("/")[2] for _, path in proxy.requests} >= {"a.zip"}
+    assert "/images/moving/b.png" not in {path for _, path in proxy.requests}
+    download(source, tmp_path / "anew")
+    assert all_bytes(tmp_path / "second") == all_bytes(tmp_path / "anew")
+    proxy.close()
+
+
 @pytest.mark.fault("damaged files")
 @pytest.mark.parametrize("damage", ["shard", "notes", "manifest", "no notes", "other code"])
 def test_an_earlier_snapshot_that_is_not_sound_is_used_for_what_its_hashes_vouch_for(
