@@ -270,7 +270,7 @@ def main() -> None:
 
 
 def _keep(manifest: dict[str, Any]) -> None:
-    """Keep a snapshot that was fetched, by links that take no room beside DVC's cache."""
+    """Keep a snapshot that was fetched, by links: nothing is copied until DVC copies its output."""
     if fetched_before.KEY not in manifest:
         remove(LAST_RAW)
         return

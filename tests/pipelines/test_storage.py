@@ -473,14 +473,14 @@ def test_what_an_earlier_snapshot_of_another_source_holds_is_not_taken(bucket, f
 def test_the_stage_keeps_its_snapshot_where_dvc_does_not_delete_it(
     bucket, fetched, tmp_path, monkeypatch
 ):
-    """As DVC does it: the output is moved into the cache and deleted before the next run."""
+    """As DVC does it: the output is deleted before the next run."""
     monkeypatch.chdir(tmp_path)
     bucket("kept/a.png", encode(blocks(1)[0]))
     monkeypatch.setattr(download_stage.params, "load", lambda _: config("s3://images/kept"))
     download_stage.main()
     first = all_bytes(RAW)
     [inode, other] = [(place / "files-00000.parquet").stat().st_ino for place in (RAW, LAST_RAW)]
-    assert inode == other  # no room is taken twice
+    assert inode == other  # nothing was copied
     shutil.rmtree(RAW)
     fetched()
     download_stage.main()
