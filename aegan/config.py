@@ -130,6 +130,7 @@ class PreprocessConfig:
     test_fraction: Fraction  # 0: none, nothing is measured on images that are new to the model
     rows_per_shard: Count
     rows_per_row_group: Count
+    keep_out: str  # a Parquet file of images that no training image may be near to; "": none
 
     def misfits(self) -> Iterator[str]:
         held_out = self.validation_fraction + self.test_fraction
@@ -345,6 +346,7 @@ ADDED: dict[str, Any] = {
     "training.augmentation_probability": 0.0,
     "training.augmentation_target": 0.0,
     "training.augmentation_images": 100_000,
+    "preprocess.keep_out": "",
     "retrain.start": "champion",
     "retrain.on_drift": "ask",
     "retrain.max_hours": 24.0,

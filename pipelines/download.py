@@ -6,10 +6,12 @@ With `data.in_place` only the listing of a bucket's prefix is stored, and the fi
 import hashlib
 import io
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,34 @@ from PIL import Image
 
 from aegan.config import DataConfig
 from aegan.data import designed_faces
-from aegan.files import sha256_of, write_json
+from aegan.files import remove, sha256_of, write_json
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_folder
+from pipelines.base.files import new_folder, project_folder
 from pipelines.base.names import shown
-from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW
+from pipelines.base.outputs import FOLDERS, LAST_RAW, PREPROCESS, RAW
 from pipelines.base.progress import progress
 from pipelines.bucket import storage
-from pipelines.ingest import https, kaggle, source_address
-from pipelines.ingest.entries import Entries, ListedFile, RawFile, Skipped, is_container_name
+from pipelines.ingest import fetched_before, https, kaggle, source_address
+from pipelines.ingest.entries import (
+    Entries,
+    ListedFile,
+    RawFile,
+    Skipped,
+    Version,
+    is_container_name,
+)
+from pipelines.ingest.fetched_before import FetchedBefore, Notes
 from pipelines.ingest.quarantine import kind_of_reason, summary
 from pipelines.ingest.shards import ShardWriter
 from pipelines.ingest.sources import (
+    download_version,
     list_bucket,
     read_archive,
     read_bucket,
     read_folder,
+    version_of,
+    with_version,
     without_repetitions,
 )
 
@@ -55,15 +68,19 @@ class Source:
     name: str
     entries: Entries
     archive: Path | None = None  # hashed as it is; otherwise the files are
+    archive_sha256: str = ""  # of one that was fetched before
     factors: tuple[str, ...] = ()
     in_place: bool = False  # the entries are a listing
 
 
-def download(config: DataConfig, folder: Path) -> dict[str, Any]:
-    """Write the snapshot of the source to `folder`; returns its manifest. Raises UserError."""
+def download(config: DataConfig, folder: Path, *, earlier: Sequence[Path] = ()) -> dict[str, Any]:
+    """Write the snapshot of the source to `folder`; returns its manifest. Raises UserError.
+
+    What one of the earlier snapshots holds of a bucket or server is not fetched again.
+    """
     with (
         new_folder(folder, written=FOLDERS[RAW]) as temporary,
-        _open_source(config, temporary) as source,
+        _open_source(config, temporary, earlier) as source,
     ):
         manifest = _write_snapshot(source, temporary)
         write_json(temporary / "manifest.json", manifest)
@@ -71,11 +88,13 @@ def download(config: DataConfig, folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
+def _open_source(config: DataConfig, workspace: Path, earlier: Sequence[Path]) -> Iterator[Source]:
     """What `data.source` names; a fetched archive lies in the workspace meanwhile."""
     address = source_address.resolve(config.source)
     scheme = source_address.scheme_of(address)
     fetched = workspace / "fetched"
+    name = source_address.without_secrets(address) if scheme in ("http", "https") else address
+    before = None if config.in_place else fetched_before.find(earlier, name)
     is_one = scheme == "s3" and (is_container_name(address) or storage.is_object(address))
     if config.in_place and (scheme != "s3" or is_one):
         raise UserError(
@@ -88,16 +107,17 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
         elif scheme == "kaggle":
             yield Source(address, read_folder(kaggle.fetch(address.partition(":")[2])))
         elif is_one:
-            storage.download_object(address, fetched)
-            yield Source(address, read_archive(fetched, address), fetched)
+            listed = version_of(address, name)
+            fetch_object = partial(download_version, address, listed, fetched)
+            yield _fetched_archive(name, listed, fetch_object, fetched, before)
         elif config.in_place:
             yield Source(address, list_bucket(address), in_place=True)
         elif scheme == "s3":
-            yield Source(address, read_bucket(address))
+            yield Source(address, read_bucket(address, before))
         elif scheme in ("http", "https"):
-            https.fetch(address, fetched)
-            name = source_address.without_secrets(address)
-            yield Source(name, read_archive(fetched, name), fetched)
+            told = _ask(address, name) if before else None
+            fetch_file = partial(_fetch, address, name, fetched)
+            yield _fetched_archive(name, told, fetch_file, fetched, before)
         elif Path(address).is_dir():
             yield Source(config.source, read_folder(Path(address)))
         elif Path(address).is_file():
@@ -107,8 +127,37 @@ def _open_source(config: DataConfig, workspace: Path) -> Iterator[Source]:
                 f"data.source {config.source} not found (a path counts from the project's folder): "
                 f"expected {source_address.EXPECTED}"
             )
+        if before and before.taken:
+            log.info("%d objects had been fetched before", before.taken)
     finally:
         fetched.unlink(missing_ok=True)
+
+
+def _fetched_archive(
+    name: str,
+    version: Version | None,
+    fetch: Callable[[], Version | None],
+    file: Path,
+    before: FetchedBefore | None,
+) -> Source:
+    """One archive, table or array from elsewhere; `version` is what is there now, if known."""
+    if before and version and (known := before.entries_of(version)) is not None:
+        return Source(name, known, archive_sha256=before.source_sha256)
+    return Source(name, with_version(read_archive(file, name), fetch()), file)
+
+
+def _fetch(address: str, name: str, file: Path) -> Version | None:
+    etag, size = https.fetch(address, file)
+    return Version(name, etag, size) if etag else None
+
+
+def _ask(address: str, name: str) -> Version | None:
+    """What lies at an address now; None if its server does not say."""
+    try:
+        etag, size = https.ask(address)
+    except UserError:  # fetching tries again, and says why
+        return None
+    return Version(name, etag, size) if etag else None
 
 
 def _manifold(config: DataConfig) -> Source:
@@ -155,7 +204,8 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
             writer.finish_shard()
         writer.write(pa.Table.from_arrays(arrays, schema=writer.schema))
 
-    entries = without_repetitions(source.entries)
+    notes = Notes(folder)
+    entries = without_repetitions(notes.passing(source.entries))
     for entry in progress(entries, f"reading {shown(source.name)}", unit="files", total=None):
         if isinstance(entry, Skipped):
             skipped.append(entry)
@@ -179,7 +229,9 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
     write_group()
     writer.finish_shard()
 
-    sha256 = sha256_of(source.archive) if source.archive else hashes.hexdigest()
+    sha256 = source.archive_sha256 or (
+        sha256_of(source.archive) if source.archive else hashes.hexdigest()
+    )
     log.info("%s: %d files, %d bytes", shown(source.name), files, total_bytes)
     if skipped:
         kinds = Counter(kind_of_reason(item.reason) for item in skipped)
@@ -196,6 +248,7 @@ def _write_snapshot(source: Source, folder: Path) -> dict[str, Any]:
             {"source": shown(item.source), "reason": shown(item.reason)} for item in skipped
         ],
         "factors": list(source.factors),
+        **notes.facts(),
     }
 
 
@@ -210,7 +263,23 @@ def _row(file: RawFile | ListedFile, schema: pa.Schema) -> tuple[Any, ...]:
 def main() -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # retries: our own error says enough
     with locks.hold("download"):
-        download(params.load(DataConfig), RAW)
+        manifest = download(
+            params.load(DataConfig), RAW, earlier=[LAST_RAW, project_folder() / LAST_RAW]
+        )
+        _keep(manifest)
+
+
+def _keep(manifest: dict[str, Any]) -> None:
+    """Keep a snapshot that was fetched, by links: nothing is copied until DVC copies its output."""
+    if fetched_before.KEY not in manifest:
+        remove(LAST_RAW)
+        return
+    try:
+        with new_folder(LAST_RAW, written=FOLDERS[RAW]) as temporary:
+            for file in RAW.iterdir():
+                os.link(file.resolve(), temporary / file.name)
+    except (OSError, UserError) as error:  # a disk without links, say
+        log.info("not kept for the next time, when all is fetched again: %s", error)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Three passes; memory is bounded by a few row groups a core plus some 300 bytes a
    (decode_on_ray.py: all nodes of a cluster, when the images are still in their bucket);
 2. deduplicate.py: ids and thumbnails alone say what becomes of each image;
 3. here: all cores stream the parts into the shards of the three splits.
-The bytes do not depend on the number of processes. Killed, the next run uses the finished parts.
+The bytes do not depend on the number of processes. Killed, the next run uses the finished parts;
+ended well, the next run takes from them what it would decode again (decoded_before.py).
 """
 
 import dataclasses
@@ -34,12 +35,13 @@ from aegan.files import sha256_of_json, write_json
 from aegan.pictures import grid, save_png
 from pipelines.base import identity, locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import clear_disk_errors, new_folder, read_json
+from pipelines.base.files import clear_disk_errors, new_folder, project_folder, read_json
 from pipelines.base.outputs import FOLDERS, PREPROCESS, RAW, SHARDS
 from pipelines.base.progress import progress
-from pipelines.ingest import decode, splits
+from pipelines.ingest import decode, keep_out, splits
 from pipelines.ingest.deduplicate import (
     DUPLICATE,
+    KEPT_OUT,
     LEAST_HELD_OUT,
     LEAST_IMAGES,
     SET_ASIDE,
@@ -48,7 +50,7 @@ from pipelines.ingest.deduplicate import (
     decide,
 )
 from pipelines.ingest.near_duplicates import Indices
-from pipelines.ingest.quarantine import summary, write_quarantine
+from pipelines.ingest.quarantine import KEPT_OUT_REASON, summary, write_quarantine
 from pipelines.ingest.shards import ShardWriter
 
 RUNS = Path("runs")
@@ -70,19 +72,26 @@ def preprocess(
     shards: Path,
     artifacts: Path,
     runs: Path,
+    other_runs: Path | None = None,
     batch_size: int = 1,
     processes: int | None = None,
 ) -> dict[str, Any]:
     """Write the shards and the reports; returns the statistics. Raises UserError.
 
+    What was decoded before is looked for in `runs`, and in `other_runs`, which stays as it is.
     A set that cannot be trained on in batches of `batch_size` is refused here, not hours later.
     """
     snapshot = read_json(raw / "manifest.json", stage="download")
-    with _work_folder(runs, _fingerprint(config, snapshot)) as work:
+    kept_out = None
+    if config.keep_out:
+        file = project_folder() / config.keep_out
+        kept_out = keep_out.read(file, channels=config.image_channels)
+    how, what = _how(config), sha256_of_json(snapshot)[:16]
+    with _work_folder(runs, how, what, other_runs=other_runs) as (work, earlier):
         parts = decode.decode_snapshot(
-            config, raw, snapshot["shards"], work=work, processes=processes
+            config, raw, snapshot["shards"], work=work, earlier=earlier, processes=processes
         )
-        verdict = decide(parts, config, thumbnails_file=work / "thumbnails")
+        verdict = decide(parts, config, thumbnails_file=work / "thumbnails", kept_out=kept_out)
         _check_splits(config, parts, verdict, batch_size=batch_size)
         with (
             new_folder(artifacts, written=FOLDERS[PREPROCESS]) as reports,
@@ -98,6 +107,9 @@ def preprocess(
             statistics["intrinsic_dimension"] = _add_dimension(folder)
             write_json(reports / "statistics.json", statistics)
             _draw(kept.sheet, reports / "contact_sheet.png")
+        if decode.is_listing(raw, snapshot["shards"]):  # the next one does not tell which are known
+            for part in parts:
+                part.unlink()
     log.info(
         "kept %d of %d files: %d train, %d validation, %d test",
         *(statistics[key] for key in ("kept", "files", *SPLITS)),
@@ -112,28 +124,59 @@ def preprocess(
     return statistics
 
 
-def _fingerprint(config: PreprocessConfig, snapshot: dict[str, Any]) -> str:
-    """Of all that a part file depends on: parameters, files, code and decoder."""
+def _how(config: PreprocessConfig) -> str:
+    """Hash of all that a decoded row depends on besides its file: parameters, code and decoder."""
     code = identity.code_sha256(identity.code_of(["pipelines.ingest.pieces"]))
-    return sha256_of_json([dataclasses.asdict(config), snapshot, code, PIL.__version__])[:16]
+    return sha256_of_json([_settings(config), code, PIL.__version__])[:16]
+
+
+def _settings(config: PreprocessConfig) -> dict[str, Any]:
+    """How images are made; which ones are kept out is no part of it."""
+    settings = dataclasses.asdict(config)
+    del settings["keep_out"]
+    return settings
 
 
 @contextmanager
-def _work_folder(runs: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder of the part files: kept when the run fails, removed when it ends well."""
-    folder = runs / f"preprocess-{fingerprint}"
+def _work_folder(
+    runs: Path, how: str, what: str, *, other_runs: Path | None
+) -> Iterator[tuple[Path, Path | None]]:
+    """The folder of the part files, and that of an earlier run on other files, if there is one.
+
+    Parts stay when the run fails, for the same command again, and when it ends well, for the next
+    files: DVC, which deletes outputs before a stage runs, leaves `runs` alone.
+    """
+    folder = runs / f"preprocess-{how}-{what}"
     with clear_disk_errors(runs):
         runs.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(runs / "preprocess.lock", timeout=0):
-                for old in runs.glob("preprocess-*"):
-                    if old != folder:  # left by a run under other parameters
-                        shutil.rmtree(old)
                 folder.mkdir(exist_ok=True)
-                yield folder
-                shutil.rmtree(folder)
+                earlier = _most_parts(
+                    old
+                    for place in (runs, other_runs or runs)
+                    for old in place.glob(f"preprocess-{how}-*")
+                    if not old.samefile(folder)
+                )
+                _remove_others(runs, folder, earlier)
+                yield folder, earlier
+                for file in folder.iterdir():
+                    if file.suffix != ".parquet":
+                        file.unlink()
+                _remove_others(runs, folder)
         except Timeout:
             raise UserError(f"another preprocess run is at work in {runs}: wait for it") from None
+
+
+def _most_parts(folders: Iterator[Path]) -> Path | None:
+    """A run that was killed at its start has few of them."""
+    return max(folders, key=lambda folder: len(list(folder.glob("part-*"))), default=None)
+
+
+def _remove_others(runs: Path, *kept: Path | None) -> None:
+    for folder in runs.glob("preprocess-*"):
+        if folder.is_dir() and folder not in kept:  # of other parameters, or not needed any more
+            shutil.rmtree(folder)
 
 
 def _check_splits(
@@ -146,7 +189,7 @@ def _check_splits(
             f"no usable image among {len(verdict.fate)} files, the first is "
             f"{first['source']} ({first['reason']}): check data.source"
         )
-    counts = np.bincount(verdict.fate, minlength=SET_ASIDE + 1).tolist()
+    counts = np.bincount(verdict.fate, minlength=KEPT_OUT + 1).tolist()
     kept = sum(counts[: len(SPLITS)])
     fractions = splits.fractions(config)
     held_out = {code: least for code, least in LEAST_HELD_OUT.items() if fractions[code] > 0}
@@ -238,7 +281,7 @@ def _schema(config: PreprocessConfig, factors: list[str]) -> pa.Schema:
         "width": config.image_size,
         "channels": config.image_channels,
         "schema_version": SCHEMA_VERSION,
-        "preprocess_sha256": sha256_of_json(dataclasses.asdict(config)),
+        "preprocess_sha256": sha256_of_json(_settings(config)),
     }
     return pa.schema(columns, {key: str(value) for key, value in metadata.items()})
 
@@ -349,7 +392,7 @@ def _write_shards(
         "image_channels": config.image_channels,
         "fit": config.fit,
         "value_range": config.value_range,
-        "preprocess_sha256": sha256_of_json(dataclasses.asdict(config)),
+        "preprocess_sha256": sha256_of_json(_settings(config)),
         "dataset_sha256": hashlib.sha256(
             "".join(entry["sha256"] for entry in entries).encode()
         ).hexdigest(),
@@ -404,7 +447,9 @@ def _left_out(
         fate = verdict.fate[start : start + len(table)]
         for row in np.flatnonzero(fate >= len(SPLITS)):
             source, reason = (column[row].as_py() for column in table.columns)
-            if fate[row] != UNUSABLE:
+            if fate[row] == KEPT_OUT:
+                reason = KEPT_OUT_REASON
+            elif fate[row] != UNUSABLE:
                 twin = verdict.sources[int(verdict.twin[start + row])].as_py()
                 near = "near duplicate of an image in another split"
                 kind = "duplicate" if fate[row] == DUPLICATE else near
@@ -486,7 +531,13 @@ def main() -> None:
     batch_size = params.load(TrainingConfig).batch_size
     with locks.hold("preprocess"):
         preprocess(
-            config, RAW, shards=SHARDS, artifacts=PREPROCESS, runs=RUNS, batch_size=batch_size
+            config,
+            RAW,
+            shards=SHARDS,
+            artifacts=PREPROCESS,
+            runs=RUNS,
+            other_runs=project_folder() / RUNS,
+            batch_size=batch_size,
         )
 
 

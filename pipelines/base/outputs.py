@@ -14,6 +14,9 @@ from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 
 RAW, SHARDS = Path("artifacts/raw"), Path("artifacts/shards")
+# No output, so that DVC leaves it alone: the last snapshot, from which the next one takes what has
+# not changed. (`persist: true` would keep the output, but bypass DVC's run cache.)
+LAST_RAW = Path("artifacts/.last-raw")
 PREPROCESS, TRAIN = Path("artifacts/preprocess"), Path("artifacts/train")
 INTERPOLATE, EXPLORE = Path("artifacts/interpolate"), Path("artifacts/explore")
 TUNE = Path("artifacts/tune")
@@ -22,7 +25,7 @@ REFERENCE, REFERENCE_DVC = Path("reference"), Path("reference.dvc")
 PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples", "fitted_samples")
 PLOTS = ("slices", "parallel_coordinates", "importance")
 FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a stage writes there
-    RAW: ("manifest.json", "files-[0-9]*.parquet"),
+    RAW: ("manifest.json", "files-[0-9]*.parquet", "objects-[0-9]*.parquet"),
     SHARDS: ("manifest.json", *(f"{s}-[0-9]*.parquet" for s in ("train", "validation", "test"))),
     PREPROCESS: ("quarantine.csv", "statistics.json", "contact_sheet.png"),
     TRAIN: (

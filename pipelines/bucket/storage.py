@@ -108,6 +108,11 @@ def read_object(url: str, *, etag: str = "") -> bytes:
     return _read(url, etag=etag)[0]
 
 
+def read_version(url: str) -> tuple[bytes, str]:
+    """The same, and the etag that the object had."""
+    return _read(url)
+
+
 def _read(url: str, *, etag: str = "") -> tuple[bytes, str]:
     """The content of one object and its etag."""
     bucket, key = _split(url)

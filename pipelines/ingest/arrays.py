@@ -17,9 +17,9 @@ from pipelines.base.names import shown
 from pipelines.ingest.entries import (
     MAX_FILE_BYTES,
     Allowance,
-    Entries,
     NoImagesError,
     RawFile,
+    Read,
     Skipped,
     refusal,
 )
@@ -52,7 +52,7 @@ def is_npz(file: BinaryIO) -> bool:
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
-def read_npy(file: BinaryIO, name: str) -> Entries:
+def read_npy(file: BinaryIO, name: str) -> Iterator[Read]:
     """A PNG file for each image of an array, named by the array and its number."""
 
     def reopen() -> AbstractContextManager[BinaryIO]:
@@ -62,7 +62,7 @@ def read_npy(file: BinaryIO, name: str) -> Entries:
     return _read_images(reopen, name, PurePosixPath(name).stem, labels=None)
 
 
-def read_npz(file: BinaryIO, name: str, allowance: Allowance) -> Entries:
+def read_npz(file: BinaryIO, name: str, allowance: Allowance) -> Iterator[Read]:
     """The same for each array of an archive; `x_train` has its classes in `y_train`."""
     stem = PurePosixPath(name).stem
     left_out = []
@@ -139,7 +139,7 @@ def _read_header(stream: Any, name: str) -> _Array:
     return _Array(shape, dtype)
 
 
-def _read_images(open_: Open, name: str, stem: str, *, labels: list[str] | None) -> Entries:
+def _read_images(open_: Open, name: str, stem: str, *, labels: list[str] | None) -> Iterator[Read]:
     with open_() as stream:
         array = _read_header(stream, name)
     array, channels_first = _layout(array, name)

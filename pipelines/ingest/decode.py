@@ -30,6 +30,7 @@ from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors
 from pipelines.base.names import shown
 from pipelines.base.progress import progress
+from pipelines.ingest.decoded_before import DecodedBefore, write_index
 from pipelines.ingest.pieces import Piece, decode_rows, is_complete, plan
 from pipelines.ingest.shards import write_parquet
 
@@ -53,41 +54,55 @@ def decode_snapshot(
     shards: list[dict[str, Any]],
     *,
     work: Path,
+    earlier: Path | None = None,
     processes: int | None = None,
 ) -> list[Path]:
     """Decode all row groups that have no part in `work` yet; returns all parts in order.
 
-    With `processes=1` in this process, else in as many others (default: one a core).
+    What parts in `earlier`, of the same parameters and code, hold is taken from there. With
+    `processes=1` in this process, else in as many others (default: one a core).
     """
     started = time.monotonic()
     pieces = list(plan(raw, shards, work))
     missing = [piece for piece in pieces if not is_complete(piece)]
-    if missing and "url" in pq.read_schema(missing[0].shard).names:  # a listing, not the files
+    if missing and is_listing(raw, shards):
         # Slow to import, for listings alone.
         from pipelines.ingest.decode_on_ray import decode_pieces
 
-        _run(decode_pieces(config, missing), total=len(missing))
-    elif processes == 1 and not any(piece.mark.exists() for piece in missing):
-        _run(map(partial(_decode_row_group, config), missing), total=len(missing))
+        known = _run(decode_pieces(config, missing), total=len(missing))
     else:
-        _decode_in_processes(config, missing, processes=processes or available_cores())
-    rows = sum(piece.rows for piece in missing)
+        index = work / "known.npy"
+        if missing and earlier:
+            write_index(earlier, index)
+        decode = partial(_decode_row_group, config, earlier, index)
+        if processes == 1 and not any(piece.mark.exists() for piece in missing):
+            known = _run(map(decode, missing), total=len(missing))
+        else:
+            known = _decode_in_processes(decode, missing, processes=processes or available_cores())
+    rows = sum(piece.rows for piece in missing) - known
     log.info("decoded %d files, %.0f a second", rows, rows / (time.monotonic() - started))
+    if known:
+        log.info("%d files had been decoded before", known)
     return [piece.part for piece in pieces]
 
 
-def _decode_in_processes(config: PreprocessConfig, pieces: list[Piece], *, processes: int) -> None:
+def is_listing(raw: Path, shards: list[dict[str, Any]]) -> bool:
+    """Whether a snapshot holds the addresses of its files in place of the files."""
+    return "url" in pq.read_schema(raw / shards[0]["file"]).names
+
+
+Decode = Callable[[Piece], int]  # returns how many of its files were known
+
+
+def _decode_in_processes(decode: Decode, pieces: list[Piece], *, processes: int) -> int:
     """Decode pieces; those at which a process died, now or in an earlier run, one at a time."""
-    decode = partial(_decode_row_group, config)
     missing, suspects = pieces, [piece for piece in pieces if piece.mark.exists()]
-    while missing:
+    while True:
         for piece in suspects:
             _decode_alone(decode, piece)
         missing = [piece for piece in missing if not is_complete(piece)]
         try:
-            if missing:
-                _run_in_pool(decode, missing, processes=min(processes, len(missing)))
-            return
+            return _run_in_pool(decode, missing, processes=min(processes, len(missing)))
         except _DiedError:
             suspects = [piece for piece in missing if piece.mark.exists()]
             if not suspects:
@@ -103,7 +118,7 @@ LACK_CURE = (
 )
 
 
-def _decode_alone(decode: Callable[[Piece], None], piece: Piece) -> None:
+def _decode_alone(decode: Decode, piece: Piece) -> None:
     """Decode a piece while nothing else is decoded; leaves out files that crash the decoder."""
     while not is_complete(piece):
         try:
@@ -136,17 +151,19 @@ def _crashes_of(piece: Piece) -> dict[str, str]:
     return found
 
 
-def _run_in_pool(decode: Callable[[Piece], None], pieces: list[Piece], *, processes: int) -> None:
+def _run_in_pool(decode: Decode, pieces: list[Piece], *, processes: int) -> int:
     """Decode pieces in processes of their own; raises _DiedError if one of them does."""
+    if not pieces:
+        return 0
     others = set(active_children())
     # `spawn`: a forked copy of a process with threads can hang.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=set_up_worker)
     workers = set()
-    has_died = False
+    known, has_died = 0, False
     try:
         results = pool.map(decode, pieces)
         workers = set(active_children()) - others
-        _run(results, total=len(pieces))
+        known = _run(results, total=len(pieces))
     except BrokenProcessPool:
         has_died = True
     finally:
@@ -155,11 +172,11 @@ def _run_in_pool(decode: Callable[[Piece], None], pieces: list[Piece], *, proces
         codes = [worker.exitcode or 0 for worker in workers]
         names = [signal.Signals(-code).name for code in codes if code < 0]
         raise _DiedError(names[0] if len(names) == 1 else "")
+    return known
 
 
-def _run(results: Iterator[None], *, total: int) -> None:
-    for _ in progress(results, "decoding", unit="parts", total=total):
-        pass
+def _run(results: Iterator[int], *, total: int) -> int:
+    return sum(progress(results, "decoding", unit="parts", total=total))
 
 
 def available_cores() -> int:
@@ -183,8 +200,14 @@ def set_up_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _decode_row_group(config: PreprocessConfig, piece: Piece) -> None:
-    """Rows of the snapshot => the same rows decoded, or with the reason why not."""
+def _decode_row_group(
+    config: PreprocessConfig, earlier: Path | None, index: Path, piece: Piece
+) -> int:
+    """Rows of the snapshot => the same rows decoded, or with the reason why not.
+
+    Returns how many of them were known.
+    """
+    known = DecodedBefore(earlier, index, config) if earlier else None
     found = pq.ParquetFile(piece.shard).read_row_group(piece.row_group)
     crashes = _crashes_of(piece)
     with clear_disk_errors(piece.mark), piece.mark.open("wb", buffering=0) as mark:
@@ -195,6 +218,7 @@ def _decode_row_group(config: PreprocessConfig, piece: Piece) -> None:
             os.pwrite(mark.fileno(), row.to_bytes(8, "little"), 0)
 
         try:
-            write_parquet(decode_rows(found, config, before), piece.part)
+            write_parquet(decode_rows(found, config, before, known), piece.part, checksums=True)
         finally:
             piece.mark.unlink()
+    return known.taken if known else 0

@@ -24,8 +24,11 @@ from pipelines.ingest.shards import write_parquet
 LOST_TASKS = 5  # tries of a piece whose node or process is lost; by default Ray never ends
 
 
-def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[None]:
-    """Write the part of each piece; yields after each. Raises UserError."""
+def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[int]:
+    """Write the part of each piece; yields after each how many of its files were known: none.
+
+    Which file it is would only be known once it is fetched. Raises UserError.
+    """
     with ray_session(gpus=False):
         import ray.data
         import ray.exceptions
@@ -54,8 +57,8 @@ def decode_pieces(config: PreprocessConfig, pieces: list[Piece]) -> Iterator[Non
                     if problem.as_py():
                         raise UserError(problem.as_py())
                     table = pa.ipc.open_stream(part.as_buffer()).read_all()
-                    write_parquet(iter([table]), pieces[number.as_py()].part)
-                    yield
+                    write_parquet(iter([table]), pieces[number.as_py()].part, checksums=True)
+                    yield 0
         except ray.exceptions.RayError as error:  # after some more tries, which Ray makes itself
             raise UserError(
                 f"decoding on the cluster ended ({str(error).splitlines()[0]}): run the same "

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from aegan.config import SPLITS, PreprocessConfig
 from pipelines.base.progress import progress
+from pipelines.ingest.keep_out import KeptOut
 from pipelines.ingest.labels import folder_classes
 from pipelines.ingest.near_duplicates import Indices, NearDuplicates
 from pipelines.ingest.splits import TEST, TRAIN, VALIDATION, Numbers, drawn_splits, waiting_times
 
-UNUSABLE, DUPLICATE, SET_ASIDE = 3, 4, 5  # fates besides a split's position in SPLITS: 0, 1, 2
+# Fates besides a split's position in SPLITS: 0, 1, 2.
+UNUSABLE, DUPLICATE, SET_ASIDE, KEPT_OUT = 3, 4, 5, 6
 LEAST_IMAGES = 10  # from which on no split with a fraction stays empty
 LEAST_HELD_OUT = {TEST: 2, VALIDATION: 1}  # images
 CANDIDATES = 1024  # images that may be looked at to fill a split
@@ -26,7 +28,7 @@ _FIRST_BATCH, _LARGEST_BATCH = 64, 1024  # images that take their turns together
 class Verdict:
     """What becomes of each file of the snapshot, in its order."""
 
-    fate: NDArray[np.int8]  # position in SPLITS, or UNUSABLE, DUPLICATE, SET_ASIDE
+    fate: NDArray[np.int8]  # position in SPLITS, or UNUSABLE, DUPLICATE, SET_ASIDE, KEPT_OUT
     twin: Indices  # the file that a duplicate or set-aside image resembles, or -1
     sources: pa.ChunkedArray
     groups: tuple[int, int] = (0, 0)  # groups of near duplicates, images in them
@@ -36,9 +38,16 @@ class Verdict:
     classes: tuple[str, ...] = ()
 
 
-def decide(parts: list[Path], config: PreprocessConfig, *, thumbnails_file: Path) -> Verdict:
+def decide(
+    parts: list[Path],
+    config: PreprocessConfig,
+    *,
+    thumbnails_file: Path,
+    kept_out: KeptOut | None = None,
+) -> Verdict:
     """Exact duplicates of an earlier file go, and near duplicates across splits.
 
+    So do training images that are, or are near to, one that is to be kept out of training.
     An image that stays is in the split that its own draw says, whatever else the set holds; in a
     small set, the lowest draws fill test and validation split.
     """
@@ -55,10 +64,20 @@ def decide(parts: list[Path], config: PreprocessConfig, *, thumbnails_file: Path
     twin[usable[repeated]] = original[repeated]
 
     images = usable[~repeated]
+    if kept_out:
+        with thumbnails_file.open("ab") as out:
+            out.write(kept_out.thumbnails)
     search = NearDuplicates(
         thumbnails_file, channels=config.image_channels, distance=config.near_duplicate_distance
     )
     split = drawn_splits(draws[images], config)
+    if kept_out:
+        trained = images[split == TRAIN]
+        near = search.nearest(trained, np.arange(len(ids), search.count)) >= 0
+        near |= np.isin(ids[trained], np.array(kept_out.ids, ids.dtype))  # at any distance
+        fate[trained[near]] = KEPT_OUT
+        stays = fate[images] != KEPT_OUT
+        images, split = images[stays], split[stays]
     drawn = tuple(np.bincount(split, minlength=len(SPLITS)).tolist())
     rival = keep_apart(search, images, split, waiting_times(turns[images], split, config))
     fate[images] = np.where(rival < 0, split, SET_ASIDE)

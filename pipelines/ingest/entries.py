@@ -43,6 +43,15 @@ class NoImagesError(UserError):
 
 
 @dataclass(frozen=True)
+class Version:
+    """An object of a bucket, or a file of a server; one that is written anew has another etag."""
+
+    name: str
+    etag: str
+    size: int
+
+
+@dataclass(frozen=True)
 class RawFile:
     """One file as found."""
 
@@ -50,6 +59,7 @@ class RawFile:
     content: bytes
     factors: tuple[float, ...] = ()
     label: str | None = None  # if the source states a class
+    version: Version | None = None  # what it was fetched as, or with the archive that it lay in
 
     @property
     def size(self) -> int:
@@ -68,7 +78,7 @@ class ListedFile:
     url: str
     etag: str
     size: int
-    label = None
+    label = version = None
 
     @property
     def digest(self) -> bytes:
@@ -81,6 +91,7 @@ class Skipped:
 
     source: str
     reason: str
+    version: Version | None = None  # of the archive that it lies in
 
 
 class Allowance:
@@ -108,9 +119,11 @@ class Packed:
     source: str
     file: BinaryIO
     outer: Allowance | None  # of the archive that it lies in; None if it lies on disk
+    version: Version | None = None
 
 
-Entry = RawFile | ListedFile | Skipped
+Read = RawFile | Skipped
+Entry = Read | ListedFile
 Entries = Iterator[Entry]
 
 

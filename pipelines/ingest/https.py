@@ -6,6 +6,7 @@ network): what counts is the address that is connected to, whatever names and th
 
 import ipaddress
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -54,32 +55,57 @@ class _PassingError(UserError):
         self.problem, self.wait = problem, wait
 
 
-def fetch(url: str, file: Path) -> None:
+Facts = tuple[str, int]  # of an answer: the etag, "" without a strong one, and its length or -1
+
+
+def fetch(url: str, file: Path) -> Facts:
     """Download an address into a file, whole or with a UserError."""
     for tried in range(1, TRIES + 1):
         try:
-            _watched(partial(_fetch, url, file), file, without_secrets(url))
-            return
+            return _watched(partial(_fetch, url, file), file, without_secrets(url))
         except _PassingError as error:
             if tried == TRIES or error.wait > MAX_WAIT_SECONDS:
                 raise
             pause = max(error.wait, PAUSE_SECONDS * 2 ** (tried - 1))
             log.warning("%s: try %d of %d in %.1f s", error.problem, tried + 1, TRIES, pause)
         time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
-def _watched(work: Callable[[Event], None], file: Path, name: str) -> None:
+def ask(url: str) -> Facts:
+    """What `fetch` would return, and nothing is fetched; UserError in one try."""
+
+    def work(given_up: Event) -> Facts:
+        with _answer_of(url) as answer:
+            return _facts(answer)
+
+    return _watched(work, Path(os.devnull), without_secrets(url))
+
+
+def _facts(answer: requests.Response) -> Facts:
+    etag = answer.headers.get("ETag", "")
+    is_strong = not etag.startswith("W/")  # a weak one may stand for other bytes
+    return etag if is_strong else "", _length_of(answer)
+
+
+def _length_of(answer: requests.Response) -> int:
+    try:
+        return int(answer.headers["Content-Length"])
+    except (KeyError, ValueError):  # not said, or no number
+        return -1
+
+
+def _watched(work: Callable[[Event], Facts], file: Path, name: str) -> Facts:
     """Do it in a thread while the file grows; else UserError.
 
     Time-outs of single reads do not end a drip, in a header or in a handshake least of all. The
     thread is left behind then: it ends with its next piece, or with the process.
     """
-    result, given_up = Future[None](), Event()
+    result, given_up = Future[Facts](), Event()
 
     def run() -> None:
         try:
-            work(given_up)
-            result.set_result(None)
+            result.set_result(work(given_up))
         except BaseException as error:
             result.set_exception(error)
 
@@ -114,10 +140,11 @@ def state(url: str) -> str:
     return "\0".join((*told.values(), length))
 
 
-def _fetch(url: str, file: Path, given_up: Event) -> None:
+def _fetch(url: str, file: Path, given_up: Event) -> Facts:
     """One try."""
     with _answer_of(url) as answer:
         _save(answer, file, given_up)
+        return _facts(answer)
 
 
 @contextmanager
@@ -266,10 +293,8 @@ def _wait_of(answer: requests.Response) -> float:
 
 
 def _save(answer: requests.Response, file: Path, given_up: Event) -> None:
-    try:
-        pieces = -(-int(answer.headers["Content-Length"]) // CHUNK_BYTES)
-    except (KeyError, ValueError):  # not said, or no number
-        pieces = None
+    length = _length_of(answer)
+    pieces = -(-length // CHUNK_BYTES) if length >= 0 else None
     with file.open("wb") as out:
         chunks = answer.raw.stream(CHUNK_BYTES, decode_content=False)
         for chunk in progress(chunks, "fetching", unit="MiB", total=pieces):

@@ -61,6 +61,11 @@ class NearDuplicates:
         # Of the summed squared differences; of two images the lower limit counts.
         self._limits = np.square(distance * shares) * dims
 
+    @property
+    def count(self) -> int:
+        """How many thumbnails there are."""
+        return len(self._thumbnails)
+
     def nearest(self, queries: Indices, among: Indices) -> Indices:
         """For each query a near duplicate among others (the nearest candidate), or -1."""
         from scipy.spatial import cKDTree

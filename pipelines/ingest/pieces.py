@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from aegan.config import PreprocessConfig
 from aegan.data.image_files import Decoded, UnusableImageError, decode_file
 from pipelines.base.errors import UserError
+from pipelines.ingest.decoded_before import DecodedBefore, part_of
 from pipelines.ingest.near_duplicates import thumbnails
 from pipelines.ingest.splits import draw_frames
 
@@ -54,7 +55,7 @@ def plan(raw: Path, shards: list[dict[str, Any]], work: Path) -> Iterator[Piece]
         metadata = pq.read_metadata(file)
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
-            yield Piece(file, group, rows, work / f"part-{number:06d}.parquet")
+            yield Piece(file, group, rows, part_of(work, number))
             number += 1
 
 
@@ -75,7 +76,10 @@ def _shifted(before: Before, start: int) -> Before:
 
 
 def decode_rows(
-    found: pa.Table, config: PreprocessConfig, before: Before = _nothing
+    found: pa.Table,
+    config: PreprocessConfig,
+    before: Before = _nothing,
+    known: DecodedBefore | None = None,
 ) -> Iterator[pa.Table]:
     """`decode_files` of the column `content`, beside the other columns; raises UserError.
 
@@ -87,7 +91,7 @@ def decode_rows(
     for start in range(0, len(found), files):
         rows = found.slice(start, files)
         try:
-            decoded = decode_files(rows.column("content"), config, _shifted(before, start))
+            decoded = decode_files(rows.column("content"), config, _shifted(before, start), known)
         except MemoryError:
             names = rows.column("source").to_pylist()
             raise UserError(
@@ -122,7 +126,10 @@ def _with_numbers(decoded: pa.Table) -> pa.Table:
 
 
 def decode_files(
-    contents: pa.ChunkedArray, config: PreprocessConfig, before: Before = _nothing
+    contents: pa.ChunkedArray,
+    config: PreprocessConfig,
+    before: Before = _nothing,
+    known: DecodedBefore | None = None,
 ) -> pa.Table:
     """A row for each file or frame, which depends on the file's bytes and `config` alone.
 
@@ -140,7 +147,7 @@ def decode_files(
         content, reason = stored.as_py(), None
         try:
             before(file)
-            decoded = decode_file(
+            decoded = (known and known.find(content)) or decode_file(
                 content,
                 image_size=size,
                 image_channels=channels,

@@ -11,6 +11,8 @@ from pipelines.base.names import shown
 
 FORMULA_SIGNS = "=+-@＝＋－＠"  # a spreadsheet would run what follows
 
+KEPT_OUT_REASON = "near duplicate of a reference image"  # that preprocess.keep_out names
+
 
 def kind_of_reason(reason: str) -> str:
     """`not an image` of `not an image: a video`."""

@@ -11,18 +11,24 @@ import pyarrow.parquet as pq
 from aegan.files import new_file, sha256_of
 
 
-def write_parquet(tables: Iterator[pa.Table], file: Path) -> None:
-    """One table or more, each as one row group, written beside its place, then renamed."""
+def write_parquet(tables: Iterator[pa.Table], file: Path, *, checksums: bool = False) -> None:
+    """One table or more, each as one row group, written beside its place, then renamed.
+
+    With checksums a reader that asks for it is told of damage.
+    """
     first = next(tables)
-    with new_file(file) as temporary, _writer(temporary, first.schema) as writer:
+    with (
+        new_file(file) as temporary,
+        _writer(temporary, first.schema, write_page_checksum=checksums) as writer,
+    ):
         for table in chain([first], tables):
             writer.write_table(table, row_group_size=max(1, len(table)))
 
 
-def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
+def _writer(file: Path, schema: pa.Schema, **more: bool) -> pq.ParquetWriter:
     # Image bytes neither compress nor repeat: plain pages load at the speed of memory.
     return pq.ParquetWriter(
-        file, schema, compression="none", use_dictionary=False, write_statistics=False
+        file, schema, compression="none", use_dictionary=False, write_statistics=False, **more
     )
 
 

@@ -33,11 +33,14 @@ from pipelines.ingest.entries import (
     NoImagesError,
     Packed,
     RawFile,
+    Read,
     Skipped,
+    Version,
     cause,
     is_container_name,
     refusal,
 )
+from pipelines.ingest.fetched_before import FetchedBefore
 
 FOLDER_LOST = "folder not readable"  # and all below it
 LINK_TO_NOTHING = "link: leads nowhere"
@@ -46,7 +49,7 @@ LINK_IN_A_CIRCLE = "link: leads to a folder that is read anyway, or to one above
 LINK_TO_NO_IMAGE = "link: leads to a file that is no image, not followed"
 
 
-def read_folder(folder: Path) -> Entries:
+def read_folder(folder: Path) -> Iterator[Read]:
     """Every regular file below a folder, shallow ones first.
 
     A link is followed to an image, archive or folder on the same file system.
@@ -54,7 +57,7 @@ def read_folder(folder: Path) -> Entries:
     return _unpacked(_read_folder(folder))
 
 
-def _read_folder(folder: Path) -> Iterator[Entry | Packed]:
+def _read_folder(folder: Path) -> Iterator[Read | Packed]:
     found = sorted(walk(folder), key=lambda file: (file.path.count("/"), file.path.split("/")))
     for file in found:
         name = decoded(os.fsencode(file.path))
@@ -167,13 +170,13 @@ def _read_file(path: Path, name: str, *, is_linked: bool) -> RawFile | Skipped:
     return RawFile(name, content)
 
 
-def read_archive(file: Path, name: str) -> Entries:
+def read_archive(file: Path, name: str) -> Iterator[Read]:
     """Every image of an archive, table or array; `name` is what errors call it."""
     with file.open("rb") as content:
         yield from _unpacked(_look_into(content, name, None))
 
 
-def _look_into(file: BinaryIO, name: str, outer: Allowance | None) -> Iterator[Entry | Packed]:
+def _look_into(file: BinaryIO, name: str, outer: Allowance | None) -> Iterator[Read | Packed]:
     """The entries of an archive, table or array; the content, not the name, says what it is."""
     try:
         start = file.read(START_BYTES)
@@ -214,23 +217,32 @@ def _damaged(name: str, error: Exception) -> UserError:
         )
 
 
-def _unpacked(entries: Iterable[Entry | Packed]) -> Entries:
+def _unpacked(entries: Iterable[Read | Packed]) -> Iterator[Read]:
     """Look into each archive, table or array among the entries, but into none within it."""
     for entry in entries:
-        if not isinstance(entry, Packed):
+        if isinstance(entry, Packed):
+            yield from with_version(_entries_within(entry), entry.version)
+        else:
             yield entry
-            continue
-        folder, slash, _ = entry.source.rpartition("/")
-        with _on_disk(entry) as file:
-            try:
-                for inner in _look_into(file, shown(entry.source), entry.outer):
-                    name = folder + slash + inner.source
-                    if isinstance(inner, Packed):
-                        yield Skipped(name, "archive in an archive in the source: unpack it first")
-                    else:
-                        yield replace(inner, source=name)
-            except NoImagesError as error:
-                yield Skipped(entry.source, f"no images within: {error}")
+
+
+def _entries_within(packed: Packed) -> Iterator[Read]:
+    folder, slash, _ = packed.source.rpartition("/")
+    with _on_disk(packed) as file:
+        try:
+            for inner in _look_into(file, shown(packed.source), packed.outer):
+                name = folder + slash + inner.source
+                if isinstance(inner, Packed):
+                    yield Skipped(name, "archive in an archive in the source: unpack it first")
+                else:
+                    yield replace(inner, source=name)
+        except NoImagesError as error:
+            yield Skipped(packed.source, f"no images within: {error}")
+
+
+def with_version(entries: Iterable[Read], version: Version | None) -> Iterator[Read]:
+    """The same entries, which say what they were fetched with."""
+    return (replace(entry, version=version) for entry in entries)
 
 
 @contextmanager
@@ -249,9 +261,12 @@ def _on_disk(packed: Packed) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, copy)
 
 
-def read_bucket(url: str) -> Entries:
-    """Every object below `s3://bucket/prefix`, several read at once, in the bucket's order."""
-    return _unpacked(_read_bucket(_prefix(url)))
+def read_bucket(url: str, before: FetchedBefore | None = None) -> Iterator[Read]:
+    """Every object below `s3://bucket/prefix`, several read at once, in the bucket's order.
+
+    What was fetched before is not read again.
+    """
+    return _unpacked(_read_bucket(_prefix(url), before))
 
 
 def _prefix(url: str) -> str:
@@ -259,29 +274,60 @@ def _prefix(url: str) -> str:
     return url if url.endswith("/") else f"{url}/"
 
 
-def _read_bucket(prefix: str) -> Iterator[Entry | Packed]:
-    def read(item: tuple[str, int]) -> RawFile | Skipped | str:
-        address, size = item
-        name = address.removeprefix(prefix)
-        if reason := refusal(name, size):
-            return Skipped(name, reason)
-        return address if is_container_name(name) else RawFile(name, storage.read_object(address))
+def _read_bucket(prefix: str, before: FetchedBefore | None) -> Iterator[Read | Packed]:
+    def listed() -> Iterator[tuple[Version, Iterator[Read] | None]]:  # in one thread, in order
+        for address, size, etag in storage.list_versions(prefix):
+            if not address.endswith("/"):
+                version = Version(address.removeprefix(prefix), etag, size)
+                yield version, before.entries_of(version) if before else None
 
-    objects = (item for item in storage.list_objects(prefix) if not item[0].endswith("/"))
-    for found in storage.read_ahead(read, objects):
-        yield from _fetched(found, prefix)
+    def read(item: tuple[Version, Iterator[Read] | None]) -> Read | Version | Iterator[Read]:
+        version, known = item
+        if known is not None:
+            return known
+        if reason := refusal(version.name, version.size):
+            return Skipped(version.name, reason)
+        if is_container_name(version.name):
+            return version
+        content, etag = storage.read_version(prefix + version.name)
+        return RawFile(version.name, content, version=Version(version.name, etag, len(content)))
+
+    for found in storage.read_ahead(read, listed()):
+        if isinstance(found, Version):
+            yield from _fetched(found, prefix)
+        elif isinstance(found, Iterator):
+            yield from found
+        else:
+            yield found
 
 
-def _fetched(found: RawFile | Skipped | str, prefix: str) -> Iterator[Entry | Packed]:
-    """What was read; of an archive, whose address this is then, a copy on disk."""
-    if not isinstance(found, str):
-        yield found
-        return
+def _fetched(read: Version, prefix: str) -> Iterator[Packed]:
+    """A copy of an archive on disk."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "archive"
-        storage.download_object(found, copy)
+        version = download_version(prefix + read.name, read, copy)
         with copy.open("rb") as content:
-            yield Packed(found.removeprefix(prefix), content, None)
+            yield Packed(read.name, content, None, version)
+
+
+def version_of(url: str, name: str) -> Version:
+    """Of an object as it is now; without an etag if it may be read, but not be listed."""
+    try:
+        listed = next(storage.list_versions(url), None)
+    except storage.StorageError:
+        listed = None
+    return Version(name, listed[2], listed[1]) if listed and listed[0] == url else unknown(name)
+
+
+def unknown(name: str) -> Version:
+    """Of an object that cannot be told from others: it is fetched again the next time."""
+    return Version(name, "", 0)
+
+
+def download_version(url: str, listed: Version, file: Path) -> Version:
+    """Download an object; returns what it is a version of, unknown if it was changed meanwhile."""
+    storage.download_object(url, file)
+    return listed if version_of(url, listed.name) == listed else unknown(listed.name)
 
 
 def list_bucket(url: str) -> Entries:

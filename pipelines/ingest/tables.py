@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -17,9 +18,9 @@ from pipelines.base.names import shown
 from pipelines.base.outputs import listed
 from pipelines.ingest.entries import (
     Allowance,
-    Entries,
     NoImagesError,
     RawFile,
+    Read,
     Skipped,
     refusal,
 )
@@ -30,7 +31,7 @@ LABEL_COLUMN = "label"
 SOURCE_COLUMN = "source"
 
 
-def read_table(file: BinaryIO, name: str, allowance: Allowance) -> Entries:
+def read_table(file: BinaryIO, name: str, allowance: Allowance) -> Iterator[Read]:
     """A file for each row, named by its `path` or `source`, else by the table and its number."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow

@@ -15,6 +15,7 @@ WRITTEN = outputs.FOLDERS | {  # folder => what runs write there; `*` crosses fo
     Path("artifacts/evaluate"): ("metrics.json", "summary.json", "latent.png"),
     Path("artifacts/register"): ("registration.json",),
     Path("artifacts/gate"): ("index.html", "comparison.json", "*.safetensors"),
+    outputs.LAST_RAW: outputs.FOLDERS[outputs.RAW],
     locks.LOCKS: ("*",),
     Path("report"): ("index.html",),
     Path("tune"): ("dvc.lock",),

@@ -125,6 +125,12 @@ def most_images(size: int) -> int:
     return min(MAX_IMAGES, MAX_BYTES // size)
 
 
+def path_of_current() -> str:
+    """Of the reference that counts, from the project's folder; "" if none was cut yet."""
+    found = current()
+    return str(file_of(found.sha256).relative_to(project_folder())) if found else ""
+
+
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     """Keep with a reference how figures on it scatter over training seeds; raises UserError."""
     file = _folder() / f"{reference.sha256}.json"

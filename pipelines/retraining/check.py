@@ -21,12 +21,20 @@ from aegan.pictures import grid, save_png
 from pipelines.base.errors import UserError
 from pipelines.base.files import read_json
 from pipelines.ingest.near_duplicates import NearDuplicates, thumbnails
-from pipelines.ingest.quarantine import cell, kind_of_reason, read_quarantine
+from pipelines.ingest.quarantine import (
+    KEPT_OUT_REASON,
+    cell,
+    kind_of_reason,
+    read_quarantine,
+)
 from pipelines.registry.reference import most_images
 
 Verdict = Literal["ok", "wait", "ask", "refuse"]  # the later the graver
 SAME_FORM = ("image_size", "image_channels", "fit", "value_range")  # of the manifest
-COPIES = ("identical file", "duplicate", "near duplicate of an image in another split")
+COPIES = (
+    *("identical file", "duplicate", "near duplicate of an image in another split"),
+    KEPT_OUT_REASON,
+)
 HARMLESS = ("hidden or system file", "companions of images, not read")
 SHEET_COLUMNS, SHEET_PIXELS = 4, 64  # least side of an image on the sheet
 MOST_FORMATS = 8  # that are named
@@ -95,12 +103,13 @@ def check(
     left_out = now.ids[is_new][near.reference]
     usable = is_new & ~np.isin(now.ids, left_out)
     drift = _drift(now, usable, before, model=model, features=features, config=config, sheet=sheet)
+    kinds = Counter(kind_of_reason(reason) for _, reason in rows)
     findings = (
         form,
         _new_images(int(usable.sum()), config),
         _formats(now.sources[is_new]),
-        *_unusable(Counter(kind_of_reason(r) for _, r in rows), int(is_new.sum()), near, config),
-        _near_reference(len(left_out)),
+        *_unusable(kinds, int(is_new.sum()), near, config),
+        _near_reference(len(left_out), kinds[KEPT_OUT_REASON]),
         *_gone(now, before, rows, config),
         _of_drift(drift, config),
     )
@@ -309,13 +318,16 @@ def _unusable(
     )
 
 
-def _near_reference(count: int) -> Finding:
+def _near_reference(held_out: int, kept_out: int) -> Finding:
+    """Of those that are kept out of training none is among the images any more."""
+    count = held_out + kept_out
     return Finding(
         name="near duplicates of the reference",
         value=count,
         threshold=None,
         verdict="ok",
-        sentence=f"{count:,} new images are near duplicates of reference images: not compared",
+        sentence=f"{count:,} new images are near duplicates of reference images: not compared, and "
+        f"{kept_out:,} of them kept out of training",
     )
 
 

@@ -53,11 +53,21 @@ class Retraining:
         return preprocessed(self.work.folder.with_name(BEFORE))
 
     def prepare(self, start: str = "") -> None:
-        """The worktree at the commit, set to begin with these weights; the gate is ours."""
+        """The worktree at the commit, set to begin with these weights; the gate is ours.
+
+        What is near to the reference is not trained on, wherever its images are by now.
+        """
         training: dict[str, Any] = {"stop_on_collapse": True}
         if start:
             training["start_from"] = start
-        self.work.prepare(self.commit, {"register": {"promote": "manual"}, "training": training})
+        self.work.prepare(
+            self.commit,
+            {
+                "register": {"promote": "manual"},
+                "preprocess": {"keep_out": reference.path_of_current()},
+                "training": training,
+            },
+        )
 
 
 def fetch(retraining: Retraining) -> dict[str, Any]:
@@ -117,6 +127,9 @@ def _champions_dataset(retraining: Retraining) -> str:
 
 def check_images(retraining: Retraining) -> dict[str, Any]:
     """Decode what is new, and look whether it is fit to train on and like what was there."""
+    if _dataset_of(retraining.before):
+        with chdir(retraining.work.folder):  # before anything is near to it and trained on
+            reference.current_or_first(retraining.before.shards)
     retraining.prepare()
     retraining.work.dvc("repro", "preprocess", deadline=retraining.deadline)
     new, old = preprocessed(retraining.work.folder), retraining.before

@@ -129,6 +129,7 @@ def decode_on_cluster(files: Iterable[ListedFile], form: Form, work: Path) -> It
         max_pixels=MAX_PIXELS,
         frames="first",
         near_duplicate_distance=0.0,
+        keep_out="",
         validation_fraction=0.0,
         test_fraction=0.0,
         rows_per_shard=1,

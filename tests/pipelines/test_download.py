@@ -196,6 +196,44 @@ def test_a_table_or_array_at_an_https_address_is_a_source(tmp_path):
         server.server_close()
 
 
+def test_an_archive_at_an_https_address_is_fetched_again_only_if_its_etag_says_so(tmp_path):
+    etag = '"1"'
+
+    class Handler(SimpleHTTPRequestHandler):
+        def end_headers(self) -> None:
+            self.send_header("ETag", etag)
+            super().end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    served = tmp_path / "served"
+    served.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source = config(f"http://127.0.0.1:{server.server_port}/set.npy")
+
+    def fetch(images: np.ndarray) -> dict:
+        np.save(served / "set.npy", images)
+        return download(source, tmp_path / "raw", earlier=[tmp_path / "raw"])
+
+    try:
+        first, other = blocks(3), blocks(3, seed=1)
+        before = fetch(first)
+        assert fetch(other) == before  # a server that lies about it is believed
+        etag = '"2"'
+        changed = fetch(other)
+        assert (
+            changed["source_sha256"]
+            == hashlib.sha256((served / "set.npy").read_bytes()).hexdigest()
+        )
+        etag = 'W/"3"'  # the same to a reader, perhaps not the same bytes
+        fetch(other)
+        assert fetch(first)["source_sha256"] == before["source_sha256"]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_source_that_states_classes_late_has_them_in_every_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "SHARD_BYTES", 2_000)
     monkeypatch.setattr(stage, "ROW_GROUP_BYTES", 500)

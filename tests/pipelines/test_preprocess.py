@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -32,7 +33,7 @@ from pipelines import preprocess as preprocess_stage
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.download import download
-from pipelines.ingest import pieces
+from pipelines.ingest import decoded_before, pieces
 from pipelines.ingest.decode import decode_snapshot
 from pipelines.ingest.pieces import decode_files, decode_rows
 from pipelines.preprocess import preprocess
@@ -51,6 +52,7 @@ CONFIG = PreprocessConfig(
     test_fraction=0.2,
     rows_per_shard=32,
     rows_per_row_group=8,
+    keep_out="",
 )
 REAL_FACES = Path("../shared/data/anime_faces/anime_faces.zip")
 
@@ -243,8 +245,10 @@ def test_the_contact_sheet_shows_a_hundred_training_images(faces):
     assert sheet.size == ((10 * 18 + 2) * 4,) * 2
 
 
-def test_the_work_folder_is_gone_after_a_good_end(faces):
-    assert not list((faces / "runs").glob("preprocess-*"))
+def test_after_a_good_end_the_parts_alone_stay_for_the_next_run(faces):
+    [work] = (faces / "runs").glob("preprocess-*")
+    assert sorted(work.iterdir()) == parts(faces)
+    assert len(parts(faces)) == 7
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(faces, tmp_path):
@@ -462,6 +466,55 @@ def split_of_each_source(folder: Path) -> dict[str, str]:
         for split in SPLITS
         for source in dataset.load_columns(folder / "shards", split, ["source"])["source"]
     }
+
+
+def reference_of(images: np.ndarray, file: Path) -> Path:
+    """A Parquet file as `aegan reference` cuts one."""
+    rows = [image.tobytes() for image in images]
+    columns = {
+        "image_id": [hashlib.sha256(row).hexdigest() for row in rows],
+        "image": pa.array(rows, pa.binary(len(rows[0]))),
+    }
+    height, width, channels = images.shape[1:]
+    metadata = {"height": str(height), "width": str(width), "channels": str(channels)}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), file)
+    return file
+
+
+@pytest.mark.parametrize("distance", [3.0, 0.0])
+def test_what_is_near_to_the_reference_is_not_trained_on_and_is_listed(tmp_path, distance):
+    images = blocks(60)
+    config = dataclasses.replace(CONFIG, near_duplicate_distance=distance)
+    raw = snapshot(write_folder(tmp_path / "images", images), tmp_path)
+    run(raw, tmp_path, config)
+    split = split_of_each_source(tmp_path)
+    trained = [name for name in sorted(split) if split[name] == "train"]
+    held_out = [name for name in sorted(split) if split[name] == "test"]
+    numbers = [int(Path(name).stem) for name in (*trained[:3], held_out[0])]
+    elsewhere = images[numbers]  # which are in the source, too
+    elsewhere[0] ^= 1  # and one that was saved anew
+    file = reference_of(elsewhere, tmp_path / "reference.parquet")
+    out = tmp_path / "out"
+    statistics = run(raw, out, dataclasses.replace(config, keep_out=str(file)))
+    lost = trained[0 if distance else 1 : 3]
+    assert quarantine(out) == dict.fromkeys(lost, "near duplicate of a reference image")
+    assert statistics["quarantined_by_reason"] == {"near duplicate of a reference image": len(lost)}
+    assert split_of_each_source(out) == {n: s for n, s in split.items() if n not in lost}
+    before, after = (
+        json.loads((folder / "shards/manifest.json").read_text()) for folder in (tmp_path, out)
+    )
+    assert before["preprocess_sha256"] == after["preprocess_sha256"]
+
+
+@pytest.mark.parametrize("content", [None, b"no table", "gray"])
+def test_a_reference_that_does_not_fit_is_one_clear_error(faces, tmp_path, content):
+    file = tmp_path / "reference.parquet"
+    if content == "gray":
+        reference_of(blocks(2, channels=1), file)
+    elif content:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"reference.parquet .*: expected a Parquet file of images"):
+        run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, keep_out=str(file)))
 
 
 def star_fields(count: int, *, seed: int = 0) -> np.ndarray:
@@ -819,10 +872,125 @@ def test_finished_parts_are_used_again_and_missing_or_damaged_ones_are_made(face
 def test_a_failed_run_keeps_its_parts_and_one_under_other_parameters_clears_them(faces, tmp_path):
     with pytest.raises(UserError, match="near duplicates of each other"):
         run(faces / "raw", tmp_path, dataclasses.replace(CONFIG, near_duplicate_distance=255.0))
-    assert len(parts(tmp_path)) == 7
+    failed = parts(tmp_path)
+    assert len(failed) == 7
     run(faces / "raw", tmp_path)
     assert hashes(tmp_path) == hashes(faces)
-    assert not parts(tmp_path)
+    assert not {*failed} & {*parts(tmp_path)}
+
+
+def gif(count: int, seed: int) -> bytes:
+    """An animation of different frames."""
+    frames = [Image.fromarray(frame) for frame in blocks(count, seed=seed)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def files_of(number: int) -> list[bytes]:
+    """What may lie under a name: a picture, an animation, no picture, a picture cut off."""
+    picture = encode(blocks(1, seed=number)[0])
+    return [picture, gif(3, seed=number), b"no picture %d" % number, picture[: len(picture) // 2]]
+
+
+@settings(
+    max_examples=3,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(0, 2**16), st.sampled_from(["first", "all"]))
+def test_what_was_decoded_before_gives_the_bytes_of_a_run_from_nothing(
+    tmp_path_factory, monkeypatch, seed, frames
+):
+    monkeypatch.setattr(download_stage, "ROW_GROUP_ROWS", 7)
+    config = dataclasses.replace(CONFIG, frames=frames)
+    random = np.random.default_rng(seed)
+    source, going_on = (tmp_path_factory.mktemp(name) for name in ("source", "going-on"))
+    for turn in range(3):  # each time some files are new, removed, or hold something else
+        for name in random.choice(60, 40, replace=False):
+            content = files_of(int(random.integers(60)))[random.choice(4, p=[0.7, 0.1, 0.1, 0.1])]
+            (source / f"{name:02d}").write_bytes(content)
+        for file in random.choice(sorted(source.iterdir()), 5, replace=False):
+            file.unlink()
+        raw = snapshot(source, tmp_path_factory.mktemp("raw"))
+        run(raw, going_on, config)
+        if turn:
+            anew = tmp_path_factory.mktemp("anew")
+            run(raw, anew, config)
+            assert hashes(going_on) == hashes(anew)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_new_files_are_decoded(faces, tmp_path, caplog, processes):
+    source = write_folder(tmp_path / "source", blocks(40))
+    run(snapshot(source, tmp_path), tmp_path)
+    (source / "0010.png").unlink()
+    (source / "0020a.png").write_bytes(encode(blocks(1, seed=9)[0]))
+    (source / "0030.png").rename(source / "9.png")
+    with caplog.at_level("INFO"):
+        run(snapshot(source, tmp_path), tmp_path, processes=processes)
+    assert "decoded 1 files" in caplog.text
+    assert "39 files had been decoded before" in caplog.text
+
+
+def test_parts_of_other_parameters_or_code_are_not_taken(tmp_path, caplog, monkeypatch):
+    source = write_folder(tmp_path / "source", blocks(40))
+    raw = snapshot(source, tmp_path)
+    run(raw, tmp_path)
+    (source / "new.png").write_bytes(encode(blocks(1, seed=9)[0]))
+    raw = snapshot(source, tmp_path)
+    with caplog.at_level("INFO"):
+        run(raw, tmp_path, dataclasses.replace(CONFIG, fit="pad"))
+    assert "decoded 41 files" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(preprocess_stage.PIL, "__version__", "another")
+    with caplog.at_level("INFO"):
+        run(raw, tmp_path, dataclasses.replace(CONFIG, fit="pad"))
+    assert "decoded 41 files" in caplog.text
+
+
+@pytest.mark.fault("damaged files")
+def test_files_of_a_damaged_part_are_decoded_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(download_stage, "ROW_GROUP_ROWS", 10)
+    source = write_folder(tmp_path / "source", blocks(40))
+    run(snapshot(source, tmp_path), tmp_path)
+    pixels, cut_off, missing, _ = parts(tmp_path)
+    content = pixels.read_bytes()
+    image = pq.read_table(pixels, columns=["image"]).column("image")[3].as_py()
+    place = content.index(image)
+    pixels.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    cut_off.write_bytes(cut_off.read_bytes()[:1000])
+    missing.unlink()
+    (source / "new.png").write_bytes(encode(blocks(1, seed=9)[0]))
+    raw = snapshot(source, tmp_path)
+    run(raw, tmp_path / "anew")
+    with caplog.at_level("INFO"):
+        run(raw, tmp_path)
+    assert "10 files had been decoded before" in caplog.text
+    assert hashes(tmp_path) == hashes(tmp_path / "anew")
+
+
+def test_files_in_another_order_altogether_are_decoded_again_rather_than_looked_for(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(decoded_before, "FREE_ROWS", 20)
+    monkeypatch.setattr(decoded_before, "DEAR", 2)
+    monkeypatch.setattr(download_stage, "ROW_GROUP_ROWS", 10)
+    before = write_folder(tmp_path / "before", blocks(100))
+    run(snapshot(before, tmp_path), tmp_path)
+    [work] = tmp_path.glob("runs/preprocess-*")
+    decoded_before.write_index(work, tmp_path / "index.npy")
+    in_order, scattered = (
+        decoded_before.DecodedBefore(work, tmp_path / "index.npy", CONFIG) for _ in range(2)
+    )
+    files = sorted(before.iterdir())
+    for file in files:
+        assert in_order.find(file.read_bytes())
+    for number in range(100):
+        scattered.find(files[number * 37 % 100].read_bytes())
+    assert in_order.taken == 100
+    assert 0 < scattered.taken < 20
 
 
 @pytest.mark.slow

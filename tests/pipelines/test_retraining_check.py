@@ -143,6 +143,11 @@ def test_what_is_near_to_the_reference_is_left_out_and_counted(check, faces):
     assert of(found, "new images").value == ADDED
     exact = check(train, preprocess=replace(PREPROCESS, near_duplicate_distance=0.0))
     assert len(exact.left_out) == 1
+    kept_out = [(f"train/{number}.png", "near duplicate of a reference image") for number in "ab"]
+    finding = of(check(train, kept_out), "near duplicates of the reference")
+    assert finding.value == 4
+    assert "2 of them kept out of training" in finding.sentence
+    assert of(check(train, kept_out), "quarantined files").value == 0
 
 
 def test_too_few_new_images_wait(check, faces):

@@ -1,8 +1,12 @@
+import hashlib
+import io
+import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import boto3
 import numpy as np
@@ -11,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from aegan.config import DataConfig
+from pipelines import download as download_stage
 from pipelines.base.errors import UserError
+from pipelines.base.outputs import LAST_RAW, RAW
 from pipelines.bucket import storage
 from pipelines.download import download
+from pipelines.ingest import fetched_before
 from tests.cluster.faults import FaultyProxy
 from tests.pictures import blocks, encode, write_folder
 from tests.s3 import s3_server
@@ -74,7 +81,7 @@ def test_tables_arrays_and_archives_in_a_bucket_are_a_source_by_address_and_belo
     sources = {}
     for place in ("tables", "tables/sub/a.parquet", "tables/sub/a.npy", "tables/sub/a.zip"):
         download(config(f"s3://images/{place}"), tmp_path / "raw")
-        rows = pq.read_table(next((tmp_path / "raw").glob("*.parquet"))).to_pylist()
+        rows = pq.read_table(next((tmp_path / "raw").glob("files-*.parquet"))).to_pylist()
         sources[place] = {row["source"]: row.get("label") for row in rows}
     assert sources == {
         "tables/sub/a.parquet": {"a-0000000": "a", "a-0000001": None},
@@ -129,8 +136,8 @@ def test_a_listing_tells_what_is_where_in_place_of_the_files_and_changes_with_th
         assert row["url"] == f"{source}/{row['source']}"
         assert row["bytes"] == len(files[row["source"]])
         assert storage.read_object(row["url"], etag=row["etag"]) == files[row["source"]]
-    changing = {"source_sha256", "shards"}
-    assert listing.keys() == stored.keys()
+    changing = {"source_sha256", "shards", "objects"}
+    assert listing.keys() == stored.keys() - {"objects"}
     assert all(listing[name] == stored[name] for name in stored.keys() - changing)
 
     assert download(config(source, in_place=True), tmp_path / "again") == listing
@@ -228,7 +235,7 @@ def test_one_object_of_a_bucket_is_a_source_if_it_holds_images_whatever_its_name
     bucket("single/set/2.png", images[2])
     for source, name in (("packed", "1.png"), ("set", "2.png"), ("set/", "2.png")):
         download(config(f"s3://images/single/{source}"), tmp_path / "raw")
-        rows = pq.read_table(next((tmp_path / "raw").glob("*.parquet"))).to_pylist()
+        rows = pq.read_table(next((tmp_path / "raw").glob("files-*.parquet"))).to_pylist()
         assert [row["source"] for row in rows] == [name]
     with pytest.raises(UserError, match=r"one.png is neither .* it is one image: put many into"):
         download(config("s3://images/single/one.png"), tmp_path / "raw")
@@ -310,3 +317,172 @@ def test_the_access_point_of_a_bucket_is_an_address(bucket, monkeypatch, bucket_
 def test_an_address_of_a_bucket_that_is_none_is_one_clear_error(bucket, address):
     with pytest.raises(UserError, match=r"is no S3 address: expected s3://bucket, .*accesspoint"):
         list(storage.list_objects(address))
+
+
+@pytest.fixture
+def fetched(bucket, endpoint, monkeypatch) -> Iterator[Callable[[], list[str]]]:
+    """The keys of the objects that were fetched since it was asked last."""
+    proxy = FaultyProxy(endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage._client.cache_clear()
+
+    def ask() -> list[str]:
+        paths = [path for method, path in proxy.requests if method == "GET"]
+        proxy.requests.clear()
+        return sorted({unquote(path).partition("/images/")[2].partition("?")[0] for path in paths})
+
+    yield ask
+    proxy.close()
+
+
+def zipped(contents: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_of_a_prefix_only_what_has_changed_is_fetched_and_the_bytes_are_those_from_nothing(
+    bucket, fetched, tmp_path, monkeypatch, seed
+):
+    monkeypatch.setattr(download_stage, "ROW_GROUP_ROWS", 3)
+    monkeypatch.setattr(download_stage, "SHARD_BYTES", 1000)
+    client = boto3.client("s3", region_name="us-east-1")
+    prefix = f"often-{seed}"
+    images = [encode(image) for image in blocks(60, seed=seed)]
+    random = np.random.default_rng(seed)
+
+    def content() -> bytes:
+        kind = random.random()
+        some = [images[number] for number in random.integers(60, size=4)]
+        if kind < 0.1:  # with a picture that may be elsewhere too, one twice, and no picture
+            return zipped({"a.png": some[0], "b/c.png": some[1], ".hidden": b"", "d": some[0]})
+        return some[0] if kind < 0.9 else b"no picture %d" % random.integers(9)
+
+    there: dict[str, bytes] = {}
+    for turn in range(4):
+        changed = {}
+        for number in random.choice(40, 30 if not turn else 6, replace=False):
+            found = content()
+            name = f"{prefix}/{number:02d}{'.zip' if found.startswith(b'PK') else '.png'}"
+            if there.get(name) != found:
+                bucket(name, found)
+                changed[name] = found
+        there |= changed
+        for name in random.choice(sorted(there), 3, replace=False):
+            client.delete_object(Bucket="images", Key=name)
+            changed.pop(name, None)
+            there.pop(name)
+        source = config(f"s3://images/{prefix}")
+        fetched()
+        download(source, tmp_path / str(turn), earlier=[tmp_path / str(turn - 1)])
+        assert [name for name in fetched() if name] == sorted(changed)
+        download(source, tmp_path / "anew")
+        assert all_bytes(tmp_path / str(turn)) == all_bytes(tmp_path / "anew")
+
+
+def test_an_archive_with_the_etag_of_before_is_not_fetched_again(bucket, fetched, tmp_path):
+    images = [encode(image) for image in blocks(4)]
+    for archive in (zipped({"a.png": images[0], "b.png": images[1]}), zipped({"a": images[2]})):
+        bucket("sets/a.zip", archive)
+        first = download(config("s3://images/sets/a.zip"), tmp_path / "first")
+        assert "sets/a.zip" in fetched()
+        source = config("s3://images/sets/a.zip")
+        second = download(source, tmp_path / "second", earlier=[tmp_path / "first"])
+        assert "sets/a.zip" not in fetched()
+        assert first == second
+        assert first["source_sha256"] == hashlib.sha256(archive).hexdigest()
+        assert all_bytes(tmp_path / "first") == all_bytes(tmp_path / "second")
+
+
+def test_an_archive_that_changes_while_it_is_fetched_is_fetched_again_the_next_time(
+    bucket, endpoint, monkeypatch, tmp_path
+):
+    images = [encode(image) for image in blocks(3)]
+    bucket("moving/a.zip", zipped({"a.png": images[0]}))
+    bucket("moving/b.png", images[2])
+    proxy = FaultyProxy(endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage._client.cache_clear()
+
+    def change(method: str, path: str) -> None:
+        if path.endswith("a.zip"):
+            bucket("moving/a.zip", zipped({"a.png": images[1]}))
+
+    proxy.fault = change
+    source = config("s3://images/moving")
+    download(source, tmp_path / "first")
+    proxy.fault = lambda method, path: None
+    proxy.requests.clear()
+    download(source, tmp_path / "second", earlier=[tmp_path / "first"])
+    assert {path.rpartition("/")[2] for _, path in proxy.requests} >= {"a.zip"}
+    assert "/images/moving/b.png" not in {path for _, path in proxy.requests}
+    download(source, tmp_path / "anew")
+    assert all_bytes(tmp_path / "second") == all_bytes(tmp_path / "anew")
+    proxy.close()
+
+
+@pytest.mark.fault("damaged files")
+@pytest.mark.parametrize("damage", ["shard", "notes", "manifest", "no notes", "other code"])
+def test_an_earlier_snapshot_that_is_not_sound_is_used_for_what_its_hashes_vouch_for(
+    bucket, fetched, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setattr(download_stage, "ROW_GROUP_ROWS", 2)
+    monkeypatch.setattr(download_stage, "SHARD_BYTES", 600)
+    for number, image in enumerate(blocks(8)):
+        bucket(f"{damage}/{number}.png", encode(image))
+    source, last = config(f"s3://images/{damage}"), tmp_path / "last"
+    manifest = download(source, last)
+    assert len(manifest["shards"]) > 2
+    name = {"shard": "files-00001.parquet", "notes": "objects-00000.parquet"}.get(damage)
+    if name:
+        content = (last / name).read_bytes()
+        (last / name).write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    elif damage == "manifest":
+        text = (last / "manifest.json").read_text()
+        (last / "manifest.json").write_text(text[: len(text) // 2])
+    elif damage == "no notes":
+        manifest.pop("objects")
+        (last / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        monkeypatch.setattr(fetched_before, "_reader", lambda: "another")
+    fetched()
+    download(source, tmp_path / "raw", earlier=[tmp_path / "nowhere", last])
+    again = [found for found in fetched() if found]
+    rows = manifest["shards"][1]["rows"] if damage == "shard" else 8
+    assert len(again) == rows
+    download(source, tmp_path / "anew")
+    assert all_bytes(tmp_path / "raw") == all_bytes(tmp_path / "anew")
+
+
+def test_what_an_earlier_snapshot_of_another_source_holds_is_not_taken(bucket, fetched, tmp_path):
+    for place in ("one", "two"):
+        bucket(f"{place}/a.png", encode(blocks(1)[0]))
+    download(config("s3://images/one"), tmp_path / "one")
+    fetched()
+    download(config("s3://images/two"), tmp_path / "two", earlier=[tmp_path / "one"])
+    assert "two/a.png" in fetched()
+
+
+def test_the_stage_keeps_its_snapshot_where_dvc_does_not_delete_it(
+    bucket, fetched, tmp_path, monkeypatch
+):
+    """As DVC does it: the output is deleted before the next run."""
+    monkeypatch.chdir(tmp_path)
+    bucket("kept/a.png", encode(blocks(1)[0]))
+    monkeypatch.setattr(download_stage.params, "load", lambda _: config("s3://images/kept"))
+    download_stage.main()
+    first = all_bytes(RAW)
+    [inode, other] = [(place / "files-00000.parquet").stat().st_ino for place in (RAW, LAST_RAW)]
+    assert inode == other  # nothing was copied
+    shutil.rmtree(RAW)
+    fetched()
+    download_stage.main()
+    assert "kept/a.png" not in fetched()
+    assert all_bytes(RAW) == first
