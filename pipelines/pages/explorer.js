@@ -351,18 +351,6 @@ async function take(side, file) {
 
 // -- saving ---------------------------------------------------------------------------------------
 
-const scale = Math.max(1, Math.floor(320 / imageSize)); // pixels are enlarged as they are
-
-function enlarged(pixels) {
-  const small = new OffscreenCanvas(imageSize, imageSize);
-  paint(small, pixels);
-  const large = new OffscreenCanvas(imageSize * scale, imageSize * scale);
-  const context = large.getContext("2d");
-  context.imageSmoothingEnabled = false;
-  context.drawImage(small, 0, 0, large.width, large.height);
-  return large.convertToBlob({type: "image/png"});
-}
-
 function download(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
@@ -372,40 +360,49 @@ function download(blob, name) {
 }
 
 async function saveAnimation() {
-  const thereAndBack = [...frames, ...frames.slice(1, -1).reverse()];
-  const pngs = [];
-  for (const frame of thereAndBack) {
-    pngs.push(new Uint8Array(await (await enlarged(frame)).arrayBuffer()));
-  }
-  download(animatedPng(pngs, 40), "walk.png");
+  download(await animatedPng([...frames, ...frames.slice(1, -1).reverse()], 40), "walk.png");
 }
 
-/** PNG files of one size => one animated PNG that plays for ever; `delay` in milliseconds. */
-function animatedPng(pngs, delay) {
-  const out = [pngs[0].slice(0, 8)];
+/** Pictures => one PNG file that plays for ever; `delay` in milliseconds. One picture stands still.
+ *
+ * Written here, since a canvas makes its PNG when the browser has nothing to do, which may take a
+ * second for each, and makes none that plays.
+ */
+async function animatedPng(pictures, delay = 0) {
+  const scale = Math.max(1, Math.floor(320 / imageSize)); // pixels are enlarged as they are
+  const size = words(scale * imageSize, scale * imageSize), isFilm = pictures.length > 1;
+  const out = [Uint8Array.of(137, 80, 78, 71, 13, 10, 26, 10)];
   let sequence = 0;
-  const header = chunksOf(pngs[0]).find(({type}) => type === "IHDR").data;
-  out.push(chunk("IHDR", header), chunk("acTL", words(pngs.length, 0)));
-  pngs.forEach((png, i) => {
-    const place = [...header.slice(0, 8), ...words(0, 0), delay >> 8, delay & 255, 3, 232, 0, 0];
-    out.push(chunk("fcTL", [...words(sequence++), ...place]));
-    for (const {type, data} of chunksOf(png)) {
-      if (type !== "IDAT") continue;
-      out.push(i ? chunk("fdAT", [...words(sequence++), ...data]) : chunk("IDAT", data));
-    }
-  });
+  out.push(chunk("IHDR", [...size, 8, 2, 0, 0, 0])); // 8 bits, RGB
+  if (isFilm) out.push(chunk("acTL", words(pictures.length, 0)));
+  for (const [i, pixels] of pictures.entries()) {
+    const place = [...size, ...words(0, 0), delay >> 8, delay & 255, 3, 232, 0, 0];
+    if (isFilm) out.push(chunk("fcTL", [...words(sequence++), ...place]));
+    const data = await deflated(scanlines(pixels, scale));
+    out.push(i ? chunk("fdAT", [...words(sequence++), ...data]) : chunk("IDAT", data));
+  }
   out.push(chunk("IEND", []));
   return new Blob(out, {type: "image/png"});
 }
 
-function chunksOf(png) {
-  const view = new DataView(png.buffer, png.byteOffset), chunks = [];
-  for (let at = 8; at < png.length; ) {
-    const size = view.getUint32(at), type = String.fromCharCode(...png.slice(at + 4, at + 8));
-    chunks.push({type, data: png.slice(at + 8, at + 8 + size)});
-    at += size + 12;
+/** A picture's rows as PNG has them: a zero, for no filter, before each. */
+function scanlines(pixels, scale) {
+  const width = scale * imageSize, lines = new Uint8Array(width * (3 * width + 1));
+  let at = 0;
+  for (let y = 0; y < width; y++) {
+    const row = imageSize * Math.floor(y / scale);
+    at++;
+    for (let x = 0; x < width; x++) {
+      const place = channels * (row + Math.floor(x / scale));
+      for (let c = 0; c < 3; c++) lines[at++] = pixels[place + (c % channels)];
+    }
   }
-  return chunks;
+  return lines;
+}
+
+async function deflated(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new CompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
 function words(...numbers) {
@@ -541,7 +538,7 @@ function connect() {
   if (byId("class")) byId("class").onchange = drawSamples;
   byId("copy").onclick = copyNumbers;
   byId("use").onclick = readNumbers;
-  byId("save").onclick = async () => download(await enlarged(await generate(current)), "picture.png");
+  byId("save").onclick = async () => download(await animatedPng([await generate(current)]), "picture.png");
   byId("save-animation").onclick = saveAnimation;
   for (const side of ["left", "right"]) {
     byId(`${side}-random`).onclick = () => setEnd(side, drawLatent());

@@ -224,6 +224,17 @@ def test_the_animation_is_the_walk_there_and_back(page):
     assert (last == pixels(page, "current")).all()
 
 
+def test_the_current_picture_is_saved_as_it_is_seen(page):
+    shown = pixels(page, "current")
+    with page.expect_download() as started:
+        page.click("#save")
+    with Image.open(started.value.path()) as saved:
+        assert (saved.format, saved.size) == ("PNG", (320, 320))
+        assert (
+            np.asarray(saved.convert("RGB")) == shown.repeat(20, axis=0).repeat(20, axis=1)
+        ).all()
+
+
 def test_samples_are_like_those_of_the_fitted_latents(page, model_folder):
     density = aegan.load(model_folder).latent_density
     for label, name in enumerate(density.classes):
