@@ -403,18 +403,30 @@ def code_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
 
 
+# Its stage hears a Ctrl-C, as a training does, which then saves its checkpoint.
+HEARS = (
+    "import os, signal, sys, time\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "open('pid', 'w').write(str(os.getpid()))\n"
+    "try:\n    time.sleep(600)\n"
+    "except KeyboardInterrupt:\n    open('saved', 'w')\n    sys.exit(1)\n"
+)
+
+
+@pytest.mark.usefixtures("code_of_ours")
+def test_when_the_budget_is_over_what_dvc_runs_is_told_to_end(project: Path) -> None:
+    with_stage(project, HEARS)
+    work = workplace.Workplace()
+    work.prepare(workplace.last_commit(), {})
+    with pytest.raises(workplace.BudgetError, match=r"retrain.max_hours is over: .* go on from"):
+        work.dvc("repro", deadline=time.time())
+    assert not any("dvc_command" in " ".join(c.cmdline()) for c in psutil.Process().children())
+
+
 @pytest.mark.fault("retraining")
 @pytest.mark.usefixtures("code_of_ours")
 def test_after_kill_9_what_dvc_runs_is_told_to_end_and_does(project: Path) -> None:
-    """Its stage hears a Ctrl-C, as a training does, which then saves its checkpoint."""
-    with_stage(
-        project,
-        "import os, signal, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "open('pid', 'w').write(str(os.getpid()))\n"
-        "try:\n    time.sleep(600)\n"
-        "except KeyboardInterrupt:\n    open('saved', 'w')\n",
-    )
+    with_stage(project, HEARS)
     code = (
         "from pipelines.retraining import workplace\n"
         "work = workplace.Workplace()\n"
