@@ -110,29 +110,44 @@ def test_a_promotion_killed_before_any_request_that_writes_is_put_right_by_the_n
 def test_a_server_that_dies_while_somebody_promotes_loses_and_doubles_nothing(
     server: servers.MLflowServer, client: Any, request: Any, record_property: Any
 ) -> None:
-    name = request.node.name
     store = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}
+    said = check_a_death_loses_nothing(server, store, client, request.node.name)
+    assert "is MLFLOW_TRACKING_URI right, and an MLflow server running there?" in said
+    record_property("faults", 2)
+
+
+def check_a_death_loses_nothing(
+    mortal: servers.MLflowServer | servers.Postgres,
+    store: dict[str, str],
+    client: Any,
+    model_name: str,
+) -> str:
+    """It is killed before a promotion is logged, and before an alias is moved; what is said then.
+
+    The model has two versions at least, and no champion.
+    """
     impatient = {**store, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     champion = None
-    for to, point in (("1", 2), ("2", 3)):  # before the log is written; before an alias is
+    for to, point in (("1", 2), ("2", 3)):
         call = promotion(champion, to)
-        victims = server.processes()
         [outcome] = decide(
-            call, model_name=name, environment=impatient, kill_at=point, victims=victims
+            call,
+            model_name=model_name,
+            environment=impatient,
+            kill_at=point,
+            victims=mortal.processes(),
         )
         assert outcome.code == 1
-        assert "is MLFLOW_TRACKING_URI right, and an MLflow server running there?" in outcome.error
-        server.wait()
-        server.start()
-        [again] = decide(call, model_name=name, environment=store)
+        assert "\n" not in outcome.error
+        mortal.wait()
+        mortal.start()
+        [again] = decide(call, model_name=model_name, environment=store)
         assert again.code == 0, again.error
         champion = to
-    assert [(entry.to, entry.counts) for entry in decisions.history(name)] == [
-        ("1", True),
-        ("2", True),
-    ]
-    assert aliases(client, name) == {"champion": "2", "previous": "1"}
-    record_property("faults", 2)
+    counted = [(entry.to, entry.counts) for entry in decisions.history(model_name)]
+    assert counted == [("1", True), ("2", True)]
+    assert aliases(client, model_name) == {"champion": "2", "previous": "1"}
+    return outcome.error
 
 
 @pytest.fixture(scope="module")
@@ -197,33 +212,13 @@ def test_a_database_that_is_killed_while_somebody_promotes_loses_and_doubles_not
     administrator: Any,
     record_property: Any,
 ) -> None:
-    name = "database"
-    make_versions(administrator, 2, model_name=name)
+    make_versions(administrator, 2, model_name="database")
     store = {
         "MLFLOW_TRACKING_URI": guarded.address,
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
     }
-    impatient = {**store, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    champion = None
-    for to, point in (("1", 2), ("2", 3)):  # before the log is written; before an alias is
-        call = promotion(champion, to)
-        victims = database.processes()
-        [outcome] = decide(
-            call, model_name=name, environment=impatient, kill_at=point, victims=victims
-        )
-        assert outcome.code == 1
-        assert "\n" not in outcome.error
-        database.wait()
-        database.start()
-        [again] = decide(call, model_name=name, environment=store)
-        assert again.code == 0, again.error
-        champion = to
-    assert [(entry.to, entry.counts) for entry in decisions.history(name)] == [
-        ("1", True),
-        ("2", True),
-    ]
-    assert aliases(administrator, name) == {"champion": "2", "previous": "1"}
+    check_a_death_loses_nothing(database, store, administrator, "database")
     record_property("faults", 2)
 
 
