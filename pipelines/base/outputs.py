@@ -23,6 +23,8 @@ TUNE = Path("artifacts/tune")
 # No output, but the user's: images that versions are compared on (pipelines/registry/reference.py).
 REFERENCE, REFERENCE_DVC = Path("reference"), Path("reference.dvc")
 PICTURES = ("real_to_real", "mirror", "random", "reconstructions", "samples", "fitted_samples")
+WEIGHTS = ("weights", "ema", "latents", "discriminators")
+NETWORKS = ("generator", "encoder", "image_discriminator", "latent_discriminator")
 PLOTS = ("slices", "parallel_coordinates", "importance")
 FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a stage writes there
     RAW: ("manifest.json", "files-[0-9]*.parquet", "objects-[0-9]*.parquet"),
@@ -31,13 +33,13 @@ FOLDERS: dict[Path, tuple[str, ...]] = {  # folder that is replaced => what a st
     TRAIN: (
         *(str(NAMES.facts), "metrics.json", "curves.csv", str(NAMES.samples / "step-[0-9]*.png")),
         "model/config.json",
-        *(f"model/{name}.safetensors" for name in ("weights", "ema", "latents")),
+        *(f"model/{name}.safetensors" for name in WEIGHTS),
     ),
     INTERPOLATE: (
         "index.json",
         *(f"{name}.{kind}" for name in PICTURES for kind in ("png", "webp")),
     ),
-    EXPLORE: ("explorer.html", "generator.onnx", "encoder.onnx"),
+    EXPLORE: ("explorer.html", *(f"{name}.onnx" for name in NETWORKS)),
     TUNE: ("tuned.yaml", "comparison.json", "trials.csv", *(f"{name}.png" for name in PLOTS)),
 }
 TEMPORARY = (".*.tmp", ".*.tmp/*", "*/.*.tmp", "*/.*.tmp/*")  # ours, of a process that was killed

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from aegan import model_folder, onnx_export
 from pipelines.base import locks, outputs
 from pipelines.base.errors import UserError
 from pipelines.base.files import new_folder, project_folder
-from pipelines.base.outputs import FOLDERS, RAW
+from pipelines.base.outputs import EXPLORE, FOLDERS, RAW, TRAIN
 from pipelines.project import clean
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,14 @@ def _write(path: Path) -> Path:
 
 def test_what_the_stages_write_is_not_taken_for_a_source_of_the_users(project):
     outputs.check_folders()
+
+
+def test_all_files_of_a_model_and_all_networks_are_known_as_what_stages_write():
+    files = [model_folder.CONFIG, *model_folder.FILES.values(), *model_folder.OPTIONAL]
+    for name in files:
+        assert outputs.is_written(f"{TRAIN}/model/{name}")
+    for name in onnx_export.NETWORKS:
+        assert outputs.is_written(f"{EXPLORE}/{name}.onnx")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
