@@ -1,19 +1,26 @@
 """Decisions at real MLflow servers, one on PostgreSQL with passwords: at once, cut off."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
+from aegan.config import RegisterConfig
+from pipelines import register
+from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.registry import decisions, mlflow_store
 from pipelines.registry.decision_log import succession
 from tests import servers
 from tests.deciding import Outcome, decide, make_versions
 from tests.servers import needs_postgres
+from tests.trained import write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
 PASSWORD = "of-the-administrator"
@@ -220,6 +227,41 @@ def test_a_database_that_is_killed_while_somebody_promotes_loses_and_doubles_not
     }
     check_a_death_loses_nothing(database, store, administrator, "database")
     record_property("faults", 2)
+
+
+@needs_postgres
+def test_a_database_that_is_killed_while_somebody_registers_is_one_line_and_the_same_goes_on(
+    database: servers.Postgres,
+    administrator: Any,
+    free: pytest.MonkeyPatch,
+    tmp_path: Path,
+    record_property: Any,
+) -> None:
+    free.chdir(write_project(tmp_path / "project"))
+    config = replace(params.load(RegisterConfig), model_name="killed", experiment="killed")
+    make = type(administrator).create_model_version
+
+    def make_without_database(*arguments: Any, **options: Any) -> Any:
+        for process in database.processes():
+            os.kill(process, signal.SIGKILL)
+        database.wait()
+        return make(*arguments, **options)
+
+    with free.context() as now:
+        now.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        now.setattr(type(administrator), "create_model_version", make_without_database)
+        with pytest.raises(UserError) as refused:
+            register.register(config)
+        assert "\n" not in str(refused.value)
+    database.start()
+    version = register.register(config)
+    assert not version.reused
+    [found] = administrator.search_model_versions("name = 'killed'")
+    assert found.version == version.number
+    experiment = administrator.get_experiment_by_name("killed").experiment_id
+    assert [run.info.status for run in administrator.search_runs([experiment])] == ["FINISHED"]
+    assert aliases(administrator, "killed") == {config.alias: version.number}
+    record_property("faults", 1)
 
 
 @needs_postgres
