@@ -287,9 +287,10 @@ def _keep(
         append_row(folder.log, row)
     if save:
         _save(state, config, folder)
-    varieties = [row[VARIETY] for row in state.log.rows if VARIETY in row]
-    if VARIETY in row and has_collapsed(varieties):
-        raise CollapsedError(_collapse_report(row, varieties))
+    if VARIETY in row:
+        varieties = [row[VARIETY] for row in state.log.rows if VARIETY in row]
+        if has_collapsed(varieties):
+            raise CollapsedError(_collapse_report(row, varieties))
     return row
 
 

@@ -105,16 +105,11 @@ def read_object(url: str, *, etag: str = "") -> bytes:
 
     The same for one of more than MAX_READ_BYTES, whatever a listing said of it.
     """
-    return _read(url, etag=etag)[0]
+    return read_version(url, etag=etag)[0]
 
 
-def read_version(url: str) -> tuple[bytes, str]:
+def read_version(url: str, *, etag: str = "") -> tuple[bytes, str]:
     """The same, and the etag that the object had."""
-    return _read(url)
-
-
-def _read(url: str, *, etag: str = "") -> tuple[bytes, str]:
-    """The content of one object and its etag."""
     bucket, key = _split(url)
     with _clear_errors(url, "read"):
         for attempt in range(1, READ_ATTEMPTS + 1):
@@ -151,7 +146,7 @@ def read_object_if_any(url: str) -> bytes | None:
 def read_version_if_any(url: str) -> tuple[bytes, str] | None:
     """The content of one object and its etag; None if there is none."""
     try:
-        return _read(url)
+        return read_version(url)
     except StorageError as error:
         if error.code == "NoSuchKey":
             return None

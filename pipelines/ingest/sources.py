@@ -281,24 +281,19 @@ def _read_bucket(prefix: str, before: FetchedBefore | None) -> Iterator[Read | P
                 version = Version(address.removeprefix(prefix), etag, size)
                 yield version, before.entries_of(version) if before else None
 
-    def read(item: tuple[Version, Iterator[Read] | None]) -> Read | Version | Iterator[Read]:
+    def read(item: tuple[Version, Iterator[Read] | None]) -> Iterable[Read | Packed]:
         version, known = item
         if known is not None:
             return known
         if reason := refusal(version.name, version.size):
-            return Skipped(version.name, reason)
+            return [Skipped(version.name, reason)]
         if is_container_name(version.name):
-            return version
+            return _fetched(version, prefix)  # when its turn has come: it may be large
         content, etag = storage.read_version(prefix + version.name)
-        return RawFile(version.name, content, version=Version(version.name, etag, len(content)))
+        return [RawFile(version.name, content, version=Version(version.name, etag, len(content)))]
 
     for found in storage.read_ahead(read, listed()):
-        if isinstance(found, Version):
-            yield from _fetched(found, prefix)
-        elif isinstance(found, Iterator):
-            yield from found
-        else:
-            yield found
+        yield from found
 
 
 def _fetched(read: Version, prefix: str) -> Iterator[Packed]:

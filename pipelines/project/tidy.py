@@ -96,16 +96,17 @@ def places(days: float, old: Collection[str] = ()) -> Iterator[Place]:
 
     The runs of `old` go whatever names them.
     """
-    for runs in (RUNS, WORK / RUNS):
-        if runs == RUNS or runs.exists():
-            yield Place(
-                name=str(runs),
-                keeps="runs that a dvc.lock, an experiment or MLflow names, or that were written "
-                f"to in the last {days:g} days",
-                size=size_of(runs),
-                unnamed=list(unnamed_runs(runs, days, old)),
-                remove=remove_runs,
-            )
+    folders = (RUNS, WORK / RUNS) if (WORK / RUNS).exists() else (RUNS,)
+    named = named_runs() if any(runs.exists() for runs in folders) else set()
+    for runs in folders:
+        yield Place(
+            name=str(runs),
+            keeps="runs that a dvc.lock, an experiment or MLflow names, or that were written to "
+            f"in the last {days:g} days",
+            size=size_of(runs),
+            unnamed=list(unnamed_runs(runs, named, days, old)),
+            remove=remove_runs,
+        )
     yield Place(
         name="half-written files",
         keeps="none: no stage is at work",
@@ -156,9 +157,10 @@ def places(days: float, old: Collection[str] = ()) -> Iterator[Place]:
 # -- runs -----------------------------------------------------------------------------------------
 
 
-def unnamed_runs(runs: Path, days: float, old: Collection[str] = ()) -> Iterator[Path]:
+def unnamed_runs(
+    runs: Path, named: Collection[str], days: float, old: Collection[str]
+) -> Iterator[Path]:
     """Folders of trainings, searches and decodings that nothing names and nothing works in."""
-    named = named_runs() if runs.exists() else set()
     for folder in _folders(runs):
         goes = folder.name in old or (folder.name not in named and is_older(folder, days))
         if RUN.fullmatch(folder.name) and goes and not _is_at_work(folder):

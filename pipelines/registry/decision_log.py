@@ -10,9 +10,10 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
-from pipelines.registry.mlflow_store import quoted
+from pipelines.registry.mlflow_store import paged, quoted
 
 Kind = Literal["promotion", "refusal", "rollback"]
 
@@ -111,12 +112,9 @@ def read(client: Any, model_name: str) -> list[Decision]:
 
 def versions_of(client: Any, model_name: str) -> list[Any]:
     """All versions of a registered model in MLflow; none where there is no such model."""
-    found, token = [], None
-    while True:
-        page = client.search_model_versions(f"name = {quoted(model_name)}", page_token=token)
-        found += [version for version in page if version.name == model_name]
-        if not (token := page.token):
-            return sorted(found, key=lambda version: int(version.version))
+    search = partial(client.search_model_versions, f"name = {quoted(model_name)}")
+    found = [version for version in paged(search) if version.name == model_name]
+    return sorted(found, key=lambda version: int(version.version))
 
 
 def tags_of(decision: Decision) -> dict[str, str]:

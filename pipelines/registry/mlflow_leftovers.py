@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipelines.base.errors import UserError
 from pipelines.base.files import project_folder
 from pipelines.registry import mlflow_store
 from pipelines.registry.mlflow_files import FOLDER, PLACES
+from pipelines.registry.mlflow_store import paged
 
 FOLDER_OF_RUN_OR_MODEL = re.compile(r"(m-)?[0-9a-f]{32}")
 DELETED = (  # runs, and models of theirs, that were deleted and that no version of a model names
@@ -62,22 +64,13 @@ def purge(ids: Sequence[str]) -> None:
 def _all_runs(client: Any) -> Iterator[Mapping[str, str]]:
     """The tags of every run."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, page_token=token)
-        yield from (run.data.tags for run in page)
-        if not (token := page.token):
-            return
+    if experiments:
+        yield from (run.data.tags for run in paged(partial(client.search_runs, experiments)))
 
 
 def _all_versions(client: Any) -> Iterator[Mapping[str, str]]:
     """The tags of every version of every model."""
-    token = None
-    while True:
-        page = client.search_model_versions(page_token=token)
-        yield from (found.tags for found in page)
-        if not (token := page.token):
-            return
+    return (found.tags for found in paged(client.search_model_versions))
 
 
 def deleted(file: Path) -> dict[str, Path]:

@@ -245,6 +245,16 @@ def quoted(text: str) -> str:
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
+def paged(search: Callable[..., Any]) -> Iterator[Any]:
+    """All that a search of MLflow finds, page after page."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
 def twice(call: Callable[..., Any], *arguments: Any) -> None:
     """Of two who write the same row first, at once, MLflow's server fails one: it is there now."""
     from mlflow.exceptions import MlflowException

@@ -6,12 +6,19 @@ to, what a run that is at work begins with, and what others say (`pipelines/proj
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.registry import decisions, tracking
 from pipelines.registry.decision_log import log_of, succession
-from pipelines.registry.mlflow_store import alone, check_place, open_store, readable_errors
+from pipelines.registry.mlflow_store import (
+    alone,
+    check_place,
+    open_store,
+    paged,
+    readable_errors,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +116,5 @@ def _remove_files(client: Any, run: Any) -> None:
 def _running(client: Any) -> Iterator[Any]:
     """Every run that MLflow believes to be at work."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, "attributes.status = 'RUNNING'", page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
+    if experiments:
+        yield from paged(partial(client.search_runs, experiments, "attributes.status = 'RUNNING'"))

@@ -190,42 +190,42 @@ def guarded(
 
 
 @pytest.fixture
-def administrator(guarded: servers.MLflowServer, free: pytest.MonkeyPatch) -> Any:
-    free.setenv("MLFLOW_TRACKING_URI", guarded.address)
-    free.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-    free.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+def guarded_store(guarded: servers.MLflowServer) -> dict[str, str]:
+    """The variables of who may do all there."""
+    return {
+        "MLFLOW_TRACKING_URI": guarded.address,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+    }
+
+
+@pytest.fixture
+def administrator(guarded_store: dict[str, str], free: pytest.MonkeyPatch) -> Any:
+    for name, value in guarded_store.items():
+        free.setenv(name, value)
     return mlflow_store.open_store().MlflowClient()
 
 
 @needs_postgres
 def test_on_postgresql_of_eight_who_promote_at_once_one_does(
-    guarded: servers.MLflowServer, administrator: Any, record_property: Any
+    guarded_store: dict[str, str], administrator: Any, record_property: Any
 ) -> None:
     make_versions(administrator, 8, model_name="many")
-    store = {
-        "MLFLOW_TRACKING_URI": guarded.address,
-        "MLFLOW_TRACKING_USERNAME": "admin",
-        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-    }
     calls = [promotion(None, str(to), by=f"number {to}") for to in range(1, 9)]
-    check_one_won(decide(*calls, model_name="many", environment=store), "many", administrator)
+    outcomes = decide(*calls, model_name="many", environment=guarded_store)
+    check_one_won(outcomes, "many", administrator)
     record_property("faults", 8)
 
 
 @needs_postgres
 def test_a_database_that_is_killed_while_somebody_promotes_loses_and_doubles_nothing(
     database: servers.Postgres,
-    guarded: servers.MLflowServer,
+    guarded_store: dict[str, str],
     administrator: Any,
     record_property: Any,
 ) -> None:
     make_versions(administrator, 2, model_name="database")
-    store = {
-        "MLFLOW_TRACKING_URI": guarded.address,
-        "MLFLOW_TRACKING_USERNAME": "admin",
-        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-    }
-    check_a_death_loses_nothing(database, store, administrator, "database")
+    check_a_death_loses_nothing(database, guarded_store, administrator, "database")
     record_property("faults", 2)
 
 
