@@ -90,7 +90,7 @@ docs: .venv/installed ## the pages of docs/ and of every public function as a si
 	@echo "file://$(CURDIR)/site/index.html"
 
 lock: .venv/installed ## resolve the newest permitted versions into requirements.lock
-	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev --extra server \
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --extra dev --extra notify --extra server \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements.lock pyproject.toml
 	sed -i.bak 's/+cpu$$//' requirements.lock && rm requirements.lock.bak # whichever build was found

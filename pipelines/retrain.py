@@ -45,7 +45,7 @@ def main(options: Options) -> int:
             raise UserError(f"{name} is no step: {', '.join(STEPS)}")
     if (options.force or options.accept_drift) and not options.reason:
         raise UserError("say why: --reason TEXT; it is kept in the ledger")
-    messages.address()  # a wrong one is said before anything is done
+    messages.check()
     place = place_of(params.load(ComputeConfig).storage)
     try:
         if options.dry_run:

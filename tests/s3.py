@@ -6,15 +6,31 @@ from contextlib import contextmanager
 
 from moto.server import ThreadedMotoServer
 
+from tests.compose import free_port
+
+
+class S3Server:
+    """All of one process hold the same buckets, which outlive them."""
+
+    def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._port = free_port()
+        self.address = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+
+    def kill(self) -> None:
+        self._server.stop()
+
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Its address; ends with the block. All of one process hold the same buckets."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    """The address of one that ends with the block."""
+    server = S3Server()
     try:
-        yield f"http://{host}:{port}"
+        yield server.address
     finally:
-        server.stop()
+        server.kill()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,38 @@ class MLflowServer:
     def kill(self) -> None:
         for process in self.processes():
             os.kill(process, signal.SIGKILL)
-        self._process.wait()
+        self.wait()
 
     def wait(self) -> None:
         """For the end of one that somebody else has killed."""
         self._process.wait()
+
+
+class GuardedServer(MLflowServer):
+    """On PostgreSQL; it asks for passwords and serves one host."""
+
+    def __init__(self, folder: Path, database: "Postgres", *, password: str) -> None:
+        settings = folder / "auth.ini"
+        settings.write_text(
+            f"[mlflow]\ndatabase_uri = sqlite:///{folder}/auth.db\n"
+            "default_permission = NO_PERMISSIONS\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            f"admin_username = admin\nadmin_password = {password}\n"
+        )
+        super().__init__(
+            folder,
+            database=database.address,
+            options=["--app-name", "basic-auth", "--allowed-hosts", "127.0.0.1:*,127.0.0.1"],
+            environment={
+                "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-flask",
+            },
+        )
+        self.variables = {  # of who may do all there
+            "MLFLOW_TRACKING_URI": self.address,
+            "MLFLOW_TRACKING_USERNAME": "admin",
+            "MLFLOW_TRACKING_PASSWORD": password,
+        }
 
 
 class SQLiteServer(MLflowServer):
@@ -121,6 +148,7 @@ class Postgres:
         self._user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to be root
         if self._user:
             shutil.chown(self._folder, self._user)
+        self.address = f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{self.port}/mlflow"
         password_file = self._folder / "password"
         password_file.write_text(password)
         password_file.chmod(0o644)
@@ -149,6 +177,12 @@ class Postgres:
         """Of the server and those that serve its clients."""
         family = psutil.Process(self._server.pid).children(recursive=True)
         return [self._server.pid, *(one.pid for one in family)]
+
+    def kill(self) -> None:
+        for process in self.processes():
+            with suppress(ProcessLookupError):  # the others end when the first one is gone
+                os.kill(process, signal.SIGKILL)
+        self.wait()
 
     def wait(self) -> None:
         """For the end of one that somebody else has killed."""

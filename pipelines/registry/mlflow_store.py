@@ -40,6 +40,7 @@ CHATTY = ("alembic", "urllib3", "mlflow.store.db.utils")  # which repeat every e
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 BUCKETS = ("s3", "gs")
 SQLITE_WAIT_SECONDS = 5
+FAILING = re.compile(r"too many (5\d\d) error responses")
 PATIENCE_SECONDS = 600  # with another registration in the same store
 AGAIN = "then run the same command again"
 
@@ -181,11 +182,20 @@ def readable_errors() -> Iterator[None]:
         if not (of_a_store or isinstance(error, (OSError, ModuleNotFoundError))):
             raise
         where = without_credentials(tracking_uri())
-        reason = without_credentials(f"{error}\n".splitlines()[0]).split(" with url:")[0][:300]
+        reason = _reason(error)
         raise UserError(f"MLflow at {where}: {shown(reason)}; {_cure(reason)}") from error
 
 
+def _reason(error: Exception) -> str:
+    line = without_credentials(f"{error}\n".splitlines()[0])
+    if failing := FAILING.search(line):  # behind the address and words of urllib3
+        return f"the server answers {failing[1]}"
+    return line.split(" with url:")[0][:300]
+
+
 def _cure(reason: str) -> str:
+    if reason.startswith("the server answers"):
+        return "its log says why; is its database running?"
     if "Invalid Host header" in reason:
         return "let the server accept this host name (`mlflow server --allowed-hosts HOST:PORT`)"
     if "error code 401" in reason or "error code 403" in reason:

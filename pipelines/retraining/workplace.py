@@ -125,7 +125,11 @@ class Workplace:
 def _dvc_config(project: Path) -> configparser.ConfigParser:
     """The project's settings of DVC with its cache, and no git: DVC knows no worktrees."""
     config = configparser.ConfigParser(interpolation=None)
-    config.read([project / ".dvc/config", project / ".dvc/config.local"])
+    try:
+        config.read([project / ".dvc/config", project / ".dvc/config.local"])
+    except configparser.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"DVC's settings: {reason}; `dvc config --list` must work") from None
     for section in ("core", "cache"):
         if not config.has_section(section):
             config.add_section(section)

@@ -1,7 +1,6 @@
 """Decisions at real MLflow servers, one on PostgreSQL with passwords: at once, cut off."""
 
 import logging
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -166,53 +165,26 @@ def database() -> Iterator[servers.Postgres]:
 @pytest.fixture(scope="module")
 def guarded(
     database: servers.Postgres, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[servers.MLflowServer]:
-    """A server on PostgreSQL that asks for passwords and serves one host."""
-    folder = tmp_path_factory.mktemp("guarded")
-    settings = folder / "auth.ini"
-    settings.write_text(
-        f"[mlflow]\ndatabase_uri = sqlite:///{folder}/auth.db\n"
-        "default_permission = NO_PERMISSIONS\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        f"admin_username = admin\nadmin_password = {PASSWORD}\n"
-    )
-    running = servers.MLflowServer(
-        folder,
-        database=f"postgresql+psycopg2://mlflow:of-postgres@127.0.0.1:{database.port}/mlflow",
-        options=["--app-name", "basic-auth", "--allowed-hosts", "127.0.0.1:*,127.0.0.1"],
-        environment={
-            "MLFLOW_AUTH_CONFIG_PATH": str(settings),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-flask",
-        },
-    )
+) -> Iterator[servers.GuardedServer]:
+    running = servers.GuardedServer(tmp_path_factory.mktemp("guarded"), database, password=PASSWORD)
     yield running
     running.kill()
 
 
 @pytest.fixture
-def guarded_store(guarded: servers.MLflowServer) -> dict[str, str]:
-    """The variables of who may do all there."""
-    return {
-        "MLFLOW_TRACKING_URI": guarded.address,
-        "MLFLOW_TRACKING_USERNAME": "admin",
-        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-    }
-
-
-@pytest.fixture
-def administrator(guarded_store: dict[str, str], free: pytest.MonkeyPatch) -> Any:
-    for name, value in guarded_store.items():
+def administrator(guarded: servers.GuardedServer, free: pytest.MonkeyPatch) -> Any:
+    for name, value in guarded.variables.items():
         free.setenv(name, value)
     return mlflow_store.open_store().MlflowClient()
 
 
 @needs_postgres
 def test_on_postgresql_of_eight_who_promote_at_once_one_does(
-    guarded_store: dict[str, str], administrator: Any, record_property: Any
+    guarded: servers.GuardedServer, administrator: Any, record_property: Any
 ) -> None:
     make_versions(administrator, 8, model_name="many")
     calls = [promotion(None, str(to), by=f"number {to}") for to in range(1, 9)]
-    outcomes = decide(*calls, model_name="many", environment=guarded_store)
+    outcomes = decide(*calls, model_name="many", environment=guarded.variables)
     check_one_won(outcomes, "many", administrator)
     record_property("faults", 8)
 
@@ -220,12 +192,13 @@ def test_on_postgresql_of_eight_who_promote_at_once_one_does(
 @needs_postgres
 def test_a_database_that_is_killed_while_somebody_promotes_loses_and_doubles_nothing(
     database: servers.Postgres,
-    guarded_store: dict[str, str],
+    guarded: servers.GuardedServer,
     administrator: Any,
     record_property: Any,
 ) -> None:
     make_versions(administrator, 2, model_name="database")
-    check_a_death_loses_nothing(database, guarded_store, administrator, "database")
+    said = check_a_death_loses_nothing(database, guarded.variables, administrator, "database")
+    assert "the server answers 503; its log says why; is its database running?" in said
     record_property("faults", 2)
 
 
@@ -242,9 +215,7 @@ def test_a_database_that_is_killed_while_somebody_registers_is_one_line_and_the_
     make = type(administrator).create_model_version
 
     def make_without_database(*arguments: Any, **options: Any) -> Any:
-        for process in database.processes():
-            os.kill(process, signal.SIGKILL)
-        database.wait()
+        database.kill()
         return make(*arguments, **options)
 
     with free.context() as now:

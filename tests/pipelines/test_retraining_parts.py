@@ -213,6 +213,29 @@ def test_a_message_goes_nowhere_unencrypted(monkeypatch: pytest.MonkeyPatch) -> 
     assert "hidden" not in str(error.value)
 
 
+def test_people_are_told_in_words_and_again_if_not_all_could_be(
+    server: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    address, state = server
+    monkeypatch.delenv(messages.ADDRESS, raising=False)
+    host = address.removeprefix("http://")
+    monkeypatch.setenv(messages.PEOPLE, f"json://me:hidden@{host}/one json://{host}/two")
+    message = {"retraining": "abc", "outcome": "refused", "reasons": ["a", "b"], "champion": "1"}
+    state["status"] = [200, 200]
+    messages.check()
+    assert messages.send(message)
+    said = [json.loads(content) for _, content in state["heard"]]
+    assert [one["title"] for one in said] == ["Retraining abc: refused"] * 2
+    assert [one["message"] for one in said] == ["a\nb\nThe champion is version 1."] * 2
+    state["status"] = [200, 500]
+    assert not messages.send(message)
+    assert "told next time" in caplog.text
+    monkeypatch.setenv(messages.PEOPLE, f"json://{host} carrier-pigeon://me:hidden@roof")
+    with pytest.raises(UserError, match="address 2 of 2 is none that Apprise knows") as error:
+        messages.check()
+    assert "hidden" not in caplog.text + str(error.value)
+
+
 def test_one_holds_the_lease_and_the_next_has_a_higher_number(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +379,13 @@ def test_a_folder_without_git_is_told_what_to_do(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="git init"):
         workplace.last_commit()
+
+
+def test_settings_of_dvc_that_cannot_be_read_are_one_line(project: Path) -> None:
+    with (project / ".dvc/config").open("a") as file:
+        file.write("[core]\n[core]\n")
+    with pytest.raises(UserError, match=r"DVC's settings: .*\.dvc/config.*`dvc config --list`"):
+        workplace.Workplace().has_remote()
 
 
 def test_the_worktree_has_the_commit_and_the_users_folder_stays_as_it_is(project: Path) -> None:
