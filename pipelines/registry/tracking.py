@@ -170,7 +170,7 @@ def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
     return made
 
 
-def load_model(address: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.AEGAN:
+def load_model(address: str | Path, weights: Literal["ema", "raw"] = "ema") -> aegan.Model:
     """The networks at any address: `models:/aegan@candidate`, a model's folder, a checkpoint's.
 
     Raises UserError.
