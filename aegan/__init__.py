@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aegan.config import ConfigError
     from aegan.data.image_files import UnusableImageError
-    from aegan.model_folder import ModelError, load
+    from aegan.model_folder import Model, ModelError, load
     from aegan.networks import AEGAN
     from aegan.pictures import grid, save_animation, save_png
     from aegan.priors import lerp, slerp
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AEGAN",
     "ConfigError",
+    "Model",
     "ModelError",
     "UnusableImageError",
     "decode",

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from safetensors.torch import load as tensors_in
 from torch import Tensor
 
 from aegan.config import ConfigError, ModelConfig, ValueRange, check_classes, with_new_names
+from aegan.data.image_files import Fit, Form
 from aegan.files import save_tensors, sha256_of, write_json
 from aegan.latent_density import LatentDensity, check_shapes, from_tensors, tensors_of
 from aegan.networks import AEGAN
@@ -38,7 +39,6 @@ OPTIONAL = (LATENTS, DISCRIMINATOR_WEIGHTS)
 # 1: none was written, and model.architecture was called model.preset; 2: had no model.prior and
 # nothing optional.
 FORMAT_VERSION = 3
-FITS = ("crop", "pad")
 MAX_PARAMETERS = 2**30  # of the networks that are loaded: 4 GiB
 MAX_HEADER_BYTES = 2**20  # of a file of weights, and of config.json
 MAX_SHOWN = 60  # characters of a value in a message
@@ -46,6 +46,26 @@ MAX_SHOWN = 60  # characters of a value in a message
 
 class ModelError(ValueError):
     """A model's folder that cannot be loaded; the message names the file and the cure."""
+
+
+class Model(AEGAN):
+    """The networks of a model's folder, with what it says of the images they were trained on.
+
+    Networks alone, as in training, know the size of images and nothing of files.
+    """
+
+    fit: Fit = "crop"
+    value_range: str = "full"  # how samples deeper than 8 bits become grey levels
+
+    @property
+    def form(self) -> Form:
+        """What image files become before the encoder sees them."""
+        return Form(
+            image_size=self.image_size,
+            image_channels=self.image_channels,
+            fit=self.fit,
+            value_range=self.value_range,
+        )
 
 
 def write(
@@ -86,7 +106,7 @@ def files_of(description: dict[str, Any]) -> list[str]:
 
 def load(
     folder: str | os.PathLike[str], *, weights: Weights = "ema", discriminators: bool = False
-) -> AEGAN:
+) -> Model:
     """A trained model's generator and encoder, ready to use; raises ModelError.
 
     `ema`: the averaged weights, which draw the better images, with the density of their latents;
@@ -141,7 +161,7 @@ def read_description(file: Path) -> dict[str, Any]:
     return config
 
 
-def _build(config: dict[str, Any], file: Path, *, discriminators: bool) -> AEGAN:
+def _build(config: dict[str, Any], file: Path, *, discriminators: bool) -> Model:
     """The networks that a config.json describes, without memory for their weights yet."""
 
     def field(section: Any, name: str, kind: type, expected: str) -> Any:
@@ -160,9 +180,9 @@ def _build(config: dict[str, Any], file: Path, *, discriminators: bool) -> AEGAN
     unknown = networks.keys() - vars(sizes).keys()
     if unknown:
         raise _damaged(file, f"{_shown(min(unknown))} is no setting of a model")
-    fit = field(config, "fit", str, "a name")
-    if fit not in FITS:
-        raise _damaged(file, f"fit is {_shown(fit)}, expected {' or '.join(FITS)}")
+    fit, fits = field(config, "fit", str, "a name"), get_args(Fit)
+    if fit not in fits:
+        raise _damaged(file, f"fit is {_shown(fit)}, expected {' or '.join(fits)}")
     value_range = field({"value_range": "full"} | config, "value_range", str, "a range")
     try:
         ValueRange.parse(value_range)
@@ -179,7 +199,7 @@ def _build(config: dict[str, Any], file: Path, *, discriminators: bool) -> AEGAN
         )
     try:
         with torch.device("meta"):
-            model = AEGAN(
+            model = Model(
                 sizes,
                 image_size=field(config, "image_size", int, "a whole number"),
                 image_channels=field(config, "image_channels", int, "a whole number"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from aegan.data.image_files import UnusableImageError, work_of
+from aegan.model_folder import Model
 from aegan.networks import AEGAN
 from aegan.pictures import to_pil
 from aegan.sampling import (
@@ -31,7 +32,6 @@ from aegan.sampling import (
     InterpolationPath,
     Latents,
     decode,
-    decode_file,
     default_latents,
     encode,
     latent_paths,
@@ -117,7 +117,7 @@ def _no_number(name: str) -> None:
     raise RequestError(f"{name} is no JSON number")
 
 
-def answer(model: AEGAN, request: Any) -> list[Record]:
+def answer(model: Model, request: Any) -> list[Record]:
     """A parsed body, `{"dataframe_records": [...], "params": {...}}` => its records."""
     return operate(model, *rows_and_params(request))
 
@@ -164,7 +164,7 @@ def _split(table: Any) -> list[Any]:
     return [dict(zip(columns, row, strict=True)) for row in data]
 
 
-def operate(model: AEGAN, rows: Sequence[Any], params: Any) -> list[Record]:
+def operate(model: Model, rows: Sequence[Any], params: Any) -> list[Record]:
     """Rows with an image or a latent each, and `{"operation": ...}` with its settings => records.
 
     Raises RequestError.
@@ -183,7 +183,7 @@ def run(model: AEGAN, network: Network, inputs: Tensor) -> Tensor:
     return encode(model, inputs) if network == "encode" else decode(model, inputs)
 
 
-def steps(model: AEGAN, rows: Sequence[Any], params: Any) -> Steps[list[Record]]:
+def steps(model: Model, rows: Sequence[Any], params: Any) -> Steps[list[Record]]:
     """The same as `operate`, but for the passes of the networks, which are asked for."""
     operation, settings = _read_params(params)
     column, values = _read_rows(rows)
@@ -207,7 +207,7 @@ def steps(model: AEGAN, rows: Sequence[Any], params: Any) -> Steps[list[Record]]
             return (yield from _interpolate(model, column, values, settings))
 
 
-def _encode(model: AEGAN, images: list[Any]) -> Steps[Tensor]:
+def _encode(model: Model, images: list[Any]) -> Steps[Tensor]:
     """Base64 of image files => float32 [N, latent_dim]."""
     latents = []
     for batch in read_images(images, model):
@@ -310,7 +310,7 @@ def _draw(model: AEGAN, count: int, seed: int, settings: Mapping[str, Any]) -> T
 
 
 def _interpolate(
-    model: AEGAN, column: str, values: list[Any], settings: Mapping[str, Any]
+    model: Model, column: str, values: list[Any], settings: Mapping[str, Any]
 ) -> Steps[list[Record]]:
     """Frames from each row to the next, pair after pair."""
     pairs = len(values) - 1
@@ -338,7 +338,7 @@ def _check_answer(model: AEGAN, images: int) -> None:
         )
 
 
-def read_images(rows: Sequence[Any], model: AEGAN) -> Iterator[Tensor]:
+def read_images(rows: Sequence[Any], model: Model) -> Iterator[Tensor]:
     """Base64 of image files, cropped and resized to the model's size => batches [N, H, W, C].
 
     All together are known to be affordable before the first is decoded.
@@ -359,7 +359,7 @@ def read_images(rows: Sequence[Any], model: AEGAN) -> Iterator[Tensor]:
         images = []
         for row, content in enumerate(files[start : start + BATCH_SIZE], start):
             with _about_image(row):
-                images.append(decode_file(content, model, max_pixels=MAX_PIXELS))
+                images.append(model.form.decode(content, max_pixels=MAX_PIXELS))
         yield torch.from_numpy(np.stack(images))
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from aegan.arguments import as_tensor, described, type_name, whole_number
-from aegan.data.image_files import MAX_PIXELS, UnusableImageError, decode_image
+from aegan.data.image_files import MAX_PIXELS, Form, UnusableImageError
+from aegan.model_folder import Model
 from aegan.networks import AEGAN
 from aegan.pixels import to_float, to_uint8
 from aegan.priors import Array, lerp
@@ -34,7 +35,7 @@ NO_DENSITY = (
 
 
 def read_images(
-    paths: Iterable[str | os.PathLike[str]], model: AEGAN, *, max_pixels: int = MAX_PIXELS
+    paths: Iterable[str | os.PathLike[str]], model: Model, *, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
     """Image files, prepared as the model's training images were => uint8 [N, H, W, C].
 
@@ -42,32 +43,17 @@ def read_images(
     """
     if isinstance(paths, str | bytes | os.PathLike):
         raise ValueError(f"paths is one path, {os.fsdecode(paths)}; expected a list of paths")
-    _check_model(model)
+    _check_model(model, Model)
     max_pixels = whole_number("max_pixels", max_pixels, lowest=1)
-    images = [_read_image(Path(path), model, max_pixels) for path in paths]
+    images = [_read_image(Path(path), model.form, max_pixels) for path in paths]
     if not images:
         raise ValueError("paths is empty; expected at least one image file")
     return torch.from_numpy(np.stack(images))
 
 
-def decode_file(content: bytes, model: AEGAN, *, max_pixels: int) -> np.ndarray:
-    """An image file, prepared as the model's training images were => uint8 [H, W, C].
-
-    Raises UnusableImageError.
-    """
-    return decode_image(
-        content,
-        image_size=model.image_size,
-        image_channels=model.image_channels,
-        fit=model.fit,
-        max_pixels=max_pixels,
-        value_range=model.value_range,
-    )
-
-
-def _read_image(path: Path, model: AEGAN, max_pixels: int) -> np.ndarray:
+def _read_image(path: Path, form: Form, max_pixels: int) -> np.ndarray:
     try:
-        return decode_file(path.read_bytes(), model, max_pixels=max_pixels)
+        return form.decode(path.read_bytes(), max_pixels=max_pixels)
     except UnusableImageError as error:
         raise UnusableImageError(f"{path}: {error}") from None
     except OSError as error:
@@ -228,8 +214,8 @@ def _batch(name: str, values: Array, dtype: torch.dtype, item: tuple[int, ...]) 
     )
 
 
-def _check_model(model: AEGAN) -> None:
-    if not isinstance(model, AEGAN):
+def _check_model(model: AEGAN, kind: type[AEGAN] = AEGAN) -> None:
+    if not isinstance(model, kind):
         raise ValueError(f"model is a {type(model).__name__}; expected what aegan.load returns")
 
 

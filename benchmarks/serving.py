@@ -35,7 +35,6 @@ from PIL import Image
 
 import aegan
 from aegan import operations
-from aegan.sampling import decode_file
 from pipelines.serving import batch, endpoint, served
 from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
@@ -147,7 +146,7 @@ def cost(
     results.put((rows, time.perf_counter() - started, peak_mebibytes() - before))
 
 
-def ask(model: aegan.AEGAN, images: list[str]) -> None:
+def ask(model: aegan.Model, images: list[str]) -> None:
     """Encode pictures, as a request would."""
     operations.operate(model, [{"image": image} for image in images], {"operation": "encode"})
 
@@ -160,7 +159,7 @@ def batch_work(folder: Path) -> None:
     size = (512, 384)
     small = [noise((8, 6)).resize(size, Image.Resampling.BICUBIC).rotate(n) for n in range(16)]
     contents = [encode(image, "JPEG", quality=90) for image in small]
-    images = np.stack([decode_file(content, model, max_pixels=10**6) for content in contents])
+    images = np.stack([model.form.decode(content) for content in contents])
     with TemporaryDirectory() as place:
         pictures = Path(place) / "pictures"
         pictures.mkdir()
@@ -173,7 +172,7 @@ def batch_work(folder: Path) -> None:
             encoder = BATCH_FILES / (time.perf_counter() - started)
             started = time.perf_counter()
             for content in contents * 8:
-                decode_file(content, model, max_pixels=10**6)
+                model.form.decode(content)
             decoder = 8 * len(contents) / (time.perf_counter() - started)
             started = time.perf_counter()
             batch.run("encode", str(pictures), Path(place) / f"out-{round_}", served_)

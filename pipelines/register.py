@@ -21,9 +21,10 @@ from pipelines.base.files import clear_disk_errors, hash_files, project_folder, 
 from pipelines.base.identity import code_of, code_sha256
 from pipelines.base.outputs import EXPLORE, INTERPOLATE, PREPROCESS, SHARDS, TRAIN
 from pipelines.ingest.source_address import without_secrets
-from pipelines.registry import card, gate, mlflow_store, tracking, training_record
+from pipelines.registry import card, gate, mlflow_store, registration, training_record
 from pipelines.registry.live_run import send_rest, tags_of_all
 from pipelines.registry.mlflow_runs import Point
+from pipelines.registry.tracking import PICTURES
 
 TRAINED, MODEL = RunFolder(TRAIN), TRAIN / "model"
 CURVES, SCORES = TRAIN / "curves.csv", Path("artifacts/evaluate/metrics.json")
@@ -39,20 +40,20 @@ FILES = {  # folder among the run's artifacts -> what goes there, if present
 }
 
 
-def register(config: RegisterConfig) -> tracking.Version:
+def register(config: RegisterConfig) -> registration.Version:
     """Register what the working folder holds, then write `registration.json`."""
     package.signing_key()  # one that cannot be used is said before anything is stored
     record = collect()
     folder = RunFolder(Path("runs") / record.run_name)
     live_run = send_rest(folder, config.experiment) if folder.tracking.exists() else ""
-    version = tracking.register(
+    version = registration.register(
         record,
         live_run=live_run,
         experiment=config.experiment,
         model_name=config.model_name,
         alias=config.alias,
     )
-    registration = {
+    made = {
         "model_name": config.model_name,
         "version": version.number,
         "alias": config.alias,
@@ -62,11 +63,11 @@ def register(config: RegisterConfig) -> tracking.Version:
         "model_sha256": record.version_tags["model_sha256"],
     }
     with clear_disk_errors(OUTPUT):
-        write_json(OUTPUT, registration)
+        write_json(OUTPUT, made)
     return version
 
 
-def collect() -> tracking.Record:
+def collect() -> registration.Record:
     """What the earlier stages left in the working folder; raises UserError where it is missing."""
     run = read_json(TRAINED.facts, stage="train")
     scores = read_json(SCORES, stage="evaluate")
@@ -105,8 +106,8 @@ def collect() -> tracking.Record:
     }
     pictures = sorted(path for path in INTERPOLATE.glob("*") if path.suffix in (".png", ".webp"))
     networks = sorted(EXPLORE.glob("*.onnx"))
-    names = [f"{tracking.PICTURES}/{path.name}" for path in pictures if path.suffix == ".png"]
-    return tracking.Record(
+    names = [f"{PICTURES}/{path.name}" for path in pictures if path.suffix == ".png"]
+    return registration.Record(
         run_name=run["run_name"],
         model_folder=MODEL,
         content_sha256=sha256_of_json([hash_files([MODEL, SCORES]), code]),

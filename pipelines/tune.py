@@ -38,7 +38,7 @@ from pipelines.base.identity import ROOT, code_sha256
 from pipelines.base.outputs import FOLDERS, SHARDS, TUNE
 from pipelines.base.run_name import run_name
 from pipelines.cluster.session import machine, ray_session
-from pipelines.registry import tracking
+from pipelines.registry import search_runs
 from pipelines.search.trial import (
     OBJECTIVES,
     Scores,
@@ -179,7 +179,7 @@ def _tune(
     write(trials, comparison, config, TUNE)
     for trial in trials:
         tuner.record_trial(trial, task, record)
-    tracking.log_search(
+    search_runs.log_search(
         folder.name,
         experiment=experiment,
         tags={"objective": config.objective, **winner.settings},

@@ -59,7 +59,6 @@ NOT_IN_WEIGHTS = {  # the same for `train` and `tune`: weights, and what is know
     "aegan/metrics/diagnosis.py": "when a training is ended that leads nowhere",
     "aegan/metrics/diversity.py": "by what that is noticed",
     "aegan/model_folder.py": "how finished weights are written, and read to start from",
-    "aegan/operations.py": "what a registered model answers",
     "pipelines/registry": "where weights to start from are kept; the run's name has their hash",
 }
 

@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
 from typing import Literal
@@ -58,12 +58,26 @@ MAX_FRAME_BYTES = 1024**3  # and so large when they are resized
 WORK_OF_A_TEXT = 1 << 18  # of a compressed text or profile in a PNG, unpacked to at most 1 MiB
 WORK_OF_A_SLOW_SAMPLE = 64
 
-Fit = Literal["crop", "pad"]
+Fit = Literal["crop", "pad"]  # how an image becomes square
 _END_OF_JPEG = b"\xff\xd9"
 
 
 class UnusableImageError(ValueError):
     """Why a file is no usable image: `<category>: <detail>`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What image files become: images as those that a model was trained on."""
+
+    image_size: int
+    image_channels: int
+    fit: Fit
+    value_range: str
+
+    def decode(self, content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """`decode_image` of a file in this form."""
+        return decode_image(content, **asdict(self), max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ A new one is such a file, an entry in ARCHITECTURES and its name in `aegan.confi
 """
 
 from types import ModuleType
-from typing import Literal
 
 from torch import nn
 
@@ -62,9 +61,7 @@ class AEGAN(nn.Module):
         self.latent_dim = config.latent_dim
         self.image_size = image_size
         self.image_channels = image_channels
-        self.fit: Literal["crop", "pad"] = "crop"  # how an image becomes square
         self.classes: tuple[str, ...] = ()  # names, where the prior has a label
-        self.value_range = "full"  # and how samples deeper than 8 bits become grey levels
         sizes = {
             "image_size": image_size,
             "image_channels": image_channels,

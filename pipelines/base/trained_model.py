@@ -22,7 +22,7 @@ STAND_INS = {  # split whose images show what the model can do: what is to be sa
 
 def load_model(
     folder: Path, weights: Literal["ema", "raw"] = "ema", *, discriminators: bool = False
-) -> aegan.AEGAN:
+) -> aegan.Model:
     """One set of weights; UserError where training has left none that can be read."""
     try:
         return aegan.load(folder, weights=weights, discriminators=discriminators)

@@ -20,7 +20,7 @@ def main(folder: str) -> None:
     try:
         aegan.load(folder, weights="raw", discriminators=True)
         model = aegan.load(folder)
-        # The example that a version is registered with (pipelines/registry/tracking.py).
+        # The example that a version is registered with (pipelines/registry/registration.py).
         row = {"latent": [0.0] * model.latent_dim}
         [record] = operations.operate(model, [row], {"operation": "generate"})
     except (aegan.ModelError, operations.RequestError, OSError) as error:

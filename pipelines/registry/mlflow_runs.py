@@ -1,9 +1,11 @@
-"""Runs of MLflow: how they are found, and filled in batches."""
+"""Runs of MLflow: how they are made, filled in batches, and removed."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipelines.registry.mlflow_store import check_place
+from pipelines.registry import mlflow_store
+from pipelines.registry.mlflow_store import check_place, quoted
 
 MAX_POINTS, MAX_PARAMS = 900, 100  # in one request; MLflow takes 1,000 points and tags together
 
@@ -61,6 +63,28 @@ def log_numbers(
     client.log_batch(
         run_id, metrics=last, tags=[RunTag(name, str(v)) for name, v in (tags or {}).items()]
     )
+
+
+def remove_run(client: Any, run: Any) -> None:
+    """Delete a run and the models logged in it; on this machine their files first.
+
+    Called within `readable_errors` and `alone`, like the next.
+    """
+    models = [model.model_id for model in logged_models(client, run)]
+    if mlflow_store.database_file():
+        home = mlflow_store.files_folder() / run.info.experiment_id  # not where the store says
+        for folder in (run.info.run_id, *(f"models/{model}" for model in models)):
+            shutil.rmtree(home / folder, ignore_errors=True)
+    for model in models:
+        client.delete_logged_model(model)
+    client.delete_run(run.info.run_id)
+
+
+def logged_models(client: Any, run: Any) -> list[Any]:
+    found: list[Any] = client.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = {quoted(run.info.run_id)}"
+    )
+    return found
 
 
 def _batches(items: list[Any], size: int) -> list[list[Any]]:

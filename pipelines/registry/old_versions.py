@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipelines.registry import decisions, tracking
+from pipelines.registry import decisions, mlflow_runs
 from pipelines.registry.decision_log import log_of, succession
 from pipelines.registry.mlflow_store import (
     alone,
@@ -86,7 +86,7 @@ def remove(model_name: str, old: Sequence[Found]) -> None:
             run = _run(client, version.run_id)
             if run and not others:
                 _remove_files(client, run)
-                tracking.remove_run(client, run)
+                mlflow_runs.remove_run(client, run)
             client.delete_model_version(model_name, version.number)
 
 
@@ -106,7 +106,7 @@ def _remove_files(client: Any, run: Any) -> None:
     """Those at a server or in a bucket; those on this machine go with the run."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    models = tracking.logged_models(client, run)
+    models = mlflow_runs.logged_models(client, run)
     for place in (run.info.artifact_uri, *(model.artifact_location for model in models)):
         check_place(place, f"the run {run.info.run_id}")
         if urlsplit(place).scheme not in ("", "file"):

@@ -27,7 +27,7 @@ from aegan.training.checkpoint import CheckpointError
 from pipelines.base.errors import UserError
 from pipelines.base.progress import progress
 from pipelines.cluster.session import show_ray_logs
-from pipelines.registry import mlflow_store, tracking
+from pipelines.registry import mlflow_store, search_runs
 from pipelines.registry.mlflow_runs import Point
 from pipelines.search.trial import (
     SCORES,
@@ -245,7 +245,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
 def record_trial(trial: Trial, task: Task, record: Record) -> None:
     """Put a trial into MLflow unless it is there; raises UserError."""
     config = task.config(trial.settings, seed=task.start.training.seed)
-    tracking.log_trial(
+    search_runs.log_trial(
         f"trial {trial.number:03}",
         search=record.search,
         experiment=record.experiment,

@@ -49,7 +49,7 @@ from pipelines.ingest.quarantine import summary, write_quarantine
 from pipelines.ingest.shards import write_parquet
 from pipelines.ingest.sources import list_bucket, read_archive, read_folder
 from pipelines.registry import tracking
-from pipelines.serving.decoding import Decoded, Decoder, Form, decode_on_cluster
+from pipelines.serving.decoding import Decoded, Decoder, decode_on_cluster
 from pipelines.serving.served import Served, check_encoder, load
 
 PART_BATCHES = 16  # of BATCH_SIZE files: what a run that is cut off does again, at most
@@ -124,7 +124,7 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> dict[st
 
 
 def _work(
-    operation: Operation, entries: Entries, out: Path, downloads: Path, model: aegan.AEGAN
+    operation: Operation, entries: Entries, out: Path, downloads: Path, model: aegan.Model
 ) -> int:
     """Write parts for all entries; returns how many entries there were."""
     skipped: list[Row] = []
@@ -146,7 +146,7 @@ def _work(
 
 
 def _decoded(
-    entries: Entries, skipped: list[Row], downloads: Path, model: aegan.AEGAN
+    entries: Entries, skipped: list[Row], downloads: Path, model: aegan.Model
 ) -> Iterator[Decoded]:
     """All files that are read; those that are not go to `skipped`."""
 
@@ -157,17 +157,11 @@ def _decoded(
             else:
                 yield entry
 
-    form = Form(
-        image_size=model.image_size,
-        image_channels=model.image_channels,
-        fit=model.fit,
-        value_range=model.value_range,
-    )
     files, first = _peek(read(entries))
     if isinstance(first, ListedFile) and has_cluster():
-        yield from decode_on_cluster(cast(Iterator[ListedFile], files), form, downloads)
+        yield from decode_on_cluster(cast(Iterator[ListedFile], files), model.form, downloads)
         return
-    with Decoder(form, processes=available_cores()) as decoder:
+    with Decoder(model.form, processes=available_cores()) as decoder:
         yield from decoder.decode(_fetched(files))
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aegan.config import PreprocessConfig
-from aegan.data.image_files import MAX_PIXELS, Fit, UnusableImageError, decode_image
+from aegan.data.image_files import MAX_PIXELS, Form, UnusableImageError
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.ingest.decode import LACK_CURE, MAX_CRASHES, set_up_worker
@@ -33,32 +33,6 @@ CRASHED = "cannot be decoded: the decoder crashes"
 Decoded = tuple[str, np.ndarray | str]  # a file's name; its image, or why there is none
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """What a model's images are like."""
-
-    image_size: int
-    image_channels: int
-    fit: Fit
-    value_range: str
-
-    def decode(self, files: list[RawFile]) -> list[np.ndarray | str]:
-        """Of each file uint8 [image_size, image_size, C], or why there is none."""
-        return [self._decode_one(file.content) for file in files]
-
-    def _decode_one(self, content: bytes) -> np.ndarray | str:
-        try:
-            return decode_image(
-                content,
-                image_size=self.image_size,
-                image_channels=self.image_channels,
-                fit=self.fit,
-                value_range=self.value_range,
-            )
-        except UnusableImageError as error:
-            return str(error)
 
 
 class Decoder:
@@ -81,7 +55,7 @@ class Decoder:
         """Each file's name with its image, or why there is none; raises UserError."""
         waiting: deque[tuple[list[RawFile], Future[list[np.ndarray | str]]]] = deque()
         for group in _groups(files):
-            waiting.append((group, self._pool.submit(self._form.decode, group)))
+            waiting.append((group, self._pool.submit(_decode, self._form, group)))
             if len(waiting) > 2 * self._processes:
                 yield from self._first(waiting)
         while waiting:
@@ -98,7 +72,7 @@ class Decoder:
             self._pool.shutdown()
             found = [self._alone(file) for file in group]
             self._pool = _pool(self._processes)
-            again = [(left, self._pool.submit(self._form.decode, left)) for left, _ in waiting]
+            again = [(left, self._pool.submit(_decode, self._form, left)) for left, _ in waiting]
             waiting.clear()
             waiting.extend(again)
         yield from zip([file.source for file in group], found, strict=True)
@@ -106,7 +80,7 @@ class Decoder:
     def _alone(self, file: RawFile) -> np.ndarray | str:
         with _pool(1) as pool:
             try:
-                return pool.submit(self._form.decode, [file]).result()[0]
+                return pool.submit(_decode, self._form, [file]).result()[0]
             except BrokenProcessPool:
                 self._crashes += 1
         if self._crashes > MAX_CRASHES:
@@ -164,6 +138,18 @@ def _rows(part: Path, form: Form) -> Iterator[Decoded]:
     table = pq.read_table(part, columns=["source", "image", "reason"])
     for source, image, reason in zip(*table.to_pydict().values(), strict=True):
         yield source, reason or np.frombuffer(image, np.uint8).reshape(shape)
+
+
+def _decode(form: Form, files: list[RawFile]) -> list[np.ndarray | str]:
+    """Of each file uint8 [image_size, image_size, C], or why there is none."""
+    return [_decode_one(form, file.content) for file in files]
+
+
+def _decode_one(form: Form, content: bytes) -> np.ndarray | str:
+    try:
+        return form.decode(content)
+    except UnusableImageError as error:
+        return str(error)
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

@@ -25,7 +25,7 @@ MAX_DENSITY_VALUES = 2**20  # of the fitted latents' covariances: 4 MB in the pa
 EFFECT_LATENTS, EFFECT_DIRECTIONS = 16, 8
 
 
-def write_page(model: aegan.AEGAN, folder: Path, networks: Mapping[str, Path], file: Path) -> None:
+def write_page(model: aegan.Model, folder: Path, networks: Mapping[str, Path], file: Path) -> None:
     """The page of a model that was loaded from a folder, with its exported networks.
 
     Raises UserError.
@@ -48,7 +48,7 @@ def write_page(model: aegan.AEGAN, folder: Path, networks: Mapping[str, Path], f
         write_text(file, text)
 
 
-def describe(model: aegan.AEGAN, folder: Path) -> dict[str, Any]:
+def describe(model: aegan.Model, folder: Path) -> dict[str, Any]:
     """What the page must know of a model, in JSON's types."""
     density = model.latent_density
     if density is not None and density.scales.numel() > MAX_DENSITY_VALUES:

@@ -179,13 +179,13 @@ def project(pictures: Sequence[Path], out: Path, *, model: str, steps: int) -> D
     return "\n".join(lines), facts
 
 
-def _open(model: str) -> tuple[str, aegan.AEGAN]:
+def _open(model: str) -> tuple[str, aegan.Model]:
     """The address that was meant, and the networks there."""
     address = model or tracking.default_model()
     return address, tracking.load_model(address)
 
 
-def _open_encoder(model: str) -> tuple[str, aegan.AEGAN]:
+def _open_encoder(model: str) -> tuple[str, aegan.Model]:
     address, networks = _open(model)
     check_encoder(networks, called=address)
     return address, networks

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 class Served:
     """A model and what `/version` says of it."""
 
-    model: aegan.AEGAN
+    model: aegan.Model
     about: dict[str, Any]
 
 

@@ -28,30 +28,30 @@ IMAGES = np.zeros((2, 16, 16, 3), np.uint8)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def build(*, channels: int = 3, encoder: bool = True) -> aegan.AEGAN:
+def build(*, channels: int = 3, encoder: bool = True) -> aegan.Model:
     torch.manual_seed(0)
     config = ModelConfig(
         architecture="demo", latent_dim=LATENT_DIM, prior="normal", base_channels=4
     )
-    model = aegan.AEGAN(
+    model = aegan.Model(
         config, image_size=16, image_channels=channels, encoder=encoder, discriminators=False
     )
     return model.eval()
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["gray", "rgb"])
-def model(request: pytest.FixtureRequest) -> aegan.AEGAN:
+def model(request: pytest.FixtureRequest) -> aegan.Model:
     return build(channels=request.param)
 
 
 @pytest.fixture(scope="module")
-def rgb() -> aegan.AEGAN:
+def rgb() -> aegan.Model:
     return build()
 
 
 # -- arguments that do not fit --------------------------------------------------------------------
 
-MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
+MISFITS: dict[str, tuple[Callable[[aegan.Model], Any], str]] = {
     "weights": (
         lambda model: aegan.load("nowhere", weights="best"),  # type: ignore[arg-type]
         "weights is best; it must be one of ema, raw",
@@ -119,6 +119,17 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
     "the arguments swapped": (
         lambda model: aegan.read_images(model, ["a.png"]),  # type: ignore[arg-type]
         "model is a list; expected what aegan.load returns",
+    ),
+    "networks that no folder describes": (
+        lambda model: aegan.read_images(
+            ["a.png"],
+            aegan.AEGAN(  # type: ignore[arg-type]
+                ModelConfig(architecture="demo", latent_dim=4, prior="normal", base_channels=4),
+                image_size=16,
+                image_channels=3,
+            ),
+        ),
+        "model is a AEGAN; expected what aegan.load returns",
     ),
     "a count of 0": (
         lambda model: aegan.sample(model, 0, seed=0),
@@ -237,7 +248,7 @@ MISFITS: dict[str, tuple[Callable[[aegan.AEGAN], Any], str]] = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_an_argument_that_does_not_fit_is_one_sentence(
-    name: str, rgb: aegan.AEGAN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, rgb: aegan.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     call, sentence = MISFITS[name]
@@ -246,7 +257,7 @@ def test_an_argument_that_does_not_fit_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_usable_image_is_named(rgb: aegan.AEGAN, tmp_path: Path) -> None:
+def test_a_file_that_is_no_usable_image_is_named(rgb: aegan.Model, tmp_path: Path) -> None:
     aegan.save_png(IMAGES[0], tmp_path / "sound.png")
     (tmp_path / "words.png").write_text("no picture")
     (tmp_path / "folder.png").mkdir()
@@ -270,7 +281,7 @@ def test_every_error_of_the_library_is_a_value_error() -> None:
 # -- functions fit each other ---------------------------------------------------------------------
 
 
-def test_every_function_takes_what_the_others_return(model: aegan.AEGAN, tmp_path: Path) -> None:
+def test_every_function_takes_what_the_others_return(model: aegan.Model, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     images = aegan.sample(model, 3, seed=1)
     aegan.save_png(images[0], str(folder / "one.png"))
@@ -297,7 +308,7 @@ def test_every_function_takes_what_the_others_return(model: aegan.AEGAN, tmp_pat
     assert sorted(file.name for file in folder.iterdir()) == ["one.png", "path.webp", "rows.PNG"]
 
 
-def test_arrays_give_what_tensors_give(model: aegan.AEGAN) -> None:
+def test_arrays_give_what_tensors_give(model: aegan.Model) -> None:
     images = aegan.sample(model, 3, seed=1)
     latents = aegan.encode(model, images)
     array = latents.numpy().astype(">f8")  # big-endian, as FITS files are
@@ -316,7 +327,7 @@ def test_arrays_give_what_tensors_give(model: aegan.AEGAN) -> None:
         assert torch.equal(walk(array[0], array[1], t), expected)
 
 
-def test_an_empty_batch_gives_an_empty_batch(model: aegan.AEGAN) -> None:
+def test_an_empty_batch_gives_an_empty_batch(model: aegan.Model) -> None:
     images = aegan.decode(model, LATENTS[:0])
     assert images.shape == (0, 16, 16, model.image_channels)
     assert aegan.encode(model, images).shape == (0, LATENT_DIM)

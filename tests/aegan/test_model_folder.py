@@ -1,7 +1,9 @@
 """A model's folder is a file from outside: it loads whole, or the library says what is wrong."""
 
+import copy
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import aegan
 from aegan import model_folder
+from aegan.data.image_files import Form
 from aegan.training.state import TrainingState, export_model
 from tests.tiny import tiny_config
-from tests.trained import refusal, write_model
+from tests.trained import CONFIG, refusal, write_model
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ("config.json", "ema.safetensors")
@@ -186,6 +189,21 @@ def test_the_library_loads_a_folder_from_before_hashes_were_recorded(tmp_path: P
     folder = write_model(tmp_path / "model")
     before = aegan.sample(aegan.load(folder), 2, seed=0)
     assert torch.equal(before, aegan.sample(aegan.load(record_hashes(folder)), 2, seed=0))
+
+
+def test_what_a_folder_says_of_images_goes_with_every_copy_and_is_none_of_the_networks(
+    tmp_path: Path,
+) -> None:
+    folder = write_model(tmp_path / "model")
+    change_config(folder, fit="pad", value_range="0..4095")
+    model = aegan.load(folder)
+    said = Form(image_size=16, image_channels=3, fit="pad", value_range="0..4095")
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.form == said
+        assert torch.equal(aegan.sample(copied, 1, seed=0), aegan.sample(model, 1, seed=0))
+    networks = aegan.AEGAN(CONFIG, image_size=16, image_channels=3, discriminators=False)
+    networks.load_state_dict(model.state_dict())
+    assert vars(model).keys() - vars(networks).keys() == {"fit", "value_range"}
 
 
 def test_an_exported_model_carries_hashes_that_the_library_verifies(tmp_path: Path) -> None:

@@ -26,24 +26,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> aegan.AEGAN:
+def model(tmp_path_factory: pytest.TempPathFactory) -> aegan.Model:
     return aegan.load(write_model(tmp_path_factory.mktemp("trained") / "model"))
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> aegan.AEGAN:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> aegan.Model:
     folder = write_model(tmp_path_factory.mktemp("fitted") / "model")
     return aegan.load(add_density(folder, small_density(LATENT_DIM)))
 
 
 @pytest.fixture(scope="module")
-def gan(tmp_path_factory: pytest.TempPathFactory) -> aegan.AEGAN:
+def gan(tmp_path_factory: pytest.TempPathFactory) -> aegan.Model:
     """A model of the arm `gan`: it has no encoder."""
     return aegan.load(write_model(tmp_path_factory.mktemp("gan") / "model", encoder=False))
 
 
 def ask(
-    model: aegan.AEGAN, operation: str, images: Any = (), latents: Any = (), **params: Any
+    model: aegan.Model, operation: str, images: Any = (), latents: Any = (), **params: Any
 ) -> list[dict[str, Any]]:
     rows = [*({"image": image} for image in images), *({"latent": z} for z in latents)]
     return operations.operate(model, rows, {"operation": operation, **params})
@@ -64,7 +64,7 @@ def pictures(count: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_generate_gives_the_library_s_samples_and_their_latents(model: aegan.AEGAN) -> None:
+def test_generate_gives_the_library_s_samples_and_their_latents(model: aegan.Model) -> None:
     records = ask(model, "generate", count=3, seed=5)
     images = torch.stack([pixels(record) for record in records])
     assert torch.equal(images, aegan.sample(model, 3, seed=5))
@@ -72,7 +72,7 @@ def test_generate_gives_the_library_s_samples_and_their_latents(model: aegan.AEG
     assert again == records
 
 
-def test_generate_draws_fitted_latents_as_the_library_does(fitted: aegan.AEGAN) -> None:
+def test_generate_draws_fitted_latents_as_the_library_does(fitted: aegan.Model) -> None:
     given: dict[str, Any] = {"latents": "fitted", "temperature": 0.5, "label": "dogs"}
     params = {"operation": "generate", "count": 3, "seed": 5} | given
     records = operations.operate(fitted, [], params)
@@ -108,7 +108,7 @@ def params_without(params: dict[str, Any], *names: str) -> dict[str, Any]:
     ],
 )
 def test_a_wrong_request_for_fitted_latents_is_answered_with_what_is_wrong(
-    fitted: aegan.AEGAN, given: dict[str, Any], message: str
+    fitted: aegan.Model, given: dict[str, Any], message: str
 ) -> None:
     params = {"operation": "generate", "latents": "fitted"} | given
     with pytest.raises(operations.RequestError, match=message):
@@ -123,12 +123,12 @@ def test_a_label_is_refused_where_the_images_had_none(tmp_path: Path) -> None:
         operations.operate(model, [], params)
 
 
-def test_a_model_without_fitted_latents_says_so(model: aegan.AEGAN) -> None:
+def test_a_model_without_fitted_latents_says_so(model: aegan.Model) -> None:
     with pytest.raises(operations.RequestError, match="this model has no fitted latents"):
         operations.operate(model, [], {"operation": "generate", "latents": "fitted"})
 
 
-def test_encode_and_reconstruct_agree_with_the_library(model: aegan.AEGAN) -> None:
+def test_encode_and_reconstruct_agree_with_the_library(model: aegan.Model) -> None:
     images = pictures(3)
     sent, tensor = [to_base64(image) for image in images], torch.from_numpy(images)
     latents = [record["latent"] for record in ask(model, "encode", sent)]
@@ -138,7 +138,7 @@ def test_encode_and_reconstruct_agree_with_the_library(model: aegan.AEGAN) -> No
 
 
 @pytest.mark.parametrize("path", ["slerp", "linear"])
-def test_interpolate_walks_from_each_row_to_the_next(model: aegan.AEGAN, path: str) -> None:
+def test_interpolate_walks_from_each_row_to_the_next(model: aegan.Model, path: str) -> None:
     sent = [to_base64(image) for image in pictures(3)]
     frames = ask(model, "interpolate", sent, num_frames=4, path=path)
     latents = [record["latent"] for record in ask(model, "encode", sent)]
@@ -154,7 +154,7 @@ def test_interpolate_walks_from_each_row_to_the_next(model: aegan.AEGAN, path: s
     ("kind", "options"), [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("TIFF", {})]
 )
 def test_images_of_any_kind_and_size_are_understood(
-    model: aegan.AEGAN, kind: str, options: dict[str, Any]
+    model: aegan.Model, kind: str, options: dict[str, Any]
 ) -> None:
     image = np.full((40, 25, 3), 200, dtype=np.uint8)
     [record] = ask(model, "encode", [to_base64(image, kind, **options)])
@@ -213,7 +213,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("request_", "message"), WRONG)
 def test_a_wrong_request_is_answered_with_what_is_wrong(
-    model: aegan.AEGAN, request_: dict[str, Any], message: str
+    model: aegan.Model, request_: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(operations.RequestError, match=message) as raised:
         ask(model, **request_)
@@ -223,7 +223,7 @@ def test_a_wrong_request_is_answered_with_what_is_wrong(
 @pytest.mark.fault("served requests")
 @pytest.mark.parametrize("name", ["latents", "Latent", "img", "lat\u202eent", "", "image "])
 def test_a_misspelt_column_is_refused_and_never_a_random_face(
-    model: aegan.AEGAN, name: str
+    model: aegan.Model, name: str
 ) -> None:
     with pytest.raises(
         operations.RequestError, match=r"row 0: column .* is unknown; expected one of"
@@ -234,12 +234,12 @@ def test_a_misspelt_column_is_refused_and_never_a_random_face(
         operations.answer(model, {"dataframe_split": table, "params": {"operation": "generate"}})
 
 
-def test_whole_numbers_are_latents_too(model: aegan.AEGAN) -> None:
+def test_whole_numbers_are_latents_too(model: aegan.Model) -> None:
     whole = ask(model, "generate", latents=[[1] * LATENT_DIM])
     assert whole == ask(model, "generate", latents=[[1.0] * LATENT_DIM])
 
 
-def test_a_table_of_columns_is_the_same_as_records(model: aegan.AEGAN) -> None:
+def test_a_table_of_columns_is_the_same_as_records(model: aegan.Model) -> None:
     params = {"operation": "generate"}
     rows = [{"latent": ZEROS}, {"latent": [1.5] * LATENT_DIM}]
     table = {"columns": ["latent"], "data": [list(row.values()) for row in rows], "index": [0, 1]}
@@ -274,7 +274,7 @@ def test_a_table_of_columns_is_the_same_as_records(model: aegan.AEGAN) -> None:
     ],
 )
 def test_another_form_of_request_is_refused_in_one_sentence(
-    model: aegan.AEGAN, request_: Any, message: str
+    model: aegan.Model, request_: Any, message: str
 ) -> None:
     with pytest.raises(operations.RequestError, match=message):
         operations.answer(model, request_)
@@ -332,7 +332,7 @@ def of_many_scans(side: int, scans: int) -> bytes:
     ],
 )
 def test_what_all_pictures_of_a_request_cost_is_bounded_before_any_is_decoded(
-    model: aegan.AEGAN, costly: tuple[bytes, int]
+    model: aegan.Model, costly: tuple[bytes, int]
 ) -> None:
     content, rows = costly
     started = time.monotonic()
@@ -341,7 +341,7 @@ def test_what_all_pictures_of_a_request_cost_is_bounded_before_any_is_decoded(
     assert time.monotonic() - started < 5
 
 
-def test_as_many_ordinary_pictures_as_a_request_may_have_are_read(model: aegan.AEGAN) -> None:
+def test_as_many_ordinary_pictures_as_a_request_may_have_are_read(model: aegan.Model) -> None:
     picture = to_base64(np.zeros((200, 200, 3), dtype=np.uint8), "JPEG", progressive=True)
     plain = to_base64(np.zeros((256, 256, 3), dtype=np.uint8))
     for image in (picture, plain):
@@ -353,7 +353,7 @@ def test_as_many_ordinary_pictures_as_a_request_may_have_are_read(model: aegan.A
 
 
 def test_an_answer_of_large_images_has_fewer_of_them(
-    model: aegan.AEGAN, monkeypatch: pytest.MonkeyPatch
+    model: aegan.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "MAX_ANSWER_PIXELS", 5 * MODEL_SIZE**2)
     assert len(ask(model, "generate", count=5)) == 5
@@ -370,7 +370,7 @@ def test_an_answer_of_large_images_has_fewer_of_them(
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.integers(0, 10_000))
 def test_damaged_files_are_read_or_refused(
-    model: aegan.AEGAN, position: int, byte: int, cut: int
+    model: aegan.Model, position: int, byte: int, cut: int
 ) -> None:
     content = bytearray(base64.b64decode(PICTURE))
     content[position % len(content)] = byte
@@ -380,7 +380,7 @@ def test_damaged_files_are_read_or_refused(
         assert np.isfinite(record["latent"]).all()
 
 
-def test_a_model_without_encoder_generates_and_refuses_images(gan: aegan.AEGAN) -> None:
+def test_a_model_without_encoder_generates_and_refuses_images(gan: aegan.Model) -> None:
     assert len(ask(gan, "generate", count=2)) == 2
     assert len(ask(gan, "interpolate", latents=[ZEROS, [1.0] * LATENT_DIM], num_frames=3)) == 3
     for operation in ("encode", "reconstruct", "interpolate"):

@@ -10,16 +10,16 @@ from PIL import Image
 import aegan
 from aegan.config import ModelConfig
 from aegan.data.image_files import UnusableImageError
-from aegan.networks import AEGAN
+from aegan.model_folder import Model
 from aegan.pixels import to_float, to_uint8
 from aegan.sampling import BATCH_SIZE
 
 
 @pytest.fixture(scope="module")
-def model() -> AEGAN:
+def model() -> Model:
     torch.manual_seed(0)
     config = ModelConfig(architecture="demo", latent_dim=6, prior="normal", base_channels=4)
-    return AEGAN(config, image_size=16, image_channels=3, discriminators=False).eval()
+    return Model(config, image_size=16, image_channels=3, discriminators=False).eval()
 
 
 def test_the_same_seed_draws_the_same_images_and_another_seed_others(model):
@@ -97,7 +97,7 @@ def test_image_files_become_one_batch_prepared_as_the_models_training_images(mod
     assert batch.dtype == torch.uint8
     assert torch.equal(batch[0], batch[1])
     assert batch[0, 8, 8].min() == 255
-    padded = AEGAN(
+    padded = Model(
         ModelConfig(architecture="demo", latent_dim=6, prior="normal", base_channels=4),
         image_size=16,
         image_channels=3,

@@ -25,7 +25,7 @@ import aegan
 from aegan.training.run_folder import RunFolder
 from pipelines import register
 from pipelines.base.errors import UserError
-from pipelines.registry import mlflow_store, tracking
+from pipelines.registry import mlflow_store, registration, tracking
 from pipelines.registry.live_run import send_rest
 from tests.latents import add_density, small_density
 from tests.trained import REGISTER, ROOT, RUN_NAME, START, write_project
@@ -126,7 +126,7 @@ def test_the_stored_model_needs_nothing_pickled_and_pins_what_it_needs(
     assert not list(folder.rglob("*.pkl"))
     assert (folder / "code/aegan/sampling.py").exists()
     requirements = (folder / "requirements.txt").read_text().split()
-    assert {line.split("==")[0] for line in requirements} == set(tracking.SERVED_PACKAGES)
+    assert {line.split("==")[0] for line in requirements} == set(registration.SERVED_PACKAGES)
     assert all("==" in line and "+" not in line for line in requirements)
 
 

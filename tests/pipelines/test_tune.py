@@ -23,7 +23,7 @@ from aegan.training import loop
 from pipelines import tune
 from pipelines.base import params
 from pipelines.base.errors import UserError
-from pipelines.registry import tracking
+from pipelines.registry import search_runs
 from pipelines.search.trial import (
     OBJECTIVES,
     Task,
@@ -364,20 +364,20 @@ def test_a_trial_is_nested_in_its_search_once_however_often_it_is_recorded(tmp_p
         "search": "tune-0",
         "experiment": "aegan",
         "params": {"loss.gamma_image": 0.5},
-        "points": [tracking.Point("train/loss", 1.0, 2, 1_700_000_000.0)],
+        "points": [search_runs.Point("train/loss", 1.0, 2, 1_700_000_000.0)],
         "tags": {"ended": "finished"},
     }
     for name in ("trial 000", "trial 001", "trial 000"):
-        tracking.log_trial(name, **trial)
+        search_runs.log_trial(name, **trial)
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     client.set_terminated(
         next(r for r in every_run(client) if r.info.run_name == "trial 001").info.run_id, "FAILED"
     )
-    tracking.log_trial("trial 001", **trial)  # which was cut off, as it seems
-    tracking.log_trial("trial 000", **{**trial, "tags": {"ended": "stopped"}})
-    parent = tracking.log_search("tune-0", experiment="aegan", tags={"objective": "x"}, files=[])
+    search_runs.log_trial("trial 001", **trial)  # which was cut off, as it seems
+    search_runs.log_trial("trial 000", **{**trial, "tags": {"ended": "stopped"}})
+    parent = search_runs.log_search("tune-0", experiment="aegan", tags={"objective": "x"}, files=[])
     runs = {run.info.run_name: run for run in every_run(client)}
     assert sorted(run.info.run_name for run in every_run(client)) == [
         "trial 000",
