@@ -77,7 +77,8 @@ retrain: .venv/installed ## look for new images; check, train, compare, promote 
 	@$(BIN)/aegan retrain
 
 test-retrain: .venv/installed ## the days of a project that is retrained by itself
-	$(PYTEST) tests/integration/test_retrain.py tests/pipelines/test_retraining_parts.py tests/pipelines/test_retraining_check.py
+	$(PYTEST) tests/integration/test_retrain.py tests/integration/test_retrain_servers.py \
+		tests/pipelines/test_retraining_parts.py tests/pipelines/test_retraining_check.py
 
 tune: .venv/installed ## search better settings, off by default (docs/tuning.md)
 	@$(BIN)/dvc repro tune/dvc.yaml
