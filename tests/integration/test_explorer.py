@@ -262,6 +262,89 @@ def test_the_page_can_be_used_by_everyone(browser, page, model_folder, width, sc
     opened.context.close()
 
 
+@pytest.fixture(scope="module")
+def phone(browser: Browser, page: Page, model_folder: Path) -> Iterator[Page]:
+    """The page on a telephone, where nothing but a finger touches it."""
+    file = model_folder.parent / "explorer.html"
+    opened = browsers.open_page(browser, file, width=390, phone=True)
+    yield opened
+    assert opened.problems == []  # type: ignore[attr-defined]
+    opened.context.close()
+
+
+def tap(phone: Page, selector: str) -> None:
+    browsers.touch(phone, browsers.place(phone, selector))
+
+
+def stroke(phone: Page, selector: str, start: float, end: float) -> None:
+    places = [browsers.place(phone, selector, across=across) for across in (start, end)]
+    browsers.touch(phone, places[0], to=places[1])
+
+
+def wait_for_change(phone: Page, script: str, before: object) -> None:
+    phone.wait_for_function(f"before => ({script}) !== before", arg=before)
+
+
+GESTURES = {
+    "along the walk": lambda phone: stroke(phone, "#walk", 0.5, 0.9),
+    "along a number": lambda phone: stroke(phone, "#sliders label:first-child input", 0.4, 0.8),
+    "on a neighbour": lambda phone: tap(phone, "#neighbours .tile:first-child"),
+    "on a sample": lambda phone: tap(phone, "#samples .tile:first-child"),
+    "on another start": lambda phone: tap(phone, "#left-random"),
+}
+
+
+@pytest.mark.parametrize("gesture", GESTURES)
+def test_a_finger_leads_to_another_picture(phone, model_folder, gesture):
+    before = pixels(phone, "current")
+    numbers = phone.input_value("#numbers")
+    GESTURES[gesture](phone)
+    wait_for_change(phone, "byId('numbers').value", numbers)
+    shown = pixels(phone, "current")
+    assert (shown != before).any()
+    assert_drawn(shown, aegan.decode(aegan.load(model_folder), latent(phone))[0])
+
+
+def test_a_finger_draws_other_samples_plays_and_chooses_a_file(phone):
+    first = "byId('samples').firstChild.latent[0]"
+    before = phone.evaluate(first)
+    tap(phone, "#again")
+    wait_for_change(phone, first, before)
+    before = phone.input_value("#walk")
+    tap(phone, "#play")
+    wait_for_change(phone, "byId('walk').value", before)
+    tap(phone, "#play")
+    phone.wait_for_selector("#play[aria-pressed=false]")
+    with phone.expect_file_chooser():
+        tap(phone, "label:has(#right-file)")
+
+
+def test_a_finger_that_scrolls_leaves_the_slider_that_it_began_on(phone):
+    slider = "#sliders label:nth-child(3) input"
+    numbers = phone.input_value("#numbers")
+    tap(phone, "#samples .tile:first-child")
+    wait_for_change(phone, "byId('numbers').value", numbers)
+    before, picture = latent(phone), pixels(phone, "current")
+    x, y = browsers.place(phone, slider, across=0.9)
+    scrolled = phone.evaluate("scrollY")
+    browsers.touch(phone, (x, y), to=(x - 60, y - 300))
+    wait_for_change(phone, "scrollY", scrolled)
+    assert (latent(phone) == before).all()
+    assert (pixels(phone, "current") == picture).all()
+
+
+def test_on_a_telephone_everything_fits_and_can_be_hit(phone):
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    heights = phone.evaluate(
+        """names => [...document.querySelectorAll(names)]
+          .filter(found => found.offsetParent)
+          .map(found => found.getBoundingClientRect().height)""",
+        "button, .button, select, textarea, summary, [type=range]",
+    )
+    assert len(heights) > 30
+    assert min(heights) >= 24
+
+
 def test_a_telephone_s_48_megapixels_are_read_while_the_page_stays_responsive(
     browser, page, model_folder
 ):
