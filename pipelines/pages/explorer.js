@@ -282,6 +282,7 @@ function walkTo(step) {
   byId("save-animation").disabled = frames.some(frame => !frame);
   isWalking = true;
   forget("current");
+  for (const [name, frame] of waiting) if (name.startsWith("frame")) frame.priority = IDLE;
   current = between(ends.left, ends.right, step / STEPS);
   byId("numbers").value = `[${[...current].map(value => Number(value.toPrecision(6))).join(", ")}]`;
   moveSliders();

@@ -235,6 +235,40 @@ def test_the_current_picture_is_saved_as_it_is_seen(page):
         ).all()
 
 
+def test_a_slow_walk_comes_coarse_to_fine_and_the_step_that_a_finger_rests_on_first(
+    browser, page, model_folder
+):
+    opened = browsers.open_page(browser, model_folder.parent / "explorer.html")
+    pixels(opened, "current")
+    begun, shows_nearest, after = opened.evaluate(
+        """async () => {
+          const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+          const askAtOnce = ask, order = [];
+          ask = async job => { await pause(50); return askAtOnce(job); };
+          byId("left-random").click();
+          setInterval(() => frames.forEach((frame, step) => {
+            if (frame && !order.includes(step)) order.push(step);
+          }), 5);
+          while (order.length < 9) await pause(5);
+          const begun = [...order];
+          for (let step = 1; step <= 41; step += 2) {
+            byId("walk").value = step;
+            byId("walk").dispatchEvent(new Event("input"));
+            await pause(10);
+          }
+          const there = order.length;
+          const [red] = byId("current").getContext("2d").getImageData(8, 8, 1, 1).data;
+          const showsNearest = red === frames[40][3 * (8 * imageSize + 8)];
+          while (!order.includes(41)) await pause(5);
+          return [begun, showsNearest, order.slice(there)];
+        }"""
+    )
+    assert begun == [0, 64, 32, 16, 48, 8, 24, 40, 56]
+    assert shows_nearest
+    assert len(after) <= 2  # one was being drawn
+    opened.context.close()
+
+
 def test_samples_are_like_those_of_the_fitted_latents(page, model_folder):
     density = aegan.load(model_folder).latent_density
     for label, name in enumerate(density.classes):
@@ -249,7 +283,7 @@ def test_samples_are_like_those_of_the_fitted_latents(page, model_folder):
 
 def test_a_file_that_is_no_picture_is_refused_in_one_line(page):
     drop(page, "left-card", b"no picture")
-    page.wait_for_function("document.getElementById('status').textContent.includes('cannot read')")
+    page.wait_for_function("() => byId('status').textContent.includes('cannot read')")
     assert "cannot read mine.png" in page.inner_text("#status")
 
 
