@@ -46,4 +46,4 @@ def _retrain(folder: Path, environment: dict[str, str], step: str, moment: Momen
         os.kill(os.getpid(), signal.SIGKILL)
 
     STEPS[step] = killed
-    sys.exit(retrain.main(retrain.Options()))
+    sys.exit(retrain.main(retrain.Options())[1])

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
@@ -61,8 +61,8 @@ class Place:
     remove: Callable[[list[Path]], None]
 
 
-def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> None:
-    """Say what nothing names any more, and with `yes` remove it; raises UserError.
+def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> dict[str, Any]:
+    """Say what nothing names any more, and with `yes` remove it => sizes; raises UserError.
 
     A run that nothing names is kept for so many days; of registered versions all, or the newest so
     many (`keep`) and those that something needs.
@@ -70,7 +70,7 @@ def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> N
     with locks.hold(locks.PIPELINE):
         locks.check_stages()
         check_experiments()
-        freed, old = 0, set[str]()
+        found, old = dict[str, Any](), set[str]()
         if keep is not None:
             old = old_versions.clean(keep, used=published_runs(), remove=yes)
         for place in places(days, old):
@@ -84,11 +84,14 @@ def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> N
                 print(f"    and {len(sizes) - SHOWN} more")
             if yes:
                 place.remove(place.unnamed)
-            freed += sum(sizes.values())
+            listed = {str(path): size for path, size in sizes.items()}
+            found[place.name] = {"bytes": place.size, "unnamed": listed}
+    freed = sum(sum(place["unnamed"].values()) for place in found.values())
     if yes:
         print(f"removed: {in_words(freed)}")
     else:
         print(f"nothing names {in_words(freed)} of it; YES=1 (--yes) removes what is listed")
+    return {"places": found, "unnamed_bytes": freed, "removed": yes}
 
 
 def places(days: float, old: Collection[str] = ()) -> Iterator[Place]:
