@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
+from pipelines.base.defaults import DAYS, HOST, PORT
 from pipelines.base.errors import UserError, run_stage, shown_lines
 
 app = typer.Typer(
@@ -142,7 +143,7 @@ def clean(
     ] = None,
     days: Annotated[
         float, typer.Option(metavar="N", help="How long a run that nothing names is kept.")
-    ] = 14,
+    ] = DAYS,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -407,10 +408,10 @@ def serve(
             show_default=False,
         ),
     ] = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 5001,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = PORT,
     host: Annotated[
         str, typer.Option(help="The address to listen on; another than 127.0.0.1 lets in all.")
-    ] = "127.0.0.1",
+    ] = HOST,
     name: Annotated[
         list[str] | None,
         typer.Option(

@@ -17,7 +17,6 @@ from pipelines.base.errors import UserError
 from pipelines.ingest.decode import available_cores
 from pipelines.registry import tracking
 
-HOST, PORT = "127.0.0.1", 5001
 MAX_CONNECTIONS = 256
 END_SECONDS = 30  # that requests at work have when the server is asked to end
 

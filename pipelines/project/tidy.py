@@ -1,7 +1,7 @@
 """`make tidy`: what runs have left behind, how large it is, and what of it nothing names any more.
 
 It shows; `make tidy YES=1` removes what it shows. A run of training that nothing names may be
-one that is to go on: it stays until it has not been written to for `DAYS` (14). `aegan clean` is
+one that is to go on: it stays until it has not been written to for `DAYS`. `aegan clean` is
 the same; with `--keep N` registered versions beyond the newest, and their runs, go as well.
 """
 
@@ -23,6 +23,7 @@ from aegan.files import remove
 from aegan.training.run_folder import DRIVER_LOCK, RunFolder
 from pipelines.base import locks, outputs
 from pipelines.base.command import run_command
+from pipelines.base.defaults import DAYS
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.bucket import shard_store
@@ -31,7 +32,6 @@ from pipelines.project import clean, old_versions
 from pipelines.registry import mlflow_files, mlflow_leftovers
 from pipelines.retraining.workplace import WORK
 
-DAYS = 14
 SESSION_DAYS = 1 / 24  # a younger session of Ray may be about to start its processes
 # In TMPDIR or /tmp; private ones are of our own.
 RAY_SESSIONS = ("ray/session_*", f"{session.PRIVATE_FOLDER}*")

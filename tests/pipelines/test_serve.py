@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import aegan
-from pipelines import serve
+from pipelines.base import defaults
 from pipelines.serving import endpoint
 from tests.latents import add_density, small_density
 from tests.trained import write_model
@@ -719,7 +719,7 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_it_listens_on_loopback_only(server: Server) -> None:
-    assert serve.HOST == "127.0.0.1"
+    assert defaults.HOST == "127.0.0.1"
     ours = f"0100007F:{server.port:04X}"
     listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     assert ours in listening
