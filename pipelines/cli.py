@@ -6,13 +6,15 @@ Those modules are imported inside the functions, so that `aegan --help` loads no
 import json
 import os
 import sys
-from collections.abc import Callable
+from contextlib import redirect_stdout
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
+from pipelines.base.defaults import DAYS, HOST, PORT
 from pipelines.base.errors import UserError, run_stage, shown_lines
 
 app = typer.Typer(
@@ -22,6 +24,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 REFUSED = 3  # exit status
+ANSWERS: ContextVar[TextIO] = ContextVar("answers")  # where what was done is said
+
+
+def _keep_stdout(context: typer.Context, as_json: bool) -> bool:
+    """With --json standard output has nothing but the answer: all else is printed on stderr."""
+    ANSWERS.set(sys.stdout)
+    if as_json:
+        context.with_resource(redirect_stdout(sys.stderr))
+    return as_json
+
+
 # Options and arguments that several commands have.
 Model = Annotated[
     str,
@@ -31,7 +44,10 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Say what was done as one JSON object.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Say what was done as JSON, in one line.", callback=_keep_stdout),
+]
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why, for the log.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")]
 Picture = Annotated[Path, typer.Argument(help="An image file of any kind that training takes.")]
@@ -101,6 +117,7 @@ def submit(
             "--dry-run", help="List the files and variables that would go, and what would not."
         ),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Run the pipeline on the cluster that RAY_ADDRESS names, follow it, fetch its results.
 
@@ -108,7 +125,10 @@ def submit(
     """
     from pipelines import submit
 
-    submit.main(stop=stop, job=job, install=install, pass_env=pass_env or [], dry_run=dry_run)
+    done = submit.main(
+        stop=stop, job=job, install=install, pass_env=pass_env or [], dry_run=dry_run
+    )
+    _say(("", done), as_json)
 
 
 @app.command()
@@ -123,13 +143,14 @@ def clean(
     ] = None,
     days: Annotated[
         float, typer.Option(metavar="N", help="How long a run that nothing names is kept.")
-    ] = 14,
+    ] = DAYS,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what runs have left behind that nothing names any more, or remove it (`make tidy`)."""
     from pipelines.project import tidy
 
-    tidy.main(days=days, keep=keep, yes=yes)
+    _say(("", tidy.main(days=days, keep=keep, yes=yes)), as_json)
 
 
 @app.command()
@@ -144,8 +165,10 @@ def doctor(
 
     if nodes:
         doctor.print_nodes()
-    else:
-        raise typer.Exit(doctor.main(as_json=as_json))
+        return
+    findings = doctor.main()
+    _say(("", [asdict(finding) for finding in findings]), as_json)
+    raise typer.Exit(int(any(finding.status == "fail" for finding in findings)))
 
 
 stack = typer.Typer(
@@ -165,28 +188,33 @@ def stack_up(
     s3_endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="Another S3 endpoint; moto: our own.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Start what does not run."""
     from pipelines.project import stack
 
     ports = {"postgresql": postgresql_port, "s3": s3_port, "mlflow": mlflow_port}
-    stack.up(stack.folder_here(), {name: port for name, port in ports.items() if port}, s3_endpoint)
+    given = {name: port for name, port in ports.items() if port}
+    _say(("", stack.up(stack.folder_here(), given, s3_endpoint)), as_json)
 
 
 @stack.command("status")
-def stack_status() -> None:
+def stack_status(as_json: Json = False) -> None:
     """Say what runs where; exit status 3 if not everything does."""
     from pipelines.project import stack
 
-    raise typer.Exit(stack.status(stack.folder_here()))
+    found = stack.status(stack.folder_here())
+    _say(("", found), as_json)
+    all_up = found and all(service["state"] == "up" for service in found)
+    raise typer.Exit(0 if all_up else stack.NOT_ALL_UP)
 
 
 @stack.command("down")
-def stack_down() -> None:
+def stack_down(as_json: Json = False) -> None:
     """End everything; the data stay."""
     from pipelines.project import stack
 
-    stack.down(stack.folder_here())
+    _say(("", stack.down(stack.folder_here())), as_json)
 
 
 @app.command()
@@ -199,19 +227,21 @@ def verify(model: str, as_json: Json = False) -> None:
 
 
 @app.command()
-def sign(model: str) -> None:
+def sign(model: str, as_json: Json = False) -> None:
     """Sign a model, a folder or models:/..., with the key in the file AEGAN_SIGNING_KEY."""
     from pipelines.registry import signing
 
-    typer.echo(signing.sign(model))
+    _say(signing.sign(model), as_json)
 
 
 @app.command()
-def keygen(file: Path) -> None:
+def keygen(file: Path, as_json: Json = False) -> None:
     """Make a pair of keys: FILE to sign with, for you alone, and FILE.pub for who loads."""
     from pipelines.base import package
 
-    typer.echo(f"{file} and {file}.pub: key {package.make_keys(file)[:16]}")
+    key, public = package.make_keys(file), f"{file}.pub"
+    facts = {"private": str(file), "public": public, "key": key}
+    _say((f"{file} and {public}: key {key[:16]}", facts), as_json)
 
 
 @app.command()
@@ -219,11 +249,12 @@ def sync(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN]...", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Send to MLflow what trainings could not send while they ran (RUN: a folder in runs/)."""
     from pipelines.registry import sync
 
-    sync.main(names or [])
+    _say(("", {"sent": sync.main(names or [])}), as_json)
 
 
 @app.command()
@@ -358,10 +389,12 @@ def init(
     _say(new_project.init(folder, minutes=minutes, image_size=size), as_json)
 
 
-def _say(done: tuple[str, dict[str, Any]], as_json: bool) -> None:
-    """A sentence for people, or facts for machines."""
+def _say(done: tuple[str, Any], as_json: bool) -> None:
+    """A sentence for people, "" where they have been told already, or facts for machines."""
     text, facts = done
-    print(json.dumps(facts) if as_json else shown_lines(text))
+    if as_json or text:
+        said = json.dumps(facts) if as_json else shown_lines(text)
+        print(said, file=ANSWERS.get(), flush=True)
 
 
 @app.command()
@@ -375,10 +408,10 @@ def serve(
             show_default=False,
         ),
     ] = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 5001,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = PORT,
     host: Annotated[
         str, typer.Option(help="The address to listen on; another than 127.0.0.1 lets in all.")
-    ] = "127.0.0.1",
+    ] = HOST,
     name: Annotated[
         list[str] | None,
         typer.Option(
@@ -387,11 +420,18 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Answer HTTP requests with a model, and follow its alias (docs/serving.md)."""
     from pipelines import serve
 
-    serve.main(model=model, host=host, port=port, names=name or [])
+    serve.main(
+        model=model,
+        host=host,
+        port=port,
+        names=name or [],
+        ready=lambda facts: _say(("", facts), as_json),
+    )
 
 
 @app.command()
@@ -400,8 +440,7 @@ def encode(source: Source, out: Folder = "", model: Model = "", as_json: Json = 
     from pipelines.serving import batch
 
     done = batch.main("encode", source, out, model)
-    if as_json or not out:
-        print(json.dumps(done))
+    _say(("", done), as_json or not out)
 
 
 @app.command()
@@ -409,9 +448,7 @@ def reconstruct(source: Source, out: Folder = "", model: Model = "", as_json: Js
     """Images as the model sees them: encoded and drawn again, as PNG files."""
     from pipelines.serving import batch
 
-    done = batch.main("reconstruct", source, out, model)
-    if as_json:
-        print(json.dumps(done))
+    _say(("", batch.main("reconstruct", source, out, model)), as_json)
 
 
 @app.command()
@@ -427,6 +464,7 @@ def retrain(
         str, typer.Option(metavar="ID", help="Train on images that it has asked about.")
     ] = "",
     reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Look for new images; check, train, compare and promote by itself (docs/retraining.md).
 
@@ -438,15 +476,20 @@ def retrain(
     options = retrain.Options(
         dry_run=dry_run, until=until, force=force, accept_drift=accept_drift, reason=reason
     )
-    raise typer.Exit(retrain.main(options))
+    facts, code = retrain.main(options)
+    _say(("", facts), as_json)
+    raise typer.Exit(code)
 
 
 @app.command()
-def health() -> None:
+def health(as_json: Json = False) -> None:
     """Exit with 2 if the champion is too old, or nobody has looked for new images for too long."""
     from pipelines.retraining import health
 
-    raise typer.Exit(health.main())
+    checks = health.checks()
+    lines = "\n".join(check.said for check in checks)
+    _say((lines, [asdict(check) for check in checks]), as_json)
+    raise typer.Exit(0 if all(check.ok for check in checks) else health.STALE)
 
 
 @app.command()
@@ -455,7 +498,7 @@ def models(as_json: Json = False) -> None:
     from pipelines.registry import champions
 
     found = champions.models(_model_name())
-    _print_all(found, None if as_json else champions.table_of_models)
+    _say((champions.table_of_models(found), [asdict(model) for model in found]), as_json)
 
 
 @app.command()
@@ -464,7 +507,7 @@ def history(as_json: Json = False) -> None:
     from pipelines.registry import champions, decisions
 
     found = decisions.history(_model_name())
-    _print_all(found, None if as_json else champions.table_of_decisions)
+    _say((champions.table_of_decisions(found), [asdict(one) for one in found]), as_json)
 
 
 @app.command()
@@ -507,11 +550,6 @@ def _model_name() -> str:
     return params.load(RegisterConfig).model_name
 
 
-def _print_all(found: list[Any], table: Callable[[list[Any]], str] | None) -> None:
-    """Print dataclasses as a table, or as JSON where there is none."""
-    print(table(found) if table else json.dumps([asdict(one) for one in found], indent=2))
-
-
 @app.command("gate")
 def gate_command(
     version: Annotated[
@@ -549,22 +587,23 @@ app.add_typer(reference, name="reference")
 
 
 @reference.command("show")
-def show_reference() -> None:
+def show_reference(as_json: Json = False) -> None:
     """Say which reference split counts."""
     from pipelines.registry import reference
 
-    print(reference.said(reference.current()))
+    _say(reference.said(reference.current()), as_json)
 
 
 @reference.command("new")
 def new_reference(
     reason: Annotated[str, typer.Option(help="Why; kept with it, and shown.")],
+    as_json: Json = False,
 ) -> None:
     """Cut another reference split from the test images; scores on two are never compared."""
     from pipelines.base.outputs import SHARDS
     from pipelines.registry import reference
 
-    print(reference.said(reference.cut(SHARDS, reason=reason)))
+    _say(reference.said(reference.cut(SHARDS, reason=reason)), as_json)
 
 
 @app.command()

@@ -38,8 +38,8 @@ class Options:
     reason: str = ""
 
 
-def main(options: Options) -> int:
-    """Retrain if there is reason to; returns the exit code. Raises UserError."""
+def main(options: Options) -> tuple[dict[str, Any], int]:
+    """Retrain if there is reason to => what came of it, the exit code. Raises UserError."""
     for name in (options.until, options.force):
         if name and name not in STEPS:
             raise UserError(f"{name} is no step: {', '.join(STEPS)}")
@@ -54,10 +54,10 @@ def main(options: Options) -> int:
             return _retrain(Ledger(place), held, options)
     except lease.BusyError as error:
         log.error("%s", error)
-        return BUSY
+        return {"id": None, "outcome": "busy", "reasons": [str(error)]}, BUSY
 
 
-def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
+def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> tuple[dict[str, Any], int]:
     commit = workplace.last_commit()
     config, registry = params.load(RetrainConfig), params.load(RegisterConfig)
     champion = _champion(registry.model_name)
@@ -76,15 +76,16 @@ def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> int:
         log.info(
             "nothing new since retraining %s, which ended: %s (%s)", entry.id, entry.outcome, told
         )
-        return EXIT_CODES["asks"] if entry.outcome == "asks" else 0
+        facts = _facts(entry) | {"nothing_new": True}
+        return facts, EXIT_CODES["asks"] if entry.outcome == "asks" else 0
     if options.dry_run:
-        _show_plan(entry, earlier, config)
-        return 0
+        return _facts(entry) | {"to_do": _show_plan(entry, earlier, config)}, 0
     retraining = Retraining(
         entry=entry, commit=commit, config=config, registry=registry,
         work=workplace.Workplace(), lease=held, deadline=begun + config.max_hours * 3600,
     )  # fmt: skip
-    return _go_through(retraining, ledger, options)
+    code = _go_through(retraining, ledger, options)
+    return _facts(entry), code
 
 
 def _champion(model_name: str) -> str:
@@ -170,8 +171,8 @@ def _go_through(retraining: Retraining, ledger: Ledger, options: Options) -> int
     return EXIT_CODES[entry.outcome]
 
 
-def _show_plan(entry: Entry, earlier: list[Entry], config: RetrainConfig) -> None:
-    """What would be done, and what it has cost before."""
+def _show_plan(entry: Entry, earlier: list[Entry], config: RetrainConfig) -> list[str]:
+    """Say what would be done, and what it has cost before => the steps."""
     todo = [name for name in STEPS if name not in entry.steps or not entry.steps[name].output]
     print(f"retraining {entry.id} of {entry.source} would do: {', '.join(todo)}")
     trained = [known for known in earlier if "train" in known.steps and known.outcome]
@@ -181,18 +182,22 @@ def _show_plan(entry: Entry, earlier: list[Entry], config: RetrainConfig) -> Non
         print(f"the {len(trained)} before took {cost(typical, config)} (median)")
     print(f"it would end after {config.max_hours:g} hours (retrain.max_hours)")
     print("nothing was written")
+    return todo
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "source": entry.source,
+        "outcome": entry.outcome,  # "" until it has ended
+        "reasons": entry.reasons,
+        "champion": entry.champion_after if entry.outcome else entry.champion,
+    }
 
 
 def _message(entry: Entry) -> dict[str, Any]:
-    return {
-        "id": f"{entry.id}-{entry.outcome}",
-        "retraining": entry.id,
-        "source": entry.source,
-        "outcome": entry.outcome,
-        "reasons": entry.reasons,
-        "champion": entry.champion_after,
-        "time": entry.begun,
-    }
+    own = {"id": f"{entry.id}-{entry.outcome}", "retraining": entry.id, "time": entry.begun}
+    return _facts(entry) | own
 
 
 def _tell(ledger: Ledger, entry: Entry) -> None:

@@ -5,8 +5,9 @@
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 import uvicorn
@@ -16,15 +17,24 @@ from pipelines.base.errors import UserError
 from pipelines.ingest.decode import available_cores
 from pipelines.registry import tracking
 
-HOST, PORT = "127.0.0.1", 5001
 MAX_CONNECTIONS = 256
 END_SECONDS = 30  # that requests at work have when the server is asked to end
 
 log = logging.getLogger(__name__)
 
 
-def main(*, model: str = "", host: str = HOST, port: int = PORT, names: Sequence[str] = ()) -> None:
-    """The command; its options are explained in `pipelines/cli.py`. Raises UserError."""
+def main(
+    *,
+    model: str,
+    host: str,
+    port: int,
+    names: Sequence[str],
+    ready: Callable[[dict[str, Any]], None],
+) -> None:
+    """The command; its options are explained in `pipelines/cli.py`. Raises UserError.
+
+    `ready` is told where what is served.
+    """
     with _listen(host, port) as listener:
         # Slow to import: a taken port is said before.
         from pipelines.serving import endpoint, served
@@ -57,6 +67,7 @@ def main(*, model: str = "", host: str = HOST, port: int = PORT, names: Sequence
         at = "{}:{}".format(*listener.getsockname()[:2])
         meant = f"{address} ({why})" if why else address
         log.info("%s answers at http://%s/invocations; Ctrl-C ends it", meant, at)
+        ready({"address": f"http://{at}", "model": address, "version": first.about["model"]})
         with suppress(KeyboardInterrupt):  # Ctrl-C or SIGTERM, once the last answer is sent
             uvicorn.Server(config).run(sockets=[listener])
 

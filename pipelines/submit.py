@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aegan.config import ComputeConfig
 from aegan.files import write_text
@@ -44,6 +45,7 @@ SECRET_VARIABLE = re.compile(
     re.IGNORECASE,
 )
 
+STDERR = 2  # the file descriptor
 COMMIT = "AEGAN_GIT_COMMIT"  # the variable that every job gets
 
 log = logging.getLogger(__name__)
@@ -56,12 +58,14 @@ def main(
     install: bool = False,
     pass_env: Sequence[str] = (),
     dry_run: bool = False,
-) -> None:
-    """The command; its options are explained in `pipelines/cli.py`. Raises UserError."""
+) -> dict[str, Any]:
+    """The command => what came of it; its options are explained in `pipelines/cli.py`.
+
+    Raises UserError, also where the job has failed.
+    """
     variables = passed_variables(pass_env)
     if dry_run:
-        preview(variables)
-        return
+        return preview(variables)
     address = params.load(ComputeConfig).storage
     if not storage.is_s3(address):
         raise UserError(
@@ -78,7 +82,7 @@ def main(
     if not stop and (result := read_result(address, content)) is not None:
         log.info("job %s has succeeded already", result.job)
         fetch(result, address, files_sha256=files_sha256)
-        return
+        return {"job": result.job, "outcome": "succeeded"}
 
     client = ray_jobs.connect()
     known = ray_jobs.attempts(client, content)
@@ -89,7 +93,7 @@ def main(
         if not runs:
             raise UserError(f"job {attempt} does not run: it {state}")
         ray_jobs.stop(client, attempt)
-        return
+        return {"job": attempt, "outcome": "stopped"}
     if runs:
         log.info("job %s is there already: following it", attempt)
     elif job:
@@ -112,6 +116,7 @@ def main(
     if result is None:
         raise UserError(f"job {attempt} succeeded, but left no {result_url(address, content)}")
     fetch(result, address, files_sha256=files_sha256)
+    return {"job": attempt, "outcome": "succeeded"}
 
 
 def passed_variables(names: Sequence[str]) -> dict[str, str]:
@@ -131,8 +136,10 @@ def passed_variables(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
-def preview(variables: Mapping[str, str]) -> None:
-    """Say what a job would be made of and what stays here; UserError for what is refused."""
+def preview(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Say what a job would be made of and what stays here => the same; raises UserError for what
+    is refused.
+    """
     found = shipment.collect()
     size = sum(map(len, found.files.values()))
     print(f"would be shipped: {len(found.files)} files, {size:,} bytes")
@@ -153,6 +160,8 @@ def preview(variables: Mapping[str, str]) -> None:
         print(f"before a job: compute.storage is {storage_address}; it must be s3://bucket/prefix")
     if found.refused:
         raise UserError("would be refused: " + "; ".join(found.refused))
+    sizes = {name: len(content) for name, content in found.files.items()}
+    return {"files": sizes, "stays": kept, "variables": [COMMIT, *variables]}
 
 
 def submit(
@@ -228,7 +237,7 @@ def set_remote(address: str) -> None:
 def _dvc(*arguments: str) -> None:
     # Not DVC itself: what it does is checked and locked.
     command = [sys.executable, "-m", "pipelines.project.dvc_command", *arguments]
-    if subprocess.run(command, check=False).returncode != 0:
+    if subprocess.run(command, stdout=STDERR, check=False).returncode != 0:
         raise UserError(f"dvc {arguments[0]} failed; what it says stands above")
 
 

@@ -43,10 +43,13 @@ def open_page(
     width: int = 1280,
     scheme: str = "light",
     ready: str = "body[data-ready]",
+    phone: bool = False,
 ) -> Page:
     """A page of ours, once it says that it is ready; an error in it or a request fails the test."""
     context = browser.new_context(
         viewport={"width": width, "height": 900},
+        is_mobile=phone,
+        has_touch=phone,
         color_scheme=scheme,  # type: ignore[arg-type]
         offline=True,
         accept_downloads=True,
@@ -60,6 +63,34 @@ def open_page(
     page.goto(f"file://{file}")
     page.wait_for_selector(ready, state="attached")
     return page
+
+
+def place(page: Page, selector: str, *, across: float = 0.5) -> tuple[float, float]:
+    """Where on the screen a thing is, once it is scrolled to its middle."""
+    x, y, width, height = page.locator(selector).evaluate(
+        """found => {
+          found.scrollIntoView({block: "center", behavior: "instant"});
+          const {x, y, width, height} = found.getBoundingClientRect();
+          return [x, y, width, height];
+        }"""
+    )
+    return x + across * width, y + height / 2
+
+
+def touch(page: Page, start: tuple[float, float], *, to: tuple[float, float] | None = None) -> None:
+    """A finger on the screen: a tap, or a stroke."""
+    session = page.context.new_cdp_session(page)
+
+    def send(kind: str, *at: tuple[float, float]) -> None:
+        points = [{"x": x, "y": y} for x, y in at]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    send("touchStart", start)
+    for tenths in range(1, 11) if to else ():
+        (x, y), (end_x, end_y) = start, to
+        send("touchMove", (x + (end_x - x) * tenths / 10, y + (end_y - y) * tenths / 10))
+    send("touchEnd")
+    session.detach()
 
 
 def serious_findings(page: Page) -> list[str]:

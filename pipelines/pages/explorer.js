@@ -282,6 +282,7 @@ function walkTo(step) {
   byId("save-animation").disabled = frames.some(frame => !frame);
   isWalking = true;
   forget("current");
+  for (const [name, frame] of waiting) if (name.startsWith("frame")) frame.priority = IDLE;
   current = between(ends.left, ends.right, step / STEPS);
   byId("numbers").value = `[${[...current].map(value => Number(value.toPrecision(6))).join(", ")}]`;
   moveSliders();
@@ -556,6 +557,7 @@ function connect() {
       if (second) take(side === "left" ? "right" : "left", second);
     };
   }
+  leaveSlidersToScrolling();
   // A picture that misses the cards must not replace this page.
   document.ondragover = document.ondrop = event => event.preventDefault();
   for (let i = 0; i < NEIGHBOURS; i++) {
@@ -564,6 +566,18 @@ function connect() {
   }
   for (let i = 0; i < SAMPLES; i++) byId("samples").append(tile(`Made-up picture ${i + 1}`, z => leaveWalk(z)));
   makeSliders();
+}
+
+/** A finger that scrolls the page may have begun on a slider, which browsers have moved by then. */
+function leaveSlidersToScrolling() {
+  let before = null;
+  document.onpointerdown = ({target}) => { before = {value: target.value, current, isWalking}; };
+  document.onpointercancel = ({target}) => {
+    if (target.type !== "range") return;
+    target.value = before.value;
+    if (before.isWalking) walkTo(Number(byId("walk").value));
+    else leaveWalk(before.current);
+  };
 }
 
 async function main() {
@@ -583,6 +597,7 @@ async function main() {
   walkTo(STEPS / 2);
   drawSamples();
   say("");
+  document.querySelector("main").inert = false;
   document.body.dataset.ready = Math.round(performance.now() - opened);
 }
 

@@ -28,19 +28,15 @@ JOB_SECONDS = 180.0  # for the job to start and end
 MARK = "aegan-doctor: "  # before each finding in the job's log
 
 
-def main(*, as_json: bool = False) -> int:
-    """Print what is found, as lines for people or as JSON; returns the exit status."""
+def main() -> list[Finding]:
+    """Print what is found, as it is found."""
     findings = []
     for finding in examine():
         findings.append(finding)
-        if as_json:
-            continue
         print(f"{finding.status:5} {finding.subject}: {shown(finding.found)}", flush=True)
         if finding.cure:
             print(f"      {shown(finding.cure)}")
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    return int(any(finding.status == "fail" for finding in findings))
+    return findings
 
 
 def print_nodes() -> None:

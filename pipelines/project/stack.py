@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -47,8 +48,8 @@ def folder_here() -> Path:
     return project_folder().resolve() / FOLDER
 
 
-def up(folder: Path, ports: dict[str, int], s3_endpoint: str | None) -> None:
-    """Start the parts that do not run as they should; raises UserError."""
+def up(folder: Path, ports: dict[str, int], s3_endpoint: str | None) -> dict[str, Any]:
+    """Start the parts that do not run as they should => where they answer; raises UserError."""
     with _alone(folder):
         settings = _settings(folder, ports, s3_endpoint)
         stack_parts.prepare(folder, settings.passwords)
@@ -68,24 +69,29 @@ def up(folder: Path, ports: dict[str, int], s3_endpoint: str | None) -> None:
     page = f"http://{stack_parts.HOST}:{settings.ports['mlflow']}"
     log.info("MLflow page: %s, user %s, password in .stack/env", page, stack_parts.ADMINISTRATOR)
     log.info("this shell uses them after: . .stack/env")
+    return {"env": str(folder / "env"), "services": {part.name: part.address for part in parts}}
 
 
-def down(folder: Path) -> None:
-    """End all parts, what uses another one first; raises UserError."""
+def down(folder: Path) -> dict[str, list[str]]:
+    """End all parts, what uses another one first => which ran; raises UserError."""
+    ended: list[str] = []
     if not folder.exists():
         log.info("nothing was started here")
-        return
+        return {"ended": ended}
     with _alone(folder):
         for name in stack_parts.STOPS:
-            log.info("%s: %s", name, "ended" if _end(folder, name) else "did not run")
+            if _end(folder, name):
+                ended.append(name)
+            log.info("%s: %s", name, "ended" if name in ended else "did not run")
+    return {"ended": ended}
 
 
-def status(folder: Path) -> int:
-    """Show each part; returns the exit code."""
+def status(folder: Path) -> list[dict[str, str]]:
+    """Show each part => their states; none if nothing was started here."""
     if not (folder / "settings.json").exists():
         print("nothing was started here: make up")
-        return NOT_ALL_UP
-    settings, code = _read_settings(folder), 0
+        return []
+    settings, found = _read_settings(folder), []
     for part in _parts(folder, settings):
         first = daemons.leader(_mark(folder, part.name))
         problem = part.problem() if first else "does not run"
@@ -93,16 +99,15 @@ def status(folder: Path) -> int:
         if first and not problem:
             started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(first.create_time()))
             state, since = "up", f"since {started}, process {first.pid}"
-        else:
-            code = NOT_ALL_UP
+        found.append({"service": part.name, "state": state, "address": part.address})
         print(f"{part.name:11} {state:5} {part.address:22} {since}")
         size = f"{_bytes(part.data) / 1e6:.1f} MB in {FOLDER}/{part.name}: " if part.data else ""
         print(f"{'':18}{size}{part.about}")
     if settings.s3_endpoint:
-        answers = stack_parts.answers(settings.s3_endpoint)
-        code = code if answers else NOT_ALL_UP
-        print(f"{'s3':11} {'up' if answers else 'down':5} {settings.s3_endpoint:22} not ours")
-    return code
+        state = "up" if stack_parts.answers(settings.s3_endpoint) else "down"
+        found.append({"service": "s3", "state": state, "address": settings.s3_endpoint})
+        print(f"{'s3':11} {state:5} {settings.s3_endpoint:22} not ours")
+    return found
 
 
 @contextmanager

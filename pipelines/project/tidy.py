@@ -1,7 +1,7 @@
 """`make tidy`: what runs have left behind, how large it is, and what of it nothing names any more.
 
 It shows; `make tidy YES=1` removes what it shows. A run of training that nothing names may be
-one that is to go on: it stays until it has not been written to for `DAYS` (14). `aegan clean` is
+one that is to go on: it stays until it has not been written to for `DAYS`. `aegan clean` is
 the same; with `--keep N` registered versions beyond the newest, and their runs, go as well.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
@@ -23,6 +23,7 @@ from aegan.files import remove
 from aegan.training.run_folder import DRIVER_LOCK, RunFolder
 from pipelines.base import locks, outputs
 from pipelines.base.command import run_command
+from pipelines.base.defaults import DAYS
 from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.bucket import shard_store
@@ -31,7 +32,6 @@ from pipelines.project import clean, old_versions
 from pipelines.registry import mlflow_files, mlflow_leftovers
 from pipelines.retraining.workplace import WORK
 
-DAYS = 14
 SESSION_DAYS = 1 / 24  # a younger session of Ray may be about to start its processes
 # In TMPDIR or /tmp; private ones are of our own.
 RAY_SESSIONS = ("ray/session_*", f"{session.PRIVATE_FOLDER}*")
@@ -61,8 +61,8 @@ class Place:
     remove: Callable[[list[Path]], None]
 
 
-def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> None:
-    """Say what nothing names any more, and with `yes` remove it; raises UserError.
+def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> dict[str, Any]:
+    """Say what nothing names any more, and with `yes` remove it => sizes; raises UserError.
 
     A run that nothing names is kept for so many days; of registered versions all, or the newest so
     many (`keep`) and those that something needs.
@@ -70,7 +70,7 @@ def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> N
     with locks.hold(locks.PIPELINE):
         locks.check_stages()
         check_experiments()
-        freed, old = 0, set[str]()
+        found, old = dict[str, Any](), set[str]()
         if keep is not None:
             old = old_versions.clean(keep, used=published_runs(), remove=yes)
         for place in places(days, old):
@@ -84,11 +84,14 @@ def main(*, days: float = DAYS, keep: int | None = None, yes: bool = False) -> N
                 print(f"    and {len(sizes) - SHOWN} more")
             if yes:
                 place.remove(place.unnamed)
-            freed += sum(sizes.values())
+            listed = {str(path): size for path, size in sizes.items()}
+            found[place.name] = {"bytes": place.size, "unnamed": listed}
+    freed = sum(sum(place["unnamed"].values()) for place in found.values())
     if yes:
         print(f"removed: {in_words(freed)}")
     else:
         print(f"nothing names {in_words(freed)} of it; YES=1 (--yes) removes what is listed")
+    return {"places": found, "unnamed_bytes": freed, "removed": yes}
 
 
 def places(days: float, old: Collection[str] = ()) -> Iterator[Place]:

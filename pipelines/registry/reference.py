@@ -139,20 +139,22 @@ def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     _track()
 
 
-def said(reference: Reference | None) -> str:
-    """A reference in words."""
+def said(reference: Reference | None) -> tuple[str, dict[str, Any]]:
+    """A reference in words, and what is known of it."""
     if reference is None:
-        return "no reference split yet: the first `aegan gate` cuts one"
+        return "no reference split yet: the first `aegan gate` cuts one", {}
     facts, noise = reference.facts, reference.noise
     height, width, channels = reference.images.shape[1:]
     when = time.strftime("%Y-%m-%d", time.localtime(facts["time"]))
     measured = f"{len(noise['seeds'])} trainings of {noise['steps']} steps" if noise else ""
-    return (
+    text = (
         f"reference {reference.sha256}\n"
         f"{len(reference.images)} {facts['split']} images, {height}x{width}x{channels}, "
         f"cut {when}: {shown(facts['reason'])}\n"
         f"noise over training seeds: {measured or 'not measured (`aegan gate --measure-noise`)'}"
     )
+    known = {"sha256": reference.sha256, "file": str(file_of(reference.sha256))}
+    return text, known | {"images": len(reference.images)} | facts
 
 
 def _folder() -> Path:

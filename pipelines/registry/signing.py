@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipelines.base import package
 from pipelines.base.errors import UserError
@@ -28,8 +29,8 @@ def verify(address: str) -> str:
     )
 
 
-def sign(address: str) -> str:
-    """Sign a model, which must be whole; returns what was done, raises UserError."""
+def sign(address: str) -> tuple[str, dict[str, Any]]:
+    """Sign a model, which must be whole => what was done; raises UserError."""
     key = package.signing_key()
     if key is None:
         raise UserError(f"{package.SIGNING_KEY} is not set: the file of `aegan keygen FILE`")
@@ -41,4 +42,5 @@ def sign(address: str) -> str:
             tracking.add_signature(address, folder)
         else:
             package.sign(Path(address), key)
-    return f"{address}: signed with the key {package.fingerprint(key.public_key())[:16]}"
+    name = package.fingerprint(key.public_key())
+    return f"{address}: signed with the key {name[:16]}", {"model": address, "key": name}

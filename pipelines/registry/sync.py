@@ -16,12 +16,17 @@ RUNS = Path("runs")
 log = logging.getLogger(__name__)
 
 
-def main(names: Sequence[str]) -> None:
-    """Send the rest of these runs; without names, of all that were to be seen in MLflow."""
-    experiment = params.load(RegisterConfig).experiment
+def main(names: Sequence[str]) -> dict[str, str]:
+    """Send the rest of these runs; without names, of all that were to be seen in MLflow.
+
+    Returns the runs of which all is there now, and what they are called there.
+    """
+    experiment, sent = params.load(RegisterConfig).experiment, {}
     for folder in _named(names) if names else _tracked():
         if run_id := send_rest(folder, experiment):
             log.info("%s: all of it is in MLflow, run %s", folder.path.name, run_id)
+            sent[folder.path.name] = run_id
+    return sent
 
 
 def _tracked() -> list[RunFolder]:

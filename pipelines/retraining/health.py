@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 
 from aegan.config import ComputeConfig, RegisterConfig, RetrainConfig
 from pipelines.base import params
@@ -12,32 +13,40 @@ STALE = 2  # exit code
 DAY, HOUR = 86_400.0, 3_600.0
 
 
-def main() -> int:
-    """Print a line for each thing; returns the exit code. Raises UserError."""
-    config, name = params.load(RetrainConfig), params.load(RegisterConfig).model_name
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """How old one thing is, None if there is none, and may be; in `unit`."""
+
+    name: str
+    ok: bool
+    age: float | None
+    at_most: float
+    unit: str
+    said: str
+
+
+def checks() -> list[Check]:
+    """Each thing and its age; raises UserError."""
+    config, model = params.load(RetrainConfig), params.load(RegisterConfig).model_name
     now = time.time()
     content = place_of(params.load(ComputeConfig).storage).read(LOOKED)
-    looked = json.loads(content)["time"] if content else None
-    promoted = [decision for decision in decisions.history(name) if decision.changes_champion]
-    ages = (
-        (
-            f"{name}: the champion" + (f", version {promoted[-1].to}," if promoted else ""),
-            (now - promoted[-1].time) / DAY if promoted else None,
-            *(config.max_champion_days, "days", "max_champion_days"),
-        ),
-        (
-            "the last look at the source",
-            (now - looked) / HOUR if looked else None,
-            *(config.max_look_hours, "hours", "max_look_hours"),
-        ),
-    )
-    code = 0
-    for what, age, most, unit, key in ages:
+    looked = (now - json.loads(content)["time"]) / HOUR if content else None
+    promoted = [decision for decision in decisions.history(model) if decision.changes_champion]
+    champion = (now - promoted[-1].time) / DAY if promoted else None
+    version = f", version {promoted[-1].to}," if promoted else ""
+
+    def check(name: str, what: str, age: float | None, unit: str, key: str) -> Check:
+        at_most = getattr(config, key)
+        ok = age is not None and age <= at_most
         if age is None:
-            print(f"stale: {what}: there is none yet; `aegan retrain`")
-        elif age > most:
-            print(f"stale: {what} is {age:.1f} {unit} old, more than retrain.{key}, {most:g}")
+            said = f"stale: {what}: there is none yet; `aegan retrain`"
+        elif ok:
+            said = f"ok: {what} is {age:.1f} {unit} old (at most {at_most:g})"
         else:
-            print(f"ok: {what} is {age:.1f} {unit} old (at most {most:g})")
-        code = STALE if age is None or age > most else code
-    return code
+            said = f"stale: {what} is {age:.1f} {unit} old, more than retrain.{key}, {at_most:g}"
+        return Check(name=name, ok=ok, age=age, at_most=at_most, unit=unit, said=said)
+
+    return [
+        check("champion", f"{model}: the champion{version}", champion, "days", "max_champion_days"),
+        check("look", "the last look at the source", looked, "hours", "max_look_hours"),
+    ]

@@ -17,7 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines import retrain, serve
-from pipelines.base import identity
+from pipelines.base import defaults, identity
 from pipelines.retraining import steps
 from pipelines.serving import endpoint
 from tests.options import options_of
@@ -278,7 +278,7 @@ def test_probes_ask_what_the_server_answers_and_its_end_is_waited_for():
     (container,) = template["spec"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in endpoint.METHODS
-    assert container["ports"] == [{"name": "http", "containerPort": serve.PORT}]
+    assert container["ports"] == [{"name": "http", "containerPort": defaults.PORT}]
     wait = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert template["spec"]["terminationGracePeriodSeconds"] > serve.END_SECONDS + wait
     given = options_of("serve", container["args"])

@@ -235,6 +235,40 @@ def test_the_current_picture_is_saved_as_it_is_seen(page):
         ).all()
 
 
+def test_a_slow_walk_comes_coarse_to_fine_and_the_step_that_a_finger_rests_on_first(
+    browser, page, model_folder
+):
+    opened = browsers.open_page(browser, model_folder.parent / "explorer.html")
+    pixels(opened, "current")
+    begun, shows_nearest, after = opened.evaluate(
+        """async () => {
+          const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+          const askAtOnce = ask, order = [];
+          ask = async job => { await pause(50); return askAtOnce(job); };
+          byId("left-random").click();
+          setInterval(() => frames.forEach((frame, step) => {
+            if (frame && !order.includes(step)) order.push(step);
+          }), 5);
+          while (order.length < 9) await pause(5);
+          const begun = [...order];
+          for (let step = 1; step <= 41; step += 2) {
+            byId("walk").value = step;
+            byId("walk").dispatchEvent(new Event("input"));
+            await pause(10);
+          }
+          const there = order.length;
+          const [red] = byId("current").getContext("2d").getImageData(8, 8, 1, 1).data;
+          const showsNearest = red === frames[40][3 * (8 * imageSize + 8)];
+          while (!order.includes(41)) await pause(5);
+          return [begun, showsNearest, order.slice(there)];
+        }"""
+    )
+    assert begun == [0, 64, 32, 16, 48, 8, 24, 40, 56]
+    assert shows_nearest
+    assert len(after) <= 2  # one was being drawn
+    opened.context.close()
+
+
 def test_samples_are_like_those_of_the_fitted_latents(page, model_folder):
     density = aegan.load(model_folder).latent_density
     for label, name in enumerate(density.classes):
@@ -249,7 +283,7 @@ def test_samples_are_like_those_of_the_fitted_latents(page, model_folder):
 
 def test_a_file_that_is_no_picture_is_refused_in_one_line(page):
     drop(page, "left-card", b"no picture")
-    page.wait_for_function("document.getElementById('status').textContent.includes('cannot read')")
+    page.wait_for_function("() => byId('status').textContent.includes('cannot read')")
     assert "cannot read mine.png" in page.inner_text("#status")
 
 
@@ -260,6 +294,89 @@ def test_the_page_can_be_used_by_everyone(browser, page, model_folder, width, sc
     assert browsers.serious_findings(opened) == []
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     opened.context.close()
+
+
+@pytest.fixture(scope="module")
+def phone(browser: Browser, page: Page, model_folder: Path) -> Iterator[Page]:
+    """The page on a telephone, where nothing but a finger touches it."""
+    file = model_folder.parent / "explorer.html"
+    opened = browsers.open_page(browser, file, width=390, phone=True)
+    yield opened
+    assert opened.problems == []  # type: ignore[attr-defined]
+    opened.context.close()
+
+
+def tap(phone: Page, selector: str) -> None:
+    browsers.touch(phone, browsers.place(phone, selector))
+
+
+def stroke(phone: Page, selector: str, start: float, end: float) -> None:
+    places = [browsers.place(phone, selector, across=across) for across in (start, end)]
+    browsers.touch(phone, places[0], to=places[1])
+
+
+def wait_for_change(phone: Page, script: str, before: object) -> None:
+    phone.wait_for_function(f"before => ({script}) !== before", arg=before)
+
+
+GESTURES = {
+    "along the walk": lambda phone: stroke(phone, "#walk", 0.5, 0.9),
+    "along a number": lambda phone: stroke(phone, "#sliders label:first-child input", 0.4, 0.8),
+    "on a neighbour": lambda phone: tap(phone, "#neighbours .tile:first-child"),
+    "on a sample": lambda phone: tap(phone, "#samples .tile:first-child"),
+    "on another start": lambda phone: tap(phone, "#left-random"),
+}
+
+
+@pytest.mark.parametrize("gesture", GESTURES)
+def test_a_finger_leads_to_another_picture(phone, model_folder, gesture):
+    before = pixels(phone, "current")
+    numbers = phone.input_value("#numbers")
+    GESTURES[gesture](phone)
+    wait_for_change(phone, "byId('numbers').value", numbers)
+    shown = pixels(phone, "current")
+    assert (shown != before).any()
+    assert_drawn(shown, aegan.decode(aegan.load(model_folder), latent(phone))[0])
+
+
+def test_a_finger_draws_other_samples_plays_and_chooses_a_file(phone):
+    first = "byId('samples').firstChild.latent[0]"
+    before = phone.evaluate(first)
+    tap(phone, "#again")
+    wait_for_change(phone, first, before)
+    before = phone.input_value("#walk")
+    tap(phone, "#play")
+    wait_for_change(phone, "byId('walk').value", before)
+    tap(phone, "#play")
+    phone.wait_for_selector("#play[aria-pressed=false]")
+    with phone.expect_file_chooser():
+        tap(phone, "label:has(#right-file)")
+
+
+def test_a_finger_that_scrolls_leaves_the_slider_that_it_began_on(phone):
+    slider = "#sliders label:nth-child(3) input"
+    numbers = phone.input_value("#numbers")
+    tap(phone, "#samples .tile:first-child")
+    wait_for_change(phone, "byId('numbers').value", numbers)
+    before, picture = latent(phone), pixels(phone, "current")
+    x, y = browsers.place(phone, slider, across=0.9)
+    scrolled = phone.evaluate("scrollY")
+    browsers.touch(phone, (x, y), to=(x - 60, y - 300))
+    wait_for_change(phone, "scrollY", scrolled)
+    assert (latent(phone) == before).all()
+    assert (pixels(phone, "current") == picture).all()
+
+
+def test_on_a_telephone_everything_fits_and_can_be_hit(phone):
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    heights = phone.evaluate(
+        """names => [...document.querySelectorAll(names)]
+          .filter(found => found.offsetParent)
+          .map(found => found.getBoundingClientRect().height)""",
+        "button, .button, select, textarea, summary, [type=range]",
+    )
+    assert len(heights) > 30
+    assert min(heights) >= 24
 
 
 def test_a_telephone_s_48_megapixels_are_read_while_the_page_stays_responsive(

@@ -102,7 +102,9 @@ def test_the_page_shows_what_the_version_draws_and_how_it_ended(project: Project
 
 def test_nothing_new_is_nothing_done(project: Project) -> None:
     before = _ids(project)
-    assert "nothing new" in project.run("retrain")
+    facts = json.loads(project.run("retrain", "--json").splitlines()[-1])
+    assert (facts["nothing_new"], facts["outcome"], facts["champion"]) == (True, "promoted", "1")
+    assert {facts["id"]} == before
     assert "nothing new" in project.run("retrain", "--dry-run")
     assert _ids(project) == before
     assert project.champion() == "1"

@@ -159,6 +159,8 @@ def test_each_part_is_killed_and_comes_back_with_its_data(
     bucket = boto3.client("s3")
     bucket.put_object(Bucket="aegan", Key="runs/x", Body=b"")
     assert running.run("status").count(" up ") == 3
+    states = json.loads(running.run("status", "--json").splitlines()[0])
+    assert {one["service"]: one["state"] for one in states} == dict.fromkeys(PARTS, "up")
 
     running.kill("postgresql")
     running.kill("s3", all_of_it=True)

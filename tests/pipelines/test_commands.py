@@ -6,16 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from ruamel.yaml import YAML
 
 import aegan
+from aegan.files import sha256_of
 from aegan.onnx_export import NETWORKS
 from aegan.training import loop
 from aegan.training.run_folder import RunFolder
@@ -23,6 +27,8 @@ from aegan.training.state import export_model
 from pipelines import cli
 from pipelines.base.errors import UserError
 from pipelines.registry import tracking
+from pipelines.retraining import lease
+from pipelines.retraining.ledger import place_of
 from pipelines.serving import served
 from tests.latents import add_density, small_density
 from tests.pictures import blocks, write_folder
@@ -54,14 +60,14 @@ def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def aegan_command(*arguments: object) -> str:
+def aegan_command(*arguments: object, expected: int = 0) -> str:
     """What `aegan ...` prints; raises UserError as it would show it in one line."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(sys, "argv", ["aegan", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli._main()
-        assert not ended.value.code
+        assert (ended.value.code or 0) == expected
     return printed.getvalue()
 
 
@@ -72,8 +78,8 @@ def refusal(*arguments: object) -> str:
     return str(refused.value)
 
 
-def facts(*arguments: object) -> dict:
-    return json.loads(aegan_command(*arguments, "--json"))
+def facts(*arguments: object, expected: int = 0) -> Any:
+    return json.loads(aegan_command(*arguments, "--json", expected=expected))
 
 
 def size_of(file: str) -> tuple[int, int]:
@@ -373,3 +379,62 @@ def test_every_command_says_what_it_does_in_one_line():
     assert all(
         command.callback and command.callback.__doc__ for command in cli.app.registered_commands
     )
+
+
+# -- answers for scripts --------------------------------------------------------------------------
+
+
+def commands(group: typer.core.TyperGroup, *names: str) -> Iterator[tuple[str, set[str]]]:
+    """Every command of the app, also those of its groups, and its options."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, *names, name)
+        else:
+            options = {option for parameter in command.params for option in parameter.opts}
+            yield " ".join([*names, name]), options
+
+
+@pytest.mark.parametrize(("name", "options"), [*commands(typer.main.get_command(cli.app))])
+def test_every_command_answers_as_json(name, options):
+    assert "--json" in options
+
+
+def test_with_json_standard_output_has_the_answer_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert facts("stack", "status", expected=3) == []
+    assert facts("stack", "down") == {"ended": []}
+    out, err = capfd.readouterr()
+    assert out == ""  # `facts` has taken the JSON
+    assert "nothing was started here: make up" in err
+
+
+def test_a_key_and_a_signature_are_said_with_their_name(here, monkeypatch):
+    made = facts("keygen", "key")
+    assert made == {"private": "key", "public": "key.pub", "key": made["key"]}
+    monkeypatch.setenv("AEGAN_SIGNING_KEY", "key")
+    signed = {"model": "artifacts/train/model", "key": made["key"]}
+    assert facts("sign", "artifacts/train/model") == signed
+    assert made["key"][:16] in facts("verify", "artifacts/train/model")["found"]
+
+
+def test_a_reference_is_said_with_its_hash_its_file_and_how_many_images_it_has(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert facts("reference", "show") == {}
+    images = blocks(10)
+    write_shards(tmp_path / "artifacts/shards", {"train": images, "test": images})
+    cut = facts("reference", "new", "--reason", "a test")
+    assert facts("reference", "show") == cut
+    assert cut["sha256"] == sha256_of(Path(cut["file"]))
+    assert (cut["images"], cut["reason"]) == (10, "a test")
+
+
+def test_a_retraining_beside_another_is_said_to_be_busy_and_nothing_is_sent(tmp_path, monkeypatch):
+    shutil.copy(PARAMS, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert facts("sync") == {"sent": {}}
+    with lease.hold(place_of("runs")):
+        said = facts("retrain", expected=4)
+    assert (said["id"], said["outcome"]) == (None, "busy")
+    assert "at work in this folder" in said["reasons"][0]

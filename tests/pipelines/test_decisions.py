@@ -133,17 +133,21 @@ def test_a_server_that_is_told_no_model_serves_the_champion_else_the_last_regist
 def test_commands_say_who_is_champion_as_json(
     client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
-    for words, champion in (
-        (["promote", "1", "--force", "--reason", "x"], "1"),
-        (["promote", "3", "--force", "--reason", "x"], "3"),
-    ):
+    def answer(*words: str, expected: int = 0) -> Any:
         monkeypatch.setattr("sys.argv", ["aegan", *words, "--json"])
         with pytest.raises(SystemExit) as ended:
             cli._main()
-        assert not ended.value.code
-        facts = json.loads(capsys.readouterr().out)
+        assert (ended.value.code or 0) == expected
+        return json.loads(capsys.readouterr().out)
+
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for champion in ("1", "3"):
+        facts = answer("promote", champion, "--force", "--reason", "x")
         assert (facts["model"], facts["champion"]) == ("aegan", champion)
+    fresh, unseen = answer("health", expected=2)
+    assert (fresh["name"], fresh["ok"], fresh["unit"]) == ("champion", True, "days")
+    assert 0 <= fresh["age"] < 1 < fresh["at_most"]
+    assert (unseen["name"], unseen["ok"], unseen["age"]) == ("look", False, None)
 
 
 def aliases(client: Any, model_name: str = "aegan") -> dict[str, str]:

@@ -36,7 +36,7 @@ def test_the_noise_of_other_seeds_is_kept_with_the_reference(entered: Path) -> N
     assert (kept.noise["seeds"], kept.noise["steps"]) == ([1, 2], 4)
     assert kept.facts["reason"] == first.facts["reason"]
     assert list(Path("runs").glob("noise-*")) == []
-    assert "2 trainings of 4 steps" in reference.said(kept)
+    assert "2 trainings of 4 steps" in reference.said(kept)[0]
 
 
 def test_one_that_was_cut_short_goes_on_to_the_same_noise(

@@ -354,7 +354,7 @@ def test_a_version_of_before_loads_and_can_be_signed_later(
         assert tracking.load_model(address).latent_dim == 8
         assert "has no SHA256SUMS" in refusal(lambda: signing.verify(address))
         monkeypatch.setenv(package.SIGNING_KEY, str(keys / "ours"))
-        assert "signed with the key" in signing.sign("models:/aegan@candidate")
+        assert "signed with the key" in signing.sign("models:/aegan@candidate")[0]
         monkeypatch.setenv(package.TRUSTED_KEYS, str(keys / "trusted"))
         assert tracking.load_model(address).latent_dim == 8
     finally:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import aegan
-from pipelines import serve
+from pipelines.base import defaults
 from pipelines.serving import endpoint
 from tests.latents import add_density, small_density
 from tests.trained import write_model
@@ -462,7 +462,7 @@ def test_a_fault_of_the_server_s_own_is_a_500_without_a_word_of_its_inside(
 def test_the_server_ends_with_the_last_answer_and_without_a_trace(
     folder: Path, tmp_path: Path, end: signal.Signals
 ) -> None:
-    with serving(folder, tmp_path) as running:
+    with serving(folder, tmp_path, arguments=("--json",)) as running:
         answers: list[int] = []
         asked = threading.Thread(
             target=lambda: answers.append(running.ask_for("generate", [], count=1024)[0])
@@ -473,7 +473,11 @@ def test_the_server_ends_with_the_last_answer_and_without_a_trace(
         asked.join()
         assert running.process.wait(timeout=30) == 0
         assert answers == [200]
-        assert len(running.log.splitlines()) == 1
+        words, facts = running.log.splitlines()
+        address = f"http://127.0.0.1:{running.port}"
+        assert f"{address}/invocations; Ctrl-C ends it" in words
+        known = {"address": address, "model": str(folder), "version": folder.name}
+        assert json.loads(facts) == known
 
 
 def jpeg(size: tuple[int, int], **options: Any) -> bytes:
@@ -715,7 +719,7 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_it_listens_on_loopback_only(server: Server) -> None:
-    assert serve.HOST == "127.0.0.1"
+    assert defaults.HOST == "127.0.0.1"
     ours = f"0100007F:{server.port:04X}"
     listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     assert ours in listening

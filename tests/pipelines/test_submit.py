@@ -166,7 +166,10 @@ def test_a_dry_run_lists_what_goes_and_what_stays_without_cluster_and_bucket(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     write("aegan/new.py", "b = 1\n")
-    submit.main(dry_run=True, pass_env=["MLFLOW_TRACKING_URI"])
+    listed = submit.main(dry_run=True, pass_env=["MLFLOW_TRACKING_URI"])
+    assert listed["files"]["aegan/losses.py"] == 6
+    assert listed["variables"] == ["AEGAN_GIT_COMMIT", "MLFLOW_TRACKING_URI"]
+    assert json.dumps(listed)
     said = capsys.readouterr().out
     assert re.search(r"would be shipped: 4 files, [\d,]+ bytes", said)
     assert re.search(r"^ +6  aegan/losses\.py$", said, re.MULTILINE)

@@ -89,8 +89,9 @@ def test_an_old_run_goes_unless_the_folder_a_commit_or_an_experiment_names_it(pr
     other = write(Path("runs/my experiments/a.png"))
 
     with FileLock(folders["at work"] / "driver.lock"):
-        tidy.main()
+        sizes = tidy.main()
         said = capsys.readouterr().out
+        assert [*sizes["places"]["runs"]["unnamed"]] == [str(folders["unnamed"])]
         assert f"runs/{names['unnamed']}, 30 days old" in said
         assert [reason for reason, name in names.items() if f"/{name}," in said] == ["unnamed"]
         assert (folders["unnamed"] / "run.json").exists()  # it only shows
