@@ -160,15 +160,14 @@ def test_a_source_that_lost_most_of_its_images_is_refused(project: Project) -> N
 
 
 def test_a_generator_that_draws_alike_ends_its_training_and_is_refused(project: Project) -> None:
-    """One that learns nothing, from new weights on."""
+    """One that has two pictures to draw, for the two latents of its prior."""
     before, champion = _ids(project), project.champion()
     _add(project, "more", faces(2000, 40))
     file = project.folder / "params.yaml"
     whole = file.read_text()
-    params.change(
-        {"training": {"learning_rate": 1e-9}, "retrain": {"start": "anew"}}, file, said_by="tests"
-    )
-    project.git("commit", "--quiet", "--all", "--message", "Learn nothing")
+    two_latents = {"model": {"latent_dim": 1, "prior": "bernoulli(1)"}}
+    params.change(two_latents | {"retrain": {"start": "anew"}}, file, said_by="tests")
+    project.git("commit", "--quiet", "--all", "--message", "Two latents")
     assert COLLAPSED in project.run("retrain", expected=3)
     [name] = _ids(project) - before
     entry = _entry(project, name)
@@ -177,7 +176,7 @@ def test_a_generator_that_draws_alike_ends_its_training_and_is_refused(project: 
     assert project.champion() == champion
     assert len(json.loads(project.run("models", "--json"))) == 1
     file.write_text(whole)
-    project.git("commit", "--quiet", "--all", "--message", "Learn again")
+    project.git("commit", "--quiet", "--all", "--message", "As before")
     for image in (project.folder / "data/faces/more").iterdir():
         image.unlink()
 
