@@ -63,7 +63,7 @@ def _people() -> Any:
         if not people.add(one):
             raise UserError(
                 f"{PEOPLE}: address {number} of {len(addresses)} is none that Apprise knows: "
-                "expected them with spaces between, as in mailtos://USER:PASSWORD@HOST"
+                "expected them with spaces between (docs/retraining.md)"
             )
     return people
 

@@ -21,6 +21,7 @@ import pytest
 from pipelines import submit
 from pipelines.base.errors import UserError
 from pipelines.jobs import job, ray_jobs, shipment
+from tests.projects import ROOT
 
 PARAMS = Path(__file__).parent.parent.parent / "params.yaml"
 LOCK = PARAMS.with_name("requirements.lock")
@@ -95,6 +96,13 @@ def test_files_with_the_usual_names_of_secrets_stay_here_in_whatever_case(projec
     found = shipment.collect()
     assert set(names) & found.files.keys() == set()
     assert set(names) <= set(found.secret)
+    assert found.refused == []
+
+
+def test_the_projects_own_code_is_shipped(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = shipment.collect()
+    assert {"aegan/losses.py", "pipelines/cli.py", "dvc.yaml"} <= found.files.keys()
     assert found.refused == []
 
 
