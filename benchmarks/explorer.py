@@ -6,20 +6,17 @@ A finger taps `Make one up` and strokes along the walk while its frames are bein
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from playwright.sync_api import Browser
 
-from aegan import model_folder
 from aegan.files import write_json
-from aegan.networks import AEGAN
 from benchmarks.machine import describe, spread
 from benchmarks.speed import PRESETS, configuration
 from pipelines.serving import exports
 from tests.browser import chromium, open_page, place, touch
+from tests.trained import write_model
 
 STROKE = 0.2, 0.7  # along the walk
 WATCH = """() => {
@@ -52,12 +49,9 @@ FOUND = """() => ({
 def write_page(preset: str, folder: Path) -> Path:
     """The page of untrained networks."""
     config, preprocessing = configuration(preset, folder)
-    size = {"image_size": preprocessing.image_size, "image_channels": 3}
-    model = AEGAN(config.model, **size, discriminators=False)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    facts = {"model": asdict(config.model), **size, "fit": "crop", "has_encoder": True}
-    model_folder.write(folder / "model", facts, {"ema": weights, "raw": weights})
-    exports.explore(str(folder / "model"), folder / "explorer.html")
+    size = preprocessing.image_size
+    model = write_model(folder / "model", networks=config.model, image_size=size)
+    exports.explore(str(model), folder / "explorer.html")
     return folder / "explorer.html"
 
 
@@ -84,7 +78,6 @@ def main() -> None:
     parser.add_argument("--openings", type=int, default=5)
     parser.add_argument("--slowed", type=float, default=1.0, help="by Chromium, so many times")
     options = parser.parse_args()
-    torch.manual_seed(0)
     machine = describe("torch", "playwright")
     with TemporaryDirectory() as name, chromium() as browser:
         file = write_page(options.preset, Path(name))

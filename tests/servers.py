@@ -48,7 +48,28 @@ def model_server(
         assert process.wait(timeout=60) == 0
 
 
-class MLflowServer:
+class Server:
+    """One that may be killed, by us or by somebody else."""
+
+    _process: subprocess.Popen[bytes]
+
+    def processes(self) -> list[int]:
+        """Its own and those that it has started."""
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        return [self._process.pid, *(one.pid for one in family)]
+
+    def kill(self) -> None:
+        for process in self.processes():
+            with suppress(ProcessLookupError):  # the others may end when the first one is gone
+                os.kill(process, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> None:
+        """For the end of one that somebody else has killed."""
+        self._process.wait()
+
+
+class MLflowServer(Server):
     """`mlflow server` with an SQLite file or another database, and its files in a folder."""
 
     def __init__(
@@ -83,20 +104,6 @@ class MLflowServer:
         except AssertionError:
             self.kill()
             raise
-
-    def processes(self) -> list[int]:
-        """Of the server and its workers."""
-        family = psutil.Process(self._process.pid).children(recursive=True)
-        return [self._process.pid, *(one.pid for one in family)]
-
-    def kill(self) -> None:
-        for process in self.processes():
-            os.kill(process, signal.SIGKILL)
-        self.wait()
-
-    def wait(self) -> None:
-        """For the end of one that somebody else has killed."""
-        self._process.wait()
 
 
 class GuardedServer(MLflowServer):
@@ -140,7 +147,7 @@ class SQLiteServer(MLflowServer):
         return int(self.column(f"SELECT count(*) FROM runs WHERE {of_status}")[0])
 
 
-class Postgres:
+class Postgres(Server):
     """A new PostgreSQL with the user and database of the compose file."""
 
     def __init__(self, password: str) -> None:
@@ -164,7 +171,7 @@ class Postgres:
     def start(self) -> None:
         """Also after `kill`, whose traces in its folder it clears up itself."""
         options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-        self._server = subprocess.Popen(
+        self._process = subprocess.Popen(
             ["postgres", "-D", "data", "-p", str(self.port), *options],
             user=self._user,
             cwd=self._folder,
@@ -173,24 +180,9 @@ class Postgres:
         ready = ["pg_isready", "--host=127.0.0.1", f"--port={self.port}", "--quiet"]
         wait_until(lambda: subprocess.call(ready) == 0, seconds=60, what="PostgreSQL is ready")
 
-    def processes(self) -> list[int]:
-        """Of the server and those that serve its clients."""
-        family = psutil.Process(self._server.pid).children(recursive=True)
-        return [self._server.pid, *(one.pid for one in family)]
-
-    def kill(self) -> None:
-        for process in self.processes():
-            with suppress(ProcessLookupError):  # the others end when the first one is gone
-                os.kill(process, signal.SIGKILL)
-        self.wait()
-
-    def wait(self) -> None:
-        """For the end of one that somebody else has killed."""
-        self._server.wait()
-
     def end(self) -> None:
-        self._server.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
-        self._server.wait(30)
+        self._process.send_signal(signal.SIGINT)  # SIGTERM waits for its clients
+        self._process.wait(30)
         shutil.rmtree(self._folder)
 
 

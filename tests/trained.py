@@ -35,18 +35,21 @@ START = 1_700_000_000.0  # seconds since 1970
 def write_model(
     folder: Path,
     *,
+    networks: ModelConfig = CONFIG,
     encoder: bool = True,
     discriminators: bool = False,
     seed: int = 0,
+    image_size: int = 16,
     channels: int = 3,
+    **facts: Any,  # more of config.json
 ) -> Path:
-    """Untrained networks for 16x16 images and latents of 8, in the format of `aegan.load`."""
+    """Untrained networks, in the format of `aegan.load`."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    size = {"image_size": 16, "image_channels": channels}
-    model = AEGAN(CONFIG, **size, encoder=encoder, discriminators=discriminators)
-    config = {"model": dataclasses.asdict(CONFIG), **size, "fit": "crop"}
-    config["has_encoder"] = encoder
+    size = {"image_size": image_size, "image_channels": channels}
+    model = AEGAN(networks, **size, encoder=encoder, discriminators=discriminators)
+    config: dict[str, Any] = {"model": dataclasses.asdict(networks), **size, "fit": "crop"}
+    config |= {"has_encoder": encoder, **facts}
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     judges = {name: weights.pop(name) for name in [*weights] if name.startswith(DISCRIMINATORS)}
     for name in ("ema", "weights"):

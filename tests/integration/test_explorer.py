@@ -16,7 +16,6 @@ from playwright.sync_api import Browser, Page
 import aegan
 from aegan.config import ModelConfig
 from aegan.data.image_files import decode_image
-from aegan.networks import AEGAN
 from pipelines.serving import exports
 from tests import browser as browsers
 from tests.latents import add_density, small_density
@@ -433,26 +432,10 @@ def test_a_model_of_classes_draws_the_class_that_is_chosen(browser, tmp_path):
 
 
 def write_gray_model_of_classes(folder: Path, classes: tuple[str, ...]) -> Path:
-    from dataclasses import asdict
-
-    from aegan import model_folder
-
-    config = ModelConfig(
+    networks = ModelConfig(
         architecture="paper",
         latent_dim=8,
         prior="label(2) * sphere(4) * uniform(2)",
         base_channels=4,
     )
-    torch.manual_seed(0)
-    model = AEGAN(config, image_size=16, image_channels=1, discriminators=False)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    description = {
-        "model": asdict(config),
-        "image_size": 16,
-        "image_channels": 1,
-        "fit": "pad",
-        "classes": list(classes),
-        "has_encoder": True,
-    }
-    model_folder.write(folder, description, {"ema": weights, "raw": weights})
-    return folder
+    return write_model(folder, networks=networks, channels=1, fit="pad", classes=list(classes))

@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.bucket import storage
 from pipelines.retraining import lease
-from pipelines.retraining.ledger import Bucket, Entry, Ledger, place_of
+from pipelines.retraining.ledger import Entry, Ledger, place_of
 from pipelines.retraining.steps import STEPS
 from tests import interrupted_retraining, servers
 from tests.compose import free_port, wait_until
@@ -32,7 +32,8 @@ pytestmark = [
     needs_postgres,
 ]
 SECRETS = {"database": "of-the-database", "registry": "of-the-registry", "webhook": "of-the-hook"}
-PLACE = "s3://project/runs"
+STORAGE = "s3://project/runs"
+PLACE = place_of(STORAGE)  # of the ledger, with the lease
 REMOTE = "[core]\n    remote = bucket\n['remote \"bucket\"']\n    url = s3://project/dvc\n"
 
 
@@ -59,12 +60,17 @@ class World(NamedTuple):
         return {found["Key"]: found["ETag"] for page in pages for found in page.get("Contents", [])}
 
     def entries(self) -> list[Entry]:
-        return Ledger(place_of(PLACE)).entries()
+        return Ledger(PLACE).entries()
 
-    def aliases(self) -> dict[str, str]:
-        """Of the registered model."""
-        [model] = [row for row in self.models() if "champion" in row["aliases"]]
-        return dict.fromkeys(model["aliases"], model["version"])
+    def is_done(self, step: str) -> bool:
+        """Of the newest retraining."""
+        found = self.entries()[-1].steps.get(step)
+        return found is not None and bool(found.output)
+
+    def champion(self) -> str:
+        """The version with this alias."""
+        [version] = [row["version"] for row in self.models() if "champion" in row["aliases"]]
+        return str(version)
 
     def models(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.project.run("models", "--json"))
@@ -93,7 +99,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             folder / "project",
             PARAMETERS
             | {"data": {"source": "s3://images"}}
-            | {"compute": PARAMETERS["compute"] | {"storage": PLACE}},
+            | {"compute": PARAMETERS["compute"] | {"storage": STORAGE}},
             access
             | registry.variables
             | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -118,8 +124,7 @@ def _spend_first_day(world: World) -> None:
     project.git("clone", "--quiet", ".", str(other))
     (other / ".venv").symlink_to((project.folder / ".venv").resolve())
     first = project.start("retrain")
-    place = Bucket(f"{PLACE}/retraining")
-    wait_until(lambda: place.read(lease.LEASE) is not None, seconds=120, what="a lease")
+    wait_until(lambda: PLACE.read(lease.LEASE) is not None, seconds=120, what="a lease")
     assert "another retraining is at work" in project.run("retrain", expected=4, folder=other)
     output, _ = first.communicate()
     assert first.returncode == 0, output
@@ -131,7 +136,7 @@ def test_the_first_day_is_published_in_bucket_registry_and_git(world: World) -> 
     assert (entry.outcome, entry.champion_after) == ("promoted", "1")
     assert entry.steps["publish"].result["pushed"]
     assert world.objects("project", "dvc/files/")
-    assert world.aliases()["champion"] == "1"
+    assert world.champion() == "1"
     assert world.project.git("tag", "--list").split() == [f"retrained/{entry.id}"]
 
 
@@ -155,7 +160,7 @@ def test_corrupt_files_are_refused_and_the_champion_stays(world: World) -> None:
     world.add("corrupt", [*good[:35], *(content[:50] for content in good[35:])])
     assert "refused" in world.project.run("retrain", expected=3)
     assert world.entries()[-1].outcome == "refused"
-    assert world.aliases()["champion"] == "1"
+    assert world.champion() == "1"
     world.remove("corrupt")
 
 
@@ -188,7 +193,7 @@ def test_one_that_was_paused_until_another_had_the_lease_publishes_nothing(
     monkeypatch.chdir(tmp_path)  # another machine
     for number in range(200):
         try:
-            with lease.hold(Bucket(f"{PLACE}/retraining"), seconds=5.0):
+            with lease.hold(PLACE, seconds=5.0):
                 process.resume()
                 paused.join()
             break
@@ -198,7 +203,7 @@ def test_one_that_was_paused_until_another_had_the_lease_publishes_nothing(
     assert paused.exitcode == 1
     _check_one_line(log.read_text(), "this process was paused too long")
     assert (world.project.git("tag", "--list"), world.objects("project", "dvc/")) == before
-    assert world.aliases()["champion"] == "1"
+    assert world.champion() == "1"
 
 
 @pytest.mark.fault("retraining")
@@ -210,7 +215,7 @@ def test_after_all_deaths_the_end_is_as_without_them(world: World, record_proper
     assert entry.outcome in ("promoted", "refused")
     assert all(step.output for step in entry.steps.values())
     champion = "2" if entry.outcome == "promoted" else "1"
-    assert world.aliases()["champion"] == champion
+    assert world.champion() == champion
     assert [model["version"] for model in world.models()] == ["1", "2"]
     tags = world.project.git("tag", "--list").split()
     assert tags.count(f"retrained/{entry.id}") == 1
@@ -218,8 +223,7 @@ def test_after_all_deaths_the_end_is_as_without_them(world: World, record_proper
 
 
 def test_no_secret_is_written_down(world: World) -> None:
-    place = Bucket(f"{PLACE}/retraining")
-    kept = [place.read(name) or b"" for name in place.names()]
+    kept = [PLACE.read(name) or b"" for name in PLACE.names()]
     pages = [*(world.project.folder / "retraining").glob("*.html")]
     assert kept
     assert pages
@@ -231,10 +235,9 @@ def _through_deaths(world: World, step: str) -> list[str]:
     """How each server's death before a step ended; afterwards the step is whole."""
     endings = []
     for name in world.mortals:
-        done = world.entries()[-1].steps.get(step)
-        again = ["--force", step, "--reason", f"{name} dies"] if done and done.output else []
+        again = ["--force", step, "--reason", f"{name} dies"] if world.is_done(step) else []
         endings.append(_through_death(world, step, name, *again))
-    if not ((done := world.entries()[-1].steps.get(step)) and done.output):
+    if not world.is_done(step):
         world.project.run("retrain", "--until", step)
     return endings
 
