@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Results
-from benchmarks.trainings import JUDGES, archived, as_table, designed, train_and_judge
+from benchmarks.rows import Results, as_table
+from benchmarks.trainings import JUDGES, SCORES, archived, designed, train_and_judge
 from pipelines.base.errors import run_stage
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,7 @@ def main() -> None:
             )
         results.add(*(of_training | row for row in found))
         print(results.rows[-1], flush=True)
-    print(as_table(results.rows, ("set", "images", "step", "way")))
+    print(as_table(results.rows, ("set", "images", "step", "way"), SCORES))
 
 
 if __name__ == "__main__":

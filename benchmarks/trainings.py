@@ -1,7 +1,7 @@
 """Many trainings that differ in a few settings, judged on the same pictures while they go on."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,27 @@ from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.features import installed_features
 from aegan.metrics.neighbours import precision_recall_density_coverage
 from aegan.training import loop
+from aegan.training.latents import fit_latents
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import Judge
-from benchmarks.rows import Row, mean_and_error, table
+from benchmarks.rows import Row
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from tests.shards import write_shards
 
 JUDGES = 2_000  # pictures that no training sees
+VALIDATION = 64  # others, which the loop wants; no figure here is theirs
 NEIGHBOURS = 5
-SCORES = (
-    "frechet_distance",
-    "kernel_distance",
-    "recall",
-    "coverage",
-    "ms_ssim",
-    "image_reconstruction",
-)
+SCORES = {  # of the tables, with their digits
+    "frechet_distance": 1,
+    "kernel_distance": 3,
+    "recall": 3,
+    "coverage": 3,
+    "ms_ssim": 3,
+    "image_reconstruction": 4,
+}
+Sampler = tuple[str, str]  # weights, averaged (ema) or raw; latents of the prior or fitted
 
 
 def designed(count: int, size: int) -> np.ndarray:
@@ -71,13 +74,38 @@ def train_and_judge(
     settings: dict[str, Any],
     *,
     seed: int,
-    looks: Sequence[int],  # steps after which the averaged networks are judged
+    looks: Sequence[int],  # steps after which the networks are judged
     folder: Path,
     logged: Sequence[str] = (),  # terms of the log that a row holds, too
+    samplers: Sequence[Sampler] = (("ema", "prior"),),
 ) -> list[Row]:
-    """Train on the first pictures; a row for each look, judged on the last ones."""
-    split = {"train": pictures[:images], "validation": pictures[-2 * JUDGES : -JUDGES]}
+    """Train on the first pictures; a row for each look and sampler, judged on the last ones."""
     judge = Judge(torch.from_numpy(pictures[-JUDGES:]), features=installed_features())
+    fitted = "fitted" in dict(samplers).values()
+    rows = []
+    training = train(pictures, images, settings, seed=seed, looks=looks, folder=folder)
+    for step, log in training:
+        if fitted:
+            add_fitted_latents(folder, settings, seed=seed)
+        terms = {name: log[name] for name in logged if name in log}
+        for weights, latents in samplers:
+            model = aegan.load(folder / "model", weights=weights)
+            row = {"step": step, "weights": weights, "latents": latents}
+            rows.append(row | scores_of(model, judge, latents) | terms)
+    return rows
+
+
+def train(
+    pictures: np.ndarray,
+    images: int,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    looks: Sequence[int],
+    folder: Path,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train on the first pictures; with `folder`/model as after each of `looks`: it and its log."""
+    held_out = pictures[images:-JUDGES][:VALIDATION]
     every = int(np.gcd.reduce(looks))
     pace = {
         "training.seed": seed,
@@ -90,22 +118,28 @@ def train_and_judge(
     run = RunFolder(folder / "run")
     loop.train(
         with_settings(params.load(TrainConfig), settings | pace),
-        shards=write_shards(folder / "shards", split),
+        shards=write_shards(
+            folder / "shards", {"train": pictures[:images], "validation": held_out}
+        ),
         run_folder=run.path,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
     log = {row["step"]: row for row in run.rows()}
-    rows = []
     for step in looks:
         export_model(run.checkpoint(step), folder / "model")
-        scores = scores_of(aegan.load(folder / "model"), judge)
-        rows.append({"step": step, **scores, **{k: log[step][k] for k in logged if k in log[step]}})
-    return rows
+        yield step, log[step]
 
 
-def scores_of(model: aegan.AEGAN, judge: Judge) -> dict[str, float]:
-    """As many samples of the prior against the judge's pictures."""
-    samples = aegan.sample(model, len(judge.images), seed=0, latents="prior")
+def add_fitted_latents(folder: Path, settings: dict[str, Any], *, seed: int) -> None:
+    """To the model that `train` has written."""
+    config = with_settings(params.load(TrainConfig), settings)
+    mirrored = config.training.horizontal_flip
+    fit_latents(folder / "model", folder / "shards", mirrored=mirrored, seed=seed)
+
+
+def scores_of(model: aegan.AEGAN, judge: Judge, latents: str) -> dict[str, float]:
+    """As many samples against the judge's pictures."""
+    samples = aegan.sample(model, len(judge.images), seed=0, latents=latents)
     features = judge.features_of(samples)
     scores = judge.scores_of(model, features)
     return {
@@ -113,16 +147,3 @@ def scores_of(model: aegan.AEGAN, judge: Judge) -> dict[str, float]:
         **precision_recall_density_coverage(judge.real_features, features, neighbours=NEIGHBOURS),
         "ms_ssim": ms_ssim(samples, seed=0),
     }
-
-
-def as_table(rows: Sequence[Row], keys: Sequence[str], scores: Sequence[str] = SCORES) -> str:
-    """A line for each group of rows: mean and standard error over seeds."""
-    lines = []
-    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        chosen = [row for row in rows if tuple(row[key] for key in keys) == group]
-        cells = [
-            mean_and_error([row[score] for row in chosen], 4) if score in chosen[0] else ""
-            for score in scores
-        ]
-        lines.append([*map(str, group), *cells])
-    return table([*keys, *scores], lines)

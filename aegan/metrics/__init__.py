@@ -63,6 +63,11 @@ METRICS: dict[str, Metric] = {
     "latent_mmd": Metric(
         "lower", "Kernel distance between E(x) and the prior: one figure for all.", _PRIOR
     ),
+    "latent_two_sample_accuracy": Metric(
+        "floor",
+        "How well E(x) is told from the prior by its nearest neighbour: .5 not at all, 1 always.",
+        _PRIOR,
+    ),
     "frechet_distance": Metric(
         "lower", "Distance between samples and real images: means and covariances.", _HALVES
     ),

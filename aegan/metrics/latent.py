@@ -5,13 +5,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aegan.metrics.neighbours import two_sample_accuracy
 from aegan.priors import Prior
+
+SEED = 0x1A7E47  # of draws of the prior, which should be no others that are compared with them
 
 
 def departures(z: Tensor, prior: Prior) -> dict[str, float]:
-    """Mean departures of the moments of latents [N, D] from the prior's, and `mmd`; N >= 4."""
+    """How latents [N, D] depart from the prior; N >= 4.
+
+    The mean size of the differences of their moments, `mmd` and `two_sample_accuracy`, whose draws
+    of the prior are the same each time.
+    """
     from scipy import stats
 
+    draws = prior.sample(len(z), torch.Generator().manual_seed(SEED))
     values, expected = z.double().numpy(), prior.moments()
     std = values.std(0, ddof=1)
     varied = std > 1e-6  # a constant dimension has no shape; its std says enough
@@ -29,6 +37,7 @@ def departures(z: Tensor, prior: Prior) -> dict[str, float]:
         ),
         "correlation": _mean_size(pairs),
         "mmd": mmd(z, prior),
+        "two_sample_accuracy": two_sample_accuracy(z, draws.to(z)),
     }
 
 

@@ -4,6 +4,8 @@ Precision and recall: Kynkaanniemi et al. 2019, arXiv 1904.06991. Density and co
 2020, arXiv 2002.09797.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,23 @@ def precision_recall_density_coverage(
         "coverage": in_real.any(1).double().mean(),
     }
     return {name: float(score) for name, score in scores.items()}
+
+
+def two_sample_accuracy(a: Tensor, b: Tensor) -> float:
+    """Share of points whose nearest other point of both sets is of their own set; [N, D], [N, D].
+
+    .5 where both are drawn from one distribution, towards 1 the farther they are apart (Lopez-Paz
+    and Oquab 2017, arXiv 1610.06545), below .5 where one set repeats the other. Of equally near
+    points each counts in part.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"the sets must be equally large, not {len(a)} and {len(b)}")
+    points = torch.cat([a, b]).double()
+    distances = torch.cdist(points, points).fill_diagonal_(math.inf)
+    nearest = distances == distances.amin(1, keepdim=True)
+    is_a = torch.arange(len(points)) < len(a)
+    own = (nearest & (is_a == is_a[:, None])).sum(1) / nearest.sum(1)
+    return float(own.double().mean())
 
 
 def _radii(features: Tensor, k: int) -> Tensor:

@@ -4,8 +4,9 @@ A line of length 15 from the centre of a 32x32 image, at an angle that is unifor
 Networks are the `demo` ones of `aegan.networks`, the loop is that of the mixtures.
 """
 
+import argparse
+import itertools
 import math
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from aegan.networks import AEGAN
 from aegan.priors import lerp, slerp
 from benchmarks.collapse.objectives import loss_of
 from benchmarks.collapse.train import Settings, train
-from benchmarks.rows import Results, Row, Scores, mean_and_error, per_seed, table
+from benchmarks.rows import Results, as_table
 
 IMAGE_SIZE, LENGTH, WIDTH = 32, 15, 2
 NUM_RENDERED = 10_000  # an image's angle is that of the nearest of these, evenly spaced
@@ -25,6 +26,7 @@ NUM_TRAINING, NUM_PATHS, NUM_FRAMES = 20_000, 256, 16
 ARMS: tuple[Arm, ...] = ("ae", "aae", "egan", "aegan")
 PATHS = {"linear": lerp, "spherical": slerp}
 LATENT_DIM, BATCH_SIZE = 64, 64
+KEYS = ("arm", "path")
 
 
 def render(angles: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def paths_of(model: AEGAN, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> 
     return model.generator(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
 
 
-def train_model(arm: Arm, data: Tensor, seed: int, options: Namespace) -> AEGAN:
+def train_model(arm: Arm, data: Tensor, seed: int, options: argparse.Namespace) -> AEGAN:
     """One arm, one seed."""
     torch.manual_seed(seed)
     config = ModelConfig(
@@ -120,31 +122,26 @@ def train_model(arm: Arm, data: Tensor, seed: int, options: Namespace) -> AEGAN:
     return model
 
 
-def measure(options: Namespace) -> str:
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--arm", nargs="+", choices=ARMS, default=[*ARMS])
+    command.add_argument("--base-channels", type=int, default=16)
+    command.add_argument("--learning-rate", type=float, default=2e-4)
+    command.add_argument("--seeds", type=int, default=10)
+    command.add_argument("--steps", type=int, default=2_000)
+
+
+def measure(options: argparse.Namespace) -> str:
     """Trains what is missing in the file of results; returns the table."""
-    names = ("seeds", "steps", "base_channels", "learning_rate")
-    results = Results(
-        options.json, {name: getattr(options, name) for name in names}, references=references()
-    )
+    names = ("steps", "base_channels", "learning_rate")
+    results = Results(options.json, {name: getattr(options, name) for name in names}, keys=KEYS)
+    if not results.rows:
+        results.add(*({"arm": name} | scores for name, scores in references().items()))
     angles = torch.rand(NUM_TRAINING, generator=torch.Generator().manual_seed(0))
     data = render(2 * math.pi * angles)
-    for arm in ARMS:
-        if results.find(arm=arm):
+    for seed, arm in itertools.product(range(options.seeds), options.arm):
+        if results.find(arm=arm, seed=seed):
             continue
-        models = [train_model(arm, data, seed, options) for seed in range(options.seeds)]
-        for name, join in PATHS.items():
-            scores = per_seed(score(paths_of(model, join)) for model in models)
-            results.add({"arm": arm, "path": name} | scores)
-    return as_table(results.rows, results.report["references"])
-
-
-def as_table(rows: list[Row], references: dict[str, dict[str, float]]) -> str:
-    """One line a row, then the references."""
-
-    def shown(scores: Scores) -> list[str]:
-        per_mille = [1000 * value for value in scores["distance"]]
-        return [mean_and_error(per_mille, 2), mean_and_error(scores["smoothness"], 3)]
-
-    lines = [[row["arm"], row["path"], *shown(row)] for row in rows]
-    lines += [[name, "", *shown(per_seed([scores]))] for name, scores in references.items()]
-    return table(["arm", "path", "mean distance (1e-3)", "smoothness"], lines)
+        model = train_model(arm, data, seed, options)
+        paths = {name: score(paths_of(model, join)) for name, join in PATHS.items()}
+        results.add(*({"arm": arm, "path": name, "seed": seed} | s for name, s in paths.items()))
+    return as_table(results.rows, KEYS, {"distance": 5, "smoothness": 3})

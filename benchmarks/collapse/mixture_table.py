@@ -1,48 +1,75 @@
 """Modes, high quality and reverse KL of every arm on one mixture; equal steps and equal compute."""
 
-import time
-from argparse import Namespace
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aegan.config import Arm
-from benchmarks.collapse.latents import samples_from_fit, samples_from_prior
+from aegan.metrics.neighbours import two_sample_accuracy
+from benchmarks.collapse.latents import (
+    NUM_HELD_OUT,
+    Sampler,
+    codes_of,
+    samplers_without_networks,
+    samples_from_fit,
+    samples_from_prior,
+)
 from benchmarks.collapse.mixtures import MIXTURES, NUM_SAMPLES, NUM_TRAINING_POINTS, Mixture
 from benchmarks.collapse.networks import SeedNetworks, Widths
-from benchmarks.collapse.objectives import FORMS, loss_of
-from benchmarks.collapse.train import Settings, flops_of_step, train
-from benchmarks.rows import Results, Row, Scores, mean_and_error, per_seed, table
+from benchmarks.collapse.objectives import LOSSES, loss_of
+from benchmarks.collapse.train import Settings, flops_of_step, train, train_encoder
+from benchmarks.rows import Results, Row, as_table
 
 ARMS: dict[str, tuple[Arm, int]] = {  # of the table => of the objective, samples D_x sees at once
     "gan": ("gan", 1),
     "pacgan2": ("gan", 2),
+    "ae": ("ae", 1),
     "aae": ("aae", 1),
     "egan": ("egan", 1),
     "aegan": ("aegan", 1),
 }
+ENCODER_AFTER = "gan, encoder after"  # what an encoder adds to a generator that is not its own
 LATENT_DIM = {"ring": 2, "grid": 2, "1200d": 8}
 LAMBDAS = {"ring": (1.0, 0.1), "grid": (1.0, 0.1), "1200d": (10.0, 1.0)}  # of image and latent
 BATCH_SIZE, BETA1 = 100, 0.8  # the protocol's
+KEYS = ("loss", "arm", "steps", "samples_from")
+SCORES = {"teraflop": 2, "modes": 1, "high_quality": 1, "reverse_kl": 3, "spread": 2, "hole": 2}
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--arm", nargs="+", choices=ARMS, default=[*ARMS])
+    command.add_argument("--loss", nargs="+", choices=LOSSES, default=[*LOSSES])
+    command.add_argument("--discriminator-width", type=int, default=200)
+    add_sizes(command)
+
+
+def add_sizes(command: argparse.ArgumentParser) -> None:
+    """What all tables of mixtures can be told."""
+    command.add_argument("--generator-width", type=int, default=400)
+    command.add_argument("--lambdas", type=float, nargs=2, help="of image and latent")
+    command.add_argument("--learning-rate", type=float, default=1e-4)
+    command.add_argument("--seeds", type=int, default=10)
+    command.add_argument("--steps", type=int, default=2_000)
 
 
 def prepare(
     mixture: str,
     arm: str,
-    form: str,
+    loss: str,
     seeds: Sequence[int],
     *,
     learning_rate: float,
-    lambdas: tuple[float, float] | None = None,
+    lambdas: Sequence[float] | None = None,
     **widths: Any,
 ) -> tuple[SeedNetworks, Settings]:
     """The networks of one row of a table, and how they are trained."""
     arm_of_objective, packing = ARMS[arm]
     settings = Settings(
         arm=arm_of_objective,
-        loss=loss_of(**FORMS[form], lambdas=lambdas or LAMBDAS[mixture]),
+        loss=loss_of(**LOSSES[loss], lambdas=lambdas or LAMBDAS[mixture]),
         latent_dim=LATENT_DIM[mixture],
         packing=packing,
         batch_size=BATCH_SIZE,
@@ -54,76 +81,100 @@ def prepare(
     return SeedNetworks(arm_of_objective, sizes, data_dim, seeds), settings
 
 
-def measure(options: Namespace) -> str:
+def measure(options: argparse.Namespace) -> str:
     """Trains what is missing in the file of results; returns the table."""
-    name, seeds = options.benchmark, range(options.seeds)
+    name, seeds = options.task, range(options.seeds)
     mixture = MIXTURES[name]()
-    points = mixture.sample(NUM_TRAINING_POINTS, torch.Generator().manual_seed(0))
+    points = training_points(mixture)
     sizes = {
         "generator": options.generator_width,
         "discriminator": options.discriminator_width,
         "learning_rate": options.learning_rate,
         "lambdas": options.lambdas or LAMBDAS[name],
     }
-    stated = {"mixture": name, "seeds": options.seeds, "steps": options.steps, "forms": FORMS}
-    stated |= {"latent_dim": LATENT_DIM[name]} | sizes
-    results = Results(options.json, stated, floor=floor(mixture, options.seeds))
+    stated = {"mixture": name, "seeds": options.seeds, "steps": options.steps, "losses": LOSSES}
+    results = Results(options.json, stated | {"latent_dim": LATENT_DIM[name]} | sizes, keys=KEYS)
+    if not results.rows:
+        results.add(*controls(mixture, points, seeds, LATENT_DIM[name]))
+    for loss in options.loss:
+        for arm in options.arm:
+            if not results.find(arm=arm, loss=loss):
+                rows = trained_rows(name, arm, loss, seeds, points, steps=options.steps, **sizes)
+                results.add(*({"loss": loss} | row for row in rows))
+    return as_table(results.rows, KEYS, SCORES)
 
-    def flops(arm: str, form: str) -> int:
-        networks, settings = prepare(name, arm, form, [0], **sizes)
+
+def training_points(mixture: Mixture) -> Tensor:
+    return mixture.sample(NUM_TRAINING_POINTS, torch.Generator().manual_seed(0))
+
+
+def trained_rows(
+    mixture_name: str,
+    arm: str,
+    loss: str,
+    seeds: Sequence[int],
+    points: Tensor,
+    *,
+    steps: int,
+    **sizes: Any,
+) -> Iterator[Row]:
+    """Trains one arm; a row for each seed and way of drawing.
+
+    `gan` goes on until it has had as much compute as `aegan`, and gets an encoder after as many
+    steps as the others have.
+    """
+
+    def flops(arm: str) -> int:
+        networks, settings = prepare(mixture_name, arm, loss, [0], **sizes)
         return flops_of_step(networks, points, settings)
 
-    for form in options.forms:
-        for arm in options.arms:
-            stops = [options.steps]
-            if arm == "gan":  # and as much compute as aegan
-                stops.append(round(options.steps * flops("aegan", form) / flops("gan", form)))
-            if results.find(arm=arm, form=form, steps=stops[-1]):
-                continue
-            networks, settings = prepare(name, arm, form, seeds, **sizes)
-            teraflop, start = flops(arm, form) / 1e12, time.process_time()
-            for steps in train(networks, points, settings, seeds=seeds, stops=stops):
-                row = {"arm": arm, "form": form, "steps": steps}
-                row |= {"teraflop_per_seed": round(steps * teraflop, 3)}
-                row |= {"cpu_seconds": round(time.process_time() - start)}
-                for source, scores in score(networks, mixture, points).items():
-                    results.add(row | {"samples_from": source} | scores)
-    return as_table(results.rows, results.report["floor"])
+    mixture, stops, of_a_step = MIXTURES[mixture_name](), [steps], flops(arm)
+    if arm == "gan":
+        stops.append(round(steps * flops("aegan") / of_a_step))
+    networks, settings = prepare(mixture_name, arm, loss, seeds, **sizes)
+    for done in train(networks, points, settings, seeds=seeds, stops=stops):
+        budget = {"steps": done, "teraflop": done * of_a_step / 1e12}
+        for row in scored(networks, mixture, points, seeds):
+            yield {"arm": arm} | budget | row
+        if arm == "gan" and done == steps:
+            networks.encoder = prepare(mixture_name, "aegan", loss, seeds, **sizes)[0].encoder
+            train_encoder(networks, points, settings, seeds=seeds, steps=steps)
+            for row in scored(networks, mixture, points, seeds):
+                if row["samples_from"] == "fitted":
+                    yield {"arm": ENCODER_AFTER} | budget | row
+            networks.encoder = None
 
 
-def score(networks: SeedNetworks, mixture: Mixture, points: Tensor) -> dict[str, Scores]:
-    """Of samples from the prior and, with an encoder, from the fitted density."""
+def scored(
+    networks: SeedNetworks, mixture: Mixture, points: Tensor, seeds: Sequence[int]
+) -> Iterator[Row]:
+    """Scores of samples from the prior and, with an encoder, from the fitted density.
+
+    `hole`: how well E(x) is told from the prior, .5 not at all and 1 always.
+    """
     sources = {"prior": samples_from_prior(networks, NUM_SAMPLES)}
-    if networks.encoder is not None:
+    if networks.encoder is None:
+        holes: list[dict[str, float]] = [{}] * len(seeds)
+    else:
         sources["fitted"] = samples_from_fit(networks, points, NUM_SAMPLES)
-    return {
-        source: per_seed(mixture.score(samples) for samples in of_seeds)
-        for source, of_seeds in sources.items()
-    }
+        z = networks.prior.sample(NUM_HELD_OUT, torch.Generator().manual_seed(1))
+        codes = codes_of(networks, points[:NUM_HELD_OUT])
+        holes = [{"hole": two_sample_accuracy(of_seed, z)} for of_seed in codes]
+    for source, of_seeds in sources.items():
+        for seed, samples, hole in zip(seeds, of_seeds, holes, strict=True):
+            yield {"samples_from": source, "seed": seed} | mixture.score(samples) | hole
 
 
-def floor(mixture: Mixture, num_seeds: int) -> Scores:
-    """Of the mixture's own samples."""
-    return per_seed(
-        mixture.score(mixture.sample(NUM_SAMPLES, torch.Generator().manual_seed(1 + seed)))
-        for seed in range(num_seeds)
-    )
+def controls(
+    mixture: Mixture, points: Tensor, seeds: Sequence[int], latent_dim: int
+) -> Iterator[Row]:
+    """What needs no network: the mixture itself, and densities fitted to the points themselves."""
+    samplers = {"perfect sampler": mixture_sampler(mixture)}
+    samplers |= samplers_without_networks(points, latent_dim=latent_dim)
+    for name, sampler in samplers.items():
+        for seed in seeds:
+            yield {"arm": name, "seed": seed} | mixture.score(sampler(NUM_SAMPLES, seed))
 
 
-def as_table(rows: list[Row], floor: Scores) -> str:
-    """One line a row, the perfect sampler last."""
-
-    def shown(scores: Scores) -> list[str]:
-        digits = {"modes": 1, "high_quality": 1, "reverse_kl": 3}
-        return [mean_and_error(scores[name], number) for name, number in digits.items()]
-
-    headings = ["form", "arm", "steps", "TFLOP a seed", "samples from"]
-    lines = [
-        [
-            *(row["form"], row["arm"], f"{row['steps']:,}", f"{row['teraflop_per_seed']:.2f}"),
-            *(row["samples_from"], *shown(row)),
-        ]
-        for row in rows
-    ]
-    perfect = ["", "perfect sampler", "", "", "", *shown(floor)]
-    return table([*headings, "modes", "high quality %", "reverse KL"], [*lines, perfect])
+def mixture_sampler(mixture: Mixture) -> Sampler:
+    return lambda count, seed: mixture.sample(count, torch.Generator().manual_seed(1 + seed))

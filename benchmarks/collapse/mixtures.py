@@ -32,20 +32,29 @@ class Mixture:
         return points
 
     def score(self, samples: Tensor) -> dict[str, float]:
-        """Modes that have a sample of high quality, the share of those (in %), reverse KL.
+        """Modes that have a sample of high quality, the share of those (in %), reverse KL, spread.
 
-        The last is KL(share of each mode || equal shares) over samples of high quality, in nats;
-        log M, its largest value, if there are none. Samples are [N, D].
+        Reverse KL is KL(share of each mode || equal shares) over samples of high quality, in nats;
+        log M, its largest value, if there are none. The spread is the standard deviation of these
+        samples about the mean of their mode's, where 1 is the mixture's own noise, but for the part
+        of it that lies outside the radius: points on top of each other have none. Samples [N, D].
         """
         distances, nearest = torch.cdist(samples, self.centres).min(1)
-        counts = nearest[distances < self.radius].bincount(minlength=len(self.centres))
+        good = distances < self.radius
+        samples, nearest = samples[good].double(), nearest[good]
+        counts = nearest.bincount(minlength=len(self.centres))
         total = int(counts.sum())
+        sums = torch.zeros(len(counts), samples.shape[1]).double().index_add(0, nearest, samples)
+        means = sums / counts[:, None].clamp(min=1)
+        free = max(total - int((counts > 0).sum()), 1)
+        variance = float((samples - means[nearest]).square().sum()) / (free * self.noisy)
         shares = counts.double() / max(total, 1)
         entropy = -float(torch.special.xlogy(shares, shares).sum())
         return {
             "modes": int((counts > 0).sum()),
-            "high_quality": 100 * total / len(samples),
+            "high_quality": 100 * total / len(good),
             "reverse_kl": math.log(len(counts)) - entropy,
+            "spread": math.sqrt(variance) / self.sigma,
         }
 
 

@@ -1,10 +1,10 @@
-"""The two forms of the objective that the tables compare."""
+"""The two losses that the tables compare."""
 
 from typing import Any
 
 from aegan.config import LossConfig
 
-FORMS: dict[str, dict[str, Any]] = {
+LOSSES: dict[str, dict[str, Any]] = {
     "bce": {"adversarial": "bce", "gamma": 0.0},
     "relativistic": {"adversarial": "relativistic", "gamma": 0.1},
 }

@@ -124,6 +124,33 @@ def train(
         yield stop
 
 
+def train_encoder(
+    networks: nn.Module, data: Tensor, settings: Settings, *, seeds: Sequence[int], steps: int
+) -> None:
+    """Trains the encoder alone, on both reconstruction terms, against a generator that stays."""
+    objective = OBJECTIVES["aegan"].only("image_reconstruction", "latent_reconstruction")
+    judges = Discriminators(networks)  # asked for nothing by these terms
+    optimizer = torch.optim.Adam(
+        networks.encoder.parameters(), settings.learning_rate, betas=(settings.beta1, 0.999)
+    )
+    batches = Batches(data, settings, seeds)
+    with frozen(networks.generator):
+        for _ in range(steps):
+            x, z = batches.next()
+            fakes = make_fakes(
+                *(networks.generator, networks.encoder, x, z, objective), prior=networks.prior
+            )
+            loss, _ = encoder_generator_loss(
+                *(judges, x, z, fakes),
+                objective=objective,
+                weights=settings.loss,
+                prior=networks.prior,
+            )
+            optimizer.zero_grad(set_to_none=True)
+            (len(seeds) * loss).backward()
+            optimizer.step()
+
+
 class CountFlops(TorchDispatchMode):
     """Adds up operations of products; PyTorch's own counter does not go with `autograd.grad`."""
 

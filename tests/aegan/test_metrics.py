@@ -19,7 +19,7 @@ from aegan.metrics.diversity import ms_ssim
 from aegan.metrics.features import extract, random_features
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.kernel import kernel_distance
-from aegan.metrics.neighbours import precision_recall_density_coverage
+from aegan.metrics.neighbours import precision_recall_density_coverage, two_sample_accuracy
 from aegan.metrics.reconstruction import nearest_images, reconstruction_errors
 from aegan.pixels import to_float
 from aegan.priors import NormalPrior
@@ -184,6 +184,32 @@ def test_precision_and_recall_tell_missing_quality_from_missing_variety() -> Non
     assert vague["density"] < 0.5
 
 
+def test_two_samples_are_told_apart_by_their_nearest_neighbours_counted_by_hand() -> None:
+    a, b = torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([[8.5], [20.0], [21.0]])
+    own = [1, 1, 0] + [0, 1, 1]  # 9 and 8.5 are each other's
+    assert two_sample_accuracy(a, b) == pytest.approx(sum(own) / 6)
+    with pytest.raises(ValueError, match="must be equally large, not 3 and 2"):
+        two_sample_accuracy(a, b[:2])
+
+
+def test_two_samples_of_one_distribution_are_told_apart_by_chance_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1500, 16, generator=generator)
+    assert two_sample_accuracy(a, b) == pytest.approx(0.5, abs=0.03)
+    assert two_sample_accuracy(a, b + 1) > 0.8
+    bits = torch.randint(2, (2, 500, 3), generator=generator)  # all in eight places
+    assert two_sample_accuracy(*bits) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_hole_in_the_codes_that_no_moment_shows_is_seen_by_their_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    angle = 2 * math.pi * torch.rand(2000, generator=generator)
+    ring = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)  # mean 0, covariance I
+    found = departures(ring)
+    assert max(found["mean_error"], found["std_error"], found["correlation"]) < 0.05
+    assert found["two_sample_accuracy"] > 0.75
+
+
 def test_neighbours_are_lowered_for_a_handful_of_images() -> None:
     features = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     scores = precision_recall_density_coverage(features, features, neighbours=5)
@@ -290,6 +316,7 @@ def departures(z: torch.Tensor) -> dict[str, float]:
 def test_departures_name_what_is_not_normal() -> None:
     z = torch.randn(1500, 4, generator=torch.Generator().manual_seed(0))
     normal = departures(z)
+    assert normal.pop("two_sample_accuracy") == pytest.approx(0.5, abs=0.03)
     assert all(value < 0.2 for value in normal.values())
     assert departures(z + 0.5)["mean_error"] == pytest.approx(0.5, abs=0.05)
     assert departures(1.5 * z)["std_error"] == pytest.approx(0.5, abs=0.05)

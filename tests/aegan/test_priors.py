@@ -100,6 +100,7 @@ def test_kernel_means_are_those_of_many_draws(text):
 def test_draws_of_the_prior_itself_depart_from_it_by_chance_only_and_those_of_another_by_more(text):
     prior = make_prior(text, 6)
     by_chance = latent.departures(draws(prior, 2000), prior)
+    assert by_chance.pop("two_sample_accuracy") == pytest.approx(0.5, abs=0.04)
     assert all(abs(value) < 0.5 for value in by_chance.values())
     other = draws(make_prior("bernoulli" if text == "normal" else "normal", 6), 2000)
     assert latent.departures(other, prior)["mmd"] > 10 * abs(by_chance["mmd"])

@@ -1,7 +1,5 @@
 """The author's claims on pictures: a plain GAN against AEGAN, the same G and D_x, several seeds.
 
-    .venv/bin/python -m benchmarks.image_claims --json FILE [--archive faces.zip]
-
 Designed faces, and with --archive the pictures of a .zip, too. Both arms with the author's form of
 the loss (BCE without penalties, his lambdas) and with that of params.yaml; judged after 200 steps
 and on, in learned features, by samples of the prior. The last lines compare the arms seed by seed.
@@ -15,11 +13,11 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from benchmarks.rows import Results, Row, table
-from benchmarks.trainings import JUDGES, archived, as_table, designed, train_and_judge
-from pipelines.base.errors import run_stage
+from benchmarks.rows import Results, Row, as_table, table
+from benchmarks.trainings import JUDGES, SCORES, archived, designed, train_and_judge
 
 ARMS = ("gan", "aegan")
+KEYS = ("set", "loss", "step", "arm")
 LOSSES: dict[str, dict[str, Any]] = {
     "author": {
         "loss.lambda_image_reconstruction": 10.0,
@@ -33,23 +31,25 @@ LOSSES: dict[str, dict[str, Any]] = {
 COMPARED = ("frechet_distance", "recall", "coverage", "ms_ssim")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--archive", type=Path, help="a .zip of other pictures")
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--size", type=int, default=32, help="side in pixels")
-    parser.add_argument("--looks", type=int, nargs="+", default=[200, 600, 1_200, 2_400, 3_600])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=[*LOSSES])
-    options = parser.parse_args()
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--archive", type=Path, help="a .zip of other pictures")
+    command.add_argument("--images", type=int, default=10_000)
+    command.add_argument("--size", type=int, default=32, help="side in pixels")
+    command.add_argument("--looks", type=int, nargs="+", default=[200, 600, 1_200, 2_400, 3_600])
+    command.add_argument("--arm", nargs="+", choices=ARMS, default=[*ARMS])
+    command.add_argument("--loss", nargs="+", choices=LOSSES, default=[*LOSSES])
+    command.add_argument("--seeds", type=int, default=5)
+
+
+def measure(options: argparse.Namespace) -> str:
+    """Trains what is missing in the file of results; returns the table, and the arms compared."""
     count = options.images + 2 * JUDGES
     sets = {"designed": designed(count, options.size)}
     if options.archive:
         sets[options.archive.stem] = archived(options.archive, count, options.size)
     stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
-    results = Results(options.json, stated | {"losses": LOSSES})
-    plan = itertools.product(range(options.seeds), sets, options.losses, ARMS)
+    results = Results(options.json, stated | {"losses": LOSSES}, keys=KEYS)
+    plan = itertools.product(range(options.seeds), sets, options.loss, options.arm)
     for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
         of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}
         if results.find(**of_training):
@@ -62,9 +62,8 @@ def main() -> None:
                 folder=Path(folder),
             )
         results.add(*(of_training | row for row in found))
-        print(results.rows[-1], flush=True)
-    print(as_table(results.rows, ("set", "loss", "step", "arm")))
-    print(paired(results.rows))
+    rows = sorted(results.rows, key=lambda row: [row[key] for key in ("set", "loss", "step")])
+    return f"{as_table(rows, KEYS, SCORES)}\n\n{paired(rows)}"
 
 
 def paired(rows: list[Row]) -> str:
@@ -88,7 +87,3 @@ def paired(rows: list[Row]) -> str:
             cells.append(f"{mean:+.4f} (p {ttest_rel(ours, theirs).pvalue:.3f})")
         lines.append([*map(str, group), *cells])
     return table([*keys, *(f"{score}, aegan - gan" for score in COMPARED)], lines)
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -3,10 +3,10 @@
 Srivastava et al. 2017 (VEEGAN). What a sample shows says a classifier that is trained here first.
 """
 
+import argparse
 import gzip
+import itertools
 import math
-import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,9 @@ from aegan.config import Arm
 from aegan.losses import OBJECTIVES
 from aegan.networks.layers import ChannelNorm
 from aegan.priors import NormalPrior
-from benchmarks.collapse.objectives import FORMS, loss_of
-from benchmarks.collapse.train import Settings, train
-from benchmarks.rows import Results, Row, Scores, mean_and_error, per_seed, table
+from benchmarks.collapse.objectives import LOSSES, loss_of
+from benchmarks.collapse.train import Settings, flops_of_step, train
+from benchmarks.rows import Results, Row, as_table
 from pipelines.base.errors import UserError
 
 ARMS: tuple[Arm, ...] = ("gan", "egan", "aegan")
@@ -29,6 +29,7 @@ NUM_MODES = 1_000
 LATENT_DIM, BATCH_SIZE = 100, 64
 LEAST_ACCURACY = 0.992  # of the classifier on MNIST's test images
 SLOPE = 0.2
+KEYS = ("arm", "steps")
 FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
@@ -84,14 +85,14 @@ def train_classifier(folder: Path) -> tuple[nn.Module, float]:
         for batch in torch.randperm(len(images)).split(batch_size):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                logits = classifier(_to_float(images[batch])[:, None])
+                logits = classifier(to_float(images[batch])[:, None])
             F.cross_entropy(logits.float(), labels[batch]).backward()
             optimizer.step()
             schedule.step()
     classifier.eval()
     images, labels = read_mnist(folder, "test")
     with torch.no_grad():
-        right = classifier(_to_float(images)[:, None]).argmax(1) == labels
+        right = classifier(to_float(images)[:, None]).argmax(1) == labels
     accuracy = float(right.float().mean())
     if accuracy < LEAST_ACCURACY:
         raise UserError(f"the classifier reached {accuracy:.2%}, less than {LEAST_ACCURACY:.2%}")
@@ -125,64 +126,75 @@ class Convolutional(nn.Module):
             self.encoder = _judge(filters, LATENT_DIM)
 
 
-def measure(options: Namespace) -> str:
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mnist", type=Path, required=True, help="folder of MNIST's four files")
+    command.add_argument("--arm", nargs="+", choices=ARMS, default=[*ARMS])
+    command.add_argument("--loss", choices=LOSSES, default="bce")
+    command.add_argument("--filters", type=int, default=64, help="of generator and encoder")
+    command.add_argument("--discriminator-filters", type=int, default=64)
+    command.add_argument("--learning-rate", type=float, default=2e-4)
+    command.add_argument("--seeds", type=int, default=10)
+    command.add_argument("--steps", type=int, default=2_000)
+
+
+def measure(options: argparse.Namespace) -> str:
     """Trains the classifier and what is missing in the file of results; returns the table."""
-    names = ("seeds", "steps", "filters", "discriminator_filters", "form", "learning_rate")
+    names = ("steps", "filters", "discriminator_filters", "loss", "learning_rate")
     stated = {name: getattr(options, name) for name in names}
     classifier, accuracy = train_classifier(options.mnist)
     digits, _ = read_mnist(options.mnist, "train")
     generator = torch.Generator().manual_seed(0)
     data = stacked(digits, NUM_TRAINING, generator)
-    drawn = _to_float(stacked(digits, NUM_SAMPLES, generator))
-    perfect = per_seed([score(mode_of(drawn, classifier))])
-    results = Results(options.json, stated, classifier_accuracy=accuracy, floor=perfect)
-    for arm in ARMS:
-        if results.find(arm=arm):
-            continue
-        start = time.process_time()
-        scores = per_seed(
-            score(sampled_modes(arm, data, classifier, seed, options))
-            for seed in range(options.seeds)
-        )
-        results.add({"arm": arm, "cpu_seconds": round(time.process_time() - start)} | scores)
-    return as_table(results.rows, results.report["floor"])
+    results = Results(options.json, stated, keys=KEYS, classifier_accuracy=accuracy)
+    if not results.rows:
+        drawn = to_float(stacked(digits, NUM_SAMPLES, generator))
+        results.add({"arm": "perfect sampler", "seed": 0} | score(mode_of(drawn, classifier)))
+    for seed, arm in itertools.product(range(options.seeds), options.arm):
+        if not results.find(arm=arm, seed=seed):
+            results.add(*trained_rows(arm, data, classifier, seed, options))
+    rows = sorted(results.rows, key=lambda row: row.get("seed", 0))
+    return as_table(rows, KEYS, {"modes": 1, "kl": 3})
 
 
-def sampled_modes(
-    arm: Arm, data: Tensor, classifier: nn.Module, seed: int, options: Namespace
-) -> Tensor:
-    """Trains one arm with one seed; the modes of its samples from the prior, [26,000]."""
-    torch.manual_seed(seed)
-    networks = Convolutional(arm, options.filters, options.discriminator_filters)
-    settings = settings_of(arm, options.form, learning_rate=options.learning_rate)
-    for _ in train(networks, data, settings, seeds=[seed], stops=[options.steps]):
-        pass
+def trained_rows(
+    arm: Arm, data: Tensor, classifier: nn.Module, seed: int, options: argparse.Namespace
+) -> list[Row]:
+    """Trains one arm with one seed; `gan` goes on until it has had as much compute as `aegan`."""
+
+    def prepared(arm: Arm) -> tuple[Convolutional, Settings]:
+        torch.manual_seed(seed)
+        networks = Convolutional(arm, options.filters, options.discriminator_filters)
+        return networks, settings_of(arm, options.loss, learning_rate=options.learning_rate)
+
+    def flops(arm: Arm) -> int:
+        networks, settings = prepared(arm)
+        return flops_of_step(networks, data, settings)
+
+    stops = [options.steps]
+    if arm == "gan":
+        stops.append(round(options.steps * flops("aegan") / flops("gan")))
+    networks, settings = prepared(arm)
     z = networks.prior.sample(NUM_SAMPLES, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return torch.cat([mode_of(networks.generator(part), classifier) for part in z.split(1000)])
+    rows = []
+    for steps in train(networks, data, settings, seeds=[seed], stops=stops):
+        with torch.no_grad():
+            images = (networks.generator(part) for part in z.split(1000))
+            modes = torch.cat([mode_of(part, classifier) for part in images])
+        rows.append({"arm": arm, "steps": steps, "seed": seed} | score(modes))
+    return rows
 
 
-def settings_of(arm: Arm, form: str, *, learning_rate: float) -> Settings:
+def settings_of(arm: Arm, loss: str, *, learning_rate: float) -> Settings:
     """How an arm is trained."""
     return Settings(
         arm=arm,
-        loss=loss_of(**FORMS[form], lambdas=(10.0, 5.0)),
+        loss=loss_of(**LOSSES[loss], lambdas=(10.0, 5.0)),
         latent_dim=LATENT_DIM,
         batch_size=BATCH_SIZE,
         learning_rate=learning_rate,
         beta1=0.5,
         autocast=True,
     )
-
-
-def as_table(rows: list[Row], floor: Scores) -> str:
-    """One line a row, the perfect sampler last."""
-
-    def shown(scores: Scores) -> list[str]:
-        return [mean_and_error(scores["modes"], 1), mean_and_error(scores["kl"], 3)]
-
-    lines = [[row["arm"], *shown(row)] for row in rows]
-    return table(["arm", "modes", "KL"], [*lines, ["perfect sampler", *shown(floor)]])
 
 
 def _judge(filters: int, outputs: int) -> nn.Sequential:
@@ -197,5 +209,5 @@ def _judge(filters: int, outputs: int) -> nn.Sequential:
     )
 
 
-def _to_float(images: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
