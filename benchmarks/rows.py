@@ -61,7 +61,8 @@ def summarise(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
     summary = []
     for group, chosen in groups(rows, keys).items():
         line: Row = dict(zip(keys, group, strict=True)) | {"seeds": len(chosen)}
-        for name in (name for name in chosen[0] if name not in {*keys, "seed"}):
+        numbers = [name for name, value in chosen[0].items() if isinstance(value, int | float)]
+        for name in (name for name in numbers if name not in {*keys, "seed"}):
             values = [row[name] for row in chosen]
             line[name] = {"mean": statistics.mean(values), "standard_error": error_of(values)}
         summary.append(line)

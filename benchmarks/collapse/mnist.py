@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from aegan import latent_density
@@ -20,6 +19,7 @@ from aegan.metrics.features import RANDOM_FEATURES, extract, feature_extractor
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.neighbours import precision_recall_density_coverage, two_sample_accuracy
 from aegan.networks import AEGAN
+from benchmarks.collapse.latents import samplers_without_networks
 from benchmarks.collapse.mixture_table import ENCODER_AFTER
 from benchmarks.collapse.objectives import LOSSES, loss_of
 from benchmarks.collapse.stacked_mnist import read_mnist
@@ -51,6 +51,7 @@ def measure(options: argparse.Namespace) -> str:
     stated = {name: getattr(options, name) for name in names} | {"losses": LOSSES}
     results = Results(options.json, stated, keys=KEYS, features=RANDOM_FEATURES)
     data, held_out = (small(read_mnist(options.mnist, part)[0]) for part in ("train", "test"))
+    held_out = held_out[_shuffled(len(held_out), 0)]  # its first half is the easier one
     judge = Judge(held_out[:NUM_JUDGES])
     if not results.rows:
         results.add(*controls(data, held_out[NUM_JUDGES:], judge, options.seeds))
@@ -88,27 +89,14 @@ class Judge:
 
 
 def controls(data: Tensor, others: Tensor, judge: Judge, num_seeds: int) -> Iterator[Row]:
-    """Other digits, and densities that need no network, of the pixels and of their components."""
-    pixels = to_float(data[:NUM_FITTED]).flatten(1)
-    components = PCA(LATENT_DIM, random_state=0).fit(pixels.numpy())
-    codes = torch.from_numpy(components.transform(pixels.numpy()))
-    density = latent_density.fit(codes, seed=0)
-    covariance = pixels.T.cov() + 1e-6 * torch.eye(pixels.shape[1])
-    blob = torch.distributions.MultivariateNormal(pixels.mean(0), covariance)
-    for seed in range(num_seeds):
-        generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
-        z = density.sample(NUM_JUDGES, generator)
-        rows = torch.randperm(len(others), generator=generator)[:NUM_JUDGES]
-        images = {
-            "other digits": others[rows],
-            "one Gaussian": to_bytes(blob.sample((NUM_JUDGES,))),
-            "components, fitted": to_bytes(
-                torch.from_numpy(components.inverse_transform(z.numpy()))
-            ),
-        }
-        for name, made in images.items():
-            yield {"arm": name, "seed": seed} | judge.scores(made)
+    """Other digits, and densities of the pixels that need no network."""
+    samplers = {"other digits": lambda count, seed: others[_shuffled(len(others), seed)[:count]]}
+    pixels = to_float(data).flatten(1)
+    for name, sampler in samplers_without_networks(pixels, latent_dim=LATENT_DIM).items():
+        samplers[name] = lambda count, seed, sampler=sampler: to_bytes(sampler(count, seed))
+    for name, sampler in samplers.items():
+        for seed in range(num_seeds):
+            yield {"arm": name, "seed": seed} | judge.scores(sampler(NUM_JUDGES, seed))
 
 
 def trained_rows(
@@ -166,3 +154,7 @@ def to_bytes(pixels: Tensor) -> Tensor:
     """Of [-1, 1], [N, ...] => uint8 [N, 1, 16, 16]."""
     images = (127.5 * (pixels.float() + 1)).round().clamp(0, 255).byte()
     return images.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -186,7 +186,7 @@ def test_precision_and_recall_tell_missing_quality_from_missing_variety() -> Non
 
 def test_two_samples_are_told_apart_by_their_nearest_neighbours_counted_by_hand() -> None:
     a, b = torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([[8.5], [20.0], [21.0]])
-    own = [1, 1, 0] + [0, 1, 1]  # 9 and 8.5 are each other's
+    own = [1, 1, 0, 0, 1, 1]  # 9 and 8.5 are each other's
     assert two_sample_accuracy(a, b) == pytest.approx(sum(own) / 6)
     with pytest.raises(ValueError, match="must be equally large, not 3 and 2"):
         two_sample_accuracy(a, b[:2])

@@ -215,8 +215,8 @@ def test_results_go_on_in_their_file_and_refuse_another_experiment(tmp_path):
 def test_results_hold_means_and_errors_of_each_line_of_the_table(tmp_path):
     file = tmp_path / "results.json"
     rows = [
-        {"arm": "gan", "seed": 0, "modes": 1.0},
-        {"arm": "gan", "seed": 1, "modes": 3.0},
+        {"arm": "gan", "seed": 0, "modes": 1.0, "weights": "ema"},
+        {"arm": "gan", "seed": 1, "modes": 3.0, "weights": "ema"},
         {"arm": "perfect", "modes": 8.0, "floor": 0.5},
     ]
     Results(file, {}, keys=("arm", "loss")).add(*rows)
