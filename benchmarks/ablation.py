@@ -37,7 +37,7 @@ LAMBDAS = {  # of the author's equation => its terms, each of which has a weight
 FACTORS = {"halved": 0.5, "doubled": 2.0}
 NO_NORMALISATION = "no normalisation"
 SAMPLERS = (("ema", "prior"), ("raw", "prior"), ("ema", "fitted"))  # of the unchanged training
-SCORES = {"frechet_distance": 1, "recall": 3, "ms_ssim": 3, "image_reconstruction": 4}
+SCORES = {"kernel_distance": 3, "frechet_distance": 1, "ms_ssim": 3, "image_reconstruction": 3}
 
 
 def ways() -> dict[str, dict[str, Any]]:
@@ -118,7 +118,7 @@ def in_words(rows: list[Row]) -> str:
             + ["fitted latents"] * (latents == "fitted")
         )
         lines.append([", ".join(what), *cells, "" if p is None else f"{p:.3f}"])
-    return table(["changed", *SCORES, "p of the distance"], lines)
+    return table(["changed", *SCORES, "p of the Fréchet distance"], lines)
 
 
 def distances(rows: list[Row]) -> list[float]:

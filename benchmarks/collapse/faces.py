@@ -8,13 +8,16 @@ and on, in learned features, by samples of the prior. The last lines compare the
 import argparse
 import itertools
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
 
+from aegan.config import TrainConfig
 from benchmarks.rows import Results, Row, as_table, table
 from benchmarks.trainings import JUDGES, SCORES, archived, designed, train_and_judge
+from pipelines.base import params
 
 ARMS = ("gan", "aegan")
 KEYS = ("set", "loss", "step", "arm")
@@ -48,7 +51,8 @@ def measure(options: argparse.Namespace) -> str:
     if options.archive:
         sets[options.archive.stem] = archived(options.archive, count, options.size)
     stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
-    results = Results(options.json, stated | {"losses": LOSSES}, keys=KEYS)
+    stated |= {"losses": LOSSES, "params": asdict(params.load(TrainConfig).loss)}
+    results = Results(options.json, stated, keys=KEYS)
     plan = itertools.product(range(options.seeds), sets, options.loss, options.arm)
     for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
         of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}
