@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from benchmarks.collapse import lines, stacked_mnist
+from benchmarks.collapse import faces, lines, stacked_mnist
 from benchmarks.collapse.__main__ import main
 from benchmarks.collapse.latents import codes_of, fit, samples_from_prior
 from benchmarks.collapse.mixture_table import ARMS, controls, prepare, scored
@@ -303,6 +303,34 @@ def test_convolutional_networks_of_an_arm_train_on_stacks(arm):
     for _ in train(networks, stacks, settings, seeds=[0], stops=[1]):
         assert not torch.equal(networks.generator[0].weight, before)
     assert networks.generator(torch.zeros(1, stacked_mnist.LATENT_DIM)).shape == (1, 3, 28, 28)
+
+
+def test_a_gan_of_stacks_goes_on_until_it_has_had_as_much_compute_as_aegan(monkeypatch):
+    monkeypatch.setattr(stacked_mnist, "NUM_SAMPLES", 20)
+    stacks = torch.randint(256, (12, 3, 28, 28), dtype=torch.uint8)
+    options = Namespace(filters=2, discriminator_filters=2, loss="bce", learning_rate=1e-3, steps=2)
+
+    def rows(arm: str) -> list[dict[str, float]]:
+        classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10))
+        return stacked_mnist.trained_rows(arm, stacks, classifier, 3, options)
+
+    equal_steps, equal_compute = rows("gan")
+    assert (equal_steps["steps"], equal_steps["seed"]) == (2, 3)
+    assert equal_compute["steps"] > 2
+    assert [row["steps"] for row in rows("aegan")] == [2]
+
+
+def test_faces_of_both_arms_are_compared_seed_by_seed():
+    scores = {"recall": 0.0, "coverage": 0.0, "ms_ssim": 0.4}
+    rows = [
+        {"set": "designed", "loss": "ours", "step": 9, "arm": arm, "seed": seed, **scores}
+        | {"frechet_distance": distance}
+        for arm, distances in (("gan", [60.0, 70.0, 80.0]), ("aegan", [40.0, 51.0, 59.0]))
+        for seed, distance in reversed([*enumerate(distances)])
+    ]
+    [line] = faces.paired(rows).splitlines()[2:]
+    assert line.startswith("| designed | ours | 9 | -20.0000 (p 0.001) |")
+    assert faces.paired(rows[:4]) == faces.paired([])  # no arm alone, no single seed
 
 
 def test_the_command_writes_every_row_once_and_prints_them_beside_the_controls(
