@@ -27,7 +27,10 @@ def tiny_config(
     loss: dict[str, Any] | None = None,
     **training: Any,
 ) -> TrainConfig:
-    """The project's own parameters, shrunk; keywords override those of `training`."""
+    """The project's own parameters, shrunk; keywords override those of `training`.
+
+    The lambdas are those of version 0.1.0, whose checkpoints tests go on from.
+    """
     model = replace(
         params.load(ModelConfig, PARAMS),
         architecture=architecture,
@@ -36,6 +39,7 @@ def tiny_config(
         base_channels=4,
     )
     plain = {"adversarial": "bce", "gamma_image": 0.0, "gamma_latent": 0.0}
+    plain |= {"lambda_image_reconstruction": 3.0, "lambda_latent_reconstruction": 2.0}
     changed = with_new_names("loss", loss or {})  # `gamma` stands for both
     return TrainConfig(
         model=model,
