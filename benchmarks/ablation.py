@@ -3,13 +3,12 @@
     .venv/bin/python -m benchmarks.ablation --json FILE
 
 Each lambda halved and doubled; each term removed; no gradient penalties; no normalisation;
-augmentation. The unchanged training is judged by its raw weights and by fitted
-latents, too. Every line is compared with the unchanged training seed by seed.
+augmentation. The unchanged training is judged by its raw weights and by fitted latents, too.
+Every line is compared with the unchanged training seed by seed.
 """
 
 import argparse
 import itertools
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -90,12 +89,11 @@ def main() -> None:
         if results.find(**of_training):
             continue
         changed = without_normalisation() if way == NO_NORMALISATION else nullcontext()
-        with changed, tempfile.TemporaryDirectory() as folder:
+        with changed:
             found = train_and_judge(
                 *(pictures, options.images, changes[way]),
                 seed=seed,
                 looks=[options.steps],
-                folder=Path(folder),
                 samplers=SAMPLERS if way == UNCHANGED else SAMPLERS[:1],
             )
         results.add(*(of_training | row for row in found))
@@ -107,10 +105,12 @@ def in_words(rows: list[Row]) -> str:
     """The table, with the p of each line's distance against the unchanged one's, seed by seed."""
     lines = []
     of_lines = groups(sorted(rows, key=lambda row: row["seed"]), ("way", "weights", "latents"))
-    unchanged = distances(of_lines[UNCHANGED, "ema", "prior"])
-    for (way, weights, latents), chosen in of_lines.items():
+    reference = (UNCHANGED, *SAMPLERS[0])
+    unchanged = distances(of_lines[reference])
+    for line, chosen in of_lines.items():
+        way, weights, latents = line
         cells = [mean_and_error([row[name] for row in chosen], n) for name, n in SCORES.items()]
-        paired = chosen[0] not in of_lines[UNCHANGED, "ema", "prior"] and len(chosen) > 1
+        paired = line != reference and len(chosen) > 1
         p = ttest_rel(distances(chosen), unchanged[: len(chosen)]).pvalue if paired else None
         what = (
             [way]

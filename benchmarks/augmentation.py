@@ -9,7 +9,6 @@ saw, several times on the way, since what learns by heart gets worse again.
 
 import argparse
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,12 @@ def main() -> None:
         of_training = {"set": name, "images": images, "way": way, "seed": seed}
         if results.find(**of_training):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            found = train_and_judge(
-                *(sets[name], images, WAYS[way]),
-                seed=seed,
-                looks=range(each, options.steps + 1, each),
-                folder=Path(folder),
-                logged=LOGGED,
-            )
+        found = train_and_judge(
+            *(sets[name], images, WAYS[way]),
+            seed=seed,
+            looks=range(each, options.steps + 1, each),
+            logged=LOGGED,
+        )
         results.add(*(of_training | row for row in found))
         print(results.rows[-1], flush=True)
     print(as_table(results.rows, ("set", "images", "step", "way"), SCORES))

@@ -1,5 +1,6 @@
 """Many trainings that differ in a few settings, judged on the same pictures while they go on."""
 
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -75,23 +76,23 @@ def train_and_judge(
     *,
     seed: int,
     looks: Sequence[int],  # steps after which the networks are judged
-    folder: Path,
     logged: Sequence[str] = (),  # terms of the log that a row holds, too
     samplers: Sequence[Sampler] = (("ema", "prior"),),
 ) -> list[Row]:
     """Train on the first pictures; a row for each look and sampler, judged on the last ones."""
     judge = Judge(torch.from_numpy(pictures[-JUDGES:]), features=installed_features())
-    fitted = "fitted" in dict(samplers).values()
+    fitted = any(latents == "fitted" for _, latents in samplers)
     rows = []
-    training = train(pictures, images, settings, seed=seed, looks=looks, folder=folder)
-    for step, log in training:
-        if fitted:
-            add_fitted_latents(folder, settings, seed=seed)
-        terms = {name: log[name] for name in logged if name in log}
-        for weights, latents in samplers:
-            model = aegan.load(folder / "model", weights=weights)
-            row = {"step": step, "weights": weights, "latents": latents}
-            rows.append(row | scores_of(model, judge, latents) | terms)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for step, log in train(pictures, images, settings, seed=seed, looks=looks, folder=folder):
+            if fitted:
+                add_fitted_latents(folder, settings, seed=seed)
+            terms = {name: log[name] for name in logged if name in log}
+            for weights, latents in samplers:
+                model = aegan.load(folder / "model", weights=weights)
+                row = {"step": step, "weights": weights, "latents": latents}
+                rows.append(row | scores_of(model, judge, latents) | terms)
     return rows
 
 

@@ -7,7 +7,6 @@ and on, in learned features, by samples of the prior. The last lines compare the
 
 import argparse
 import itertools
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,11 @@ def measure(options: argparse.Namespace) -> str:
         of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}
         if results.find(**of_training):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            found = train_and_judge(
-                *(sets[name], options.images, LOSSES[loss] | {"training.arm": arm}),
-                seed=seed,
-                looks=options.looks,
-                folder=Path(folder),
-            )
+        found = train_and_judge(
+            *(sets[name], options.images, LOSSES[loss] | {"training.arm": arm}),
+            seed=seed,
+            looks=options.looks,
+        )
         results.add(*(of_training | row for row in found))
     rows = sorted(results.rows, key=lambda row: [row[key] for key in ("set", "loss", "step")])
     return f"{as_table(rows, KEYS, SCORES)}\n\n{paired(rows)}"

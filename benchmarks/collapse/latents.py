@@ -28,7 +28,7 @@ def samples_from_prior(networks: SeedNetworks, count: int) -> list[Tensor]:
 def samples_from_fit(networks: SeedNetworks, points: Tensor, count: int) -> list[Tensor]:
     """Per seed [count, D], from a Gaussian mixture fitted to the codes of training points."""
     codes = codes_of(networks, points[: NUM_FITTED + NUM_HELD_OUT])
-    draws = [fit(of_seed.double().numpy()).sample(count)[0] for of_seed in codes]
+    draws = [fit(z_hat.double().numpy()).sample(count)[0] for z_hat in codes]
     return _generated(networks, [torch.from_numpy(z).float() for z in draws])
 
 

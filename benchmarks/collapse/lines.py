@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aegan.config import Arm, ModelConfig
+from aegan.config import Arm
 from aegan.networks import AEGAN
 from aegan.priors import lerp, slerp
+from benchmarks.collapse.demo import prepare
 from benchmarks.collapse.objectives import loss_of
-from benchmarks.collapse.train import Settings, train
+from benchmarks.collapse.train import train
 from benchmarks.rows import Results, as_table
 
 IMAGE_SIZE, LENGTH, WIDTH = 32, 15, 2
@@ -25,7 +26,7 @@ NUM_RENDERED = 10_000  # an image's angle is that of the nearest of these, evenl
 NUM_TRAINING, NUM_PATHS, NUM_FRAMES = 20_000, 256, 16
 ARMS: tuple[Arm, ...] = ("ae", "aae", "egan", "aegan")
 PATHS = {"linear": lerp, "spherical": slerp}
-LATENT_DIM, BATCH_SIZE = 64, 64
+LATENT_DIM = 64
 KEYS = ("arm", "path")
 
 
@@ -101,21 +102,12 @@ def paths_of(model: AEGAN, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> 
 
 def train_model(arm: Arm, data: Tensor, seed: int, options: argparse.Namespace) -> AEGAN:
     """One arm, one seed."""
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        architecture="demo",
+    model, settings = prepare(
+        *(arm, loss_of("bce", gamma=1.0, lambdas=(10.0, 5.0)), seed),
+        image_size=IMAGE_SIZE,
         latent_dim=LATENT_DIM,
-        prior="normal",
         base_channels=options.base_channels,
-    )
-    model = AEGAN(config, image_size=IMAGE_SIZE, image_channels=1)
-    settings = Settings(
-        arm=arm,
-        loss=loss_of("bce", gamma=1.0, lambdas=(10.0, 5.0)),
-        latent_dim=LATENT_DIM,
-        batch_size=BATCH_SIZE,
         learning_rate=options.learning_rate,
-        beta1=0.5,
     )
     for _ in train(model, data, settings, seeds=[seed], stops=[options.steps]):
         pass

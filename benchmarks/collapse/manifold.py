@@ -6,6 +6,7 @@ manifold; whether the way between two faces is short in factors and stays on it.
 
 import argparse
 import itertools
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +21,13 @@ from aegan.config import Arm
 from aegan.data import designed_faces
 from aegan.data.designed_faces import FACTORS
 from aegan.losses import OBJECTIVES
-from aegan.metrics.factors import (
-    FactorReader,
-    joint_distance,
-    marginal_distances,
-    principal_components,
-    r_squared,
-    read_codes,
-)
+from aegan.metrics.factors import FactorReader, principal_components, r_squared, read_codes
 from benchmarks.rows import Results, Row, as_table
 from benchmarks.trainings import JUDGES, add_fitted_latents, train
+from pipelines.evaluate import factor_distances
 
 ARMS: tuple[Arm, ...] = ("gan", "ae", "aae", "egan", "aegan")
+CIRCULAR = np.array([factor.circular for factor in FACTORS])
 NUM_READ = 4_000  # training images that regressions are fitted on
 NUM_PATHS, NUM_FRAMES = 200, 12
 KEYS = ("arm", "steps", "samples_from")
@@ -99,11 +95,10 @@ class Faces:
         start, end = self.ends(self.factors)
         low, width = self.ranges()
         turns = (end - start) / width
-        circular = np.array([factor.circular for factor in FACTORS])
-        way = np.where(circular, (turns + 0.5) % 1 - 0.5, turns) * width
+        way = shorter_way(turns) * width
         t = np.linspace(0, 1, NUM_FRAMES)[:, None]
         between = start[:, None] + t * way[:, None]
-        between = np.where(circular, low + (between - low) % width, between)
+        between = np.where(CIRCULAR, low + (between - low) % width, between)
         true = designed_faces.render(between.reshape(-1, len(FACTORS)), image_size=self.size)
         first, last = (ends[:, None].float() for ends in self.ends(self.test))
         blend = torch.lerp(first, last, torch.linspace(0, 1, NUM_FRAMES).view(-1, 1, 1, 1))
@@ -134,16 +129,19 @@ class Faces:
         read = read_codes(codes[0], self.known, codes[1], FACTORS)
         endings = {"linear": "", "nonlinear": "_nonlinear"}
         return {
-            f"recovery{endings[name]}": mean(r_squared(found, self.factors, FACTORS))
+            f"recovery{endings[name]}": statistics.mean(
+                r_squared(found, self.factors, FACTORS).values()
+            )
             for name, found in read.items()
         }
 
     def of_samples(self, images: Tensor) -> Row:
         """How samples depart from the faces' factors, uint8 [N, H, W, C]."""
         readings = self.reader.read(images)
+        distances = factor_distances(self.readings, readings, [*FACTORS])
         return {
-            "marginal_distance": mean(marginal_distances(self.readings, readings, FACTORS)),
-            "joint_distance": joint_distance(self.readings, readings),
+            "marginal_distance": distances["factor_marginal_distance"],
+            "joint_distance": distances["factor_joint_distance"],
             "off_manifold": self.off_manifold(images, readings),
         }
 
@@ -155,9 +153,7 @@ class Faces:
         """
         images = frames.flatten(0, 1)
         readings = self.reader.read(images)
-        steps = np.diff(readings.reshape(len(frames), -1, len(FACTORS)), axis=1)
-        circular = np.array([factor.circular for factor in FACTORS])
-        steps = np.where(circular, (steps + 0.5) % 1 - 0.5, steps)
+        steps = shorter_way(np.diff(readings.reshape(len(frames), -1, len(FACTORS)), axis=1))
         lengths = np.linalg.norm(steps, axis=2)
         direct = np.linalg.norm(steps.sum(1), axis=1)
         return {
@@ -186,5 +182,6 @@ def parts() -> tuple[slice, slice]:
     return slice(NUM_READ), slice(-JUDGES, None)
 
 
-def mean(by_factor: dict[str, float]) -> float:
-    return sum(by_factor.values()) / len(by_factor)
+def shorter_way(turns: np.ndarray) -> np.ndarray:
+    """Differences of factors in [0, 1], [..., F]: the shorter way round where they are circular."""
+    return np.where(CIRCULAR, (turns + 0.5) % 1 - 0.5, turns)

@@ -20,7 +20,13 @@ from benchmarks.collapse.latents import (
 from benchmarks.collapse.mixtures import MIXTURES, NUM_SAMPLES, NUM_TRAINING_POINTS, Mixture
 from benchmarks.collapse.networks import SeedNetworks, Widths
 from benchmarks.collapse.objectives import LOSSES, loss_of
-from benchmarks.collapse.train import Settings, flops_of_step, train, train_encoder
+from benchmarks.collapse.train import (
+    Settings,
+    budgets,
+    flops_of_step,
+    train,
+    train_encoder,
+)
 from benchmarks.rows import Results, Row, as_table
 
 ARMS: dict[str, tuple[Arm, int]] = {  # of the table => of the objective, samples D_x sees at once
@@ -128,9 +134,8 @@ def trained_rows(
         networks, settings = prepare(mixture_name, arm, loss, [0], **sizes)
         return flops_of_step(networks, points, settings)
 
-    mixture, stops, of_a_step = MIXTURES[mixture_name](), [steps], flops(arm)
-    if arm == "gan":
-        stops.append(round(steps * flops("aegan") / of_a_step))
+    mixture, of_a_step = MIXTURES[mixture_name](), flops(arm)
+    stops = budgets(arm, steps, flops)
     networks, settings = prepare(mixture_name, arm, loss, seeds, **sizes)
     for done in train(networks, points, settings, seeds=seeds, stops=stops):
         budget = {"steps": done, "teraflop": done * of_a_step / 1e12}
@@ -159,7 +164,7 @@ def scored(
         sources["fitted"] = samples_from_fit(networks, points, NUM_SAMPLES)
         z = networks.prior.sample(NUM_HELD_OUT, torch.Generator().manual_seed(1))
         codes = codes_of(networks, points[:NUM_HELD_OUT])
-        holes = [{"hole": two_sample_accuracy(of_seed, z)} for of_seed in codes]
+        holes = [{"hole": two_sample_accuracy(z_hat, z)} for z_hat in codes]
     for source, of_seeds in sources.items():
         for seed, samples, hole in zip(seeds, of_seeds, holes, strict=True):
             yield {"samples_from": source, "seed": seed} | mixture.score(samples) | hole

@@ -14,21 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aegan import latent_density
-from aegan.config import Arm, ModelConfig
+from aegan.config import Arm
 from aegan.metrics.features import RANDOM_FEATURES, extract, feature_extractor
 from aegan.metrics.frechet import frechet_distance
 from aegan.metrics.neighbours import precision_recall_density_coverage, two_sample_accuracy
 from aegan.networks import AEGAN
+from aegan.pixels import to_float, to_uint8
+from benchmarks.collapse.demo import prepare
 from benchmarks.collapse.latents import samplers_without_networks
 from benchmarks.collapse.mixture_table import ENCODER_AFTER
 from benchmarks.collapse.objectives import LOSSES, loss_of
 from benchmarks.collapse.stacked_mnist import read_mnist
-from benchmarks.collapse.train import Settings, train, train_encoder
+from benchmarks.collapse.train import train, train_encoder
 from benchmarks.rows import Results, Row, as_table
 
 IMAGE_SIZE = 16
 ARMS: tuple[Arm, ...] = ("gan", "ae", "aae", "egan", "aegan")
-LATENT_DIM, BATCH_SIZE = 16, 64
+LATENT_DIM = 16
 NUM_JUDGES, NUM_FITTED, NEIGHBOURS = 2_000, 5_000, 5
 KEYS = ("loss", "arm", "steps", "samples_from")
 SCORES = {"frechet_distance": 3, "precision": 2, "recall": 2, "coverage": 2, "hole": 2}
@@ -65,10 +67,10 @@ def measure(options: argparse.Namespace) -> str:
 
 
 def small(digits: Tensor) -> Tensor:
-    """uint8 [N, 28, 28] => [N, 1, 16, 16]."""
+    """uint8 [N, 28, 28] => [N, 16, 16, 1]."""
     size = (IMAGE_SIZE, IMAGE_SIZE)
     resized = F.interpolate(digits[:, None].float(), size, mode="bilinear", antialias=True)
-    return resized.round().clamp(0, 255).byte()
+    return resized.round().clamp(0, 255).byte().movedim(1, 3)
 
 
 class Judge:
@@ -79,10 +81,10 @@ class Judge:
         self.real = self.features_of(digits)
 
     def features_of(self, images: Tensor) -> Tensor:
-        return extract(self.extractor, images.movedim(1, -1))
+        return extract(self.extractor, images)
 
     def scores(self, images: Tensor) -> dict[str, float]:
-        """Of as many images as there are digits, uint8 [N, 1, 16, 16]."""
+        """Of as many images as there are digits, uint8 [N, 16, 16, 1]."""
         features = self.features_of(images)
         found = precision_recall_density_coverage(self.real, features, neighbours=NEIGHBOURS)
         return {"frechet_distance": frechet_distance(self.real, features)} | found
@@ -93,7 +95,9 @@ def controls(data: Tensor, others: Tensor, judge: Judge, num_seeds: int) -> Iter
     samplers = {"other digits": lambda count, seed: others[_shuffled(len(others), seed)[:count]]}
     pixels = to_float(data).flatten(1)
     for name, sampler in samplers_without_networks(pixels, latent_dim=LATENT_DIM).items():
-        samplers[name] = lambda count, seed, sampler=sampler: to_bytes(sampler(count, seed))
+        samplers[name] = lambda count, seed, sampler=sampler: to_uint8(
+            sampler(count, seed).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
+        )
     for name, sampler in samplers.items():
         for seed in range(num_seeds):
             yield {"arm": name, "seed": seed} | judge.scores(sampler(NUM_JUDGES, seed))
@@ -103,27 +107,19 @@ def trained_rows(
     arm: Arm, loss: str, data: Tensor, judge: Judge, seed: int, options: argparse.Namespace
 ) -> Iterator[Row]:
     """Trains one arm with one seed; a row for each look and way of drawing."""
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        architecture="demo",
+    model, settings = prepare(
+        *(arm, loss_of(**LOSSES[loss], lambdas=tuple(options.lambdas)), seed),
+        image_size=IMAGE_SIZE,
         latent_dim=LATENT_DIM,
-        prior="normal",
         base_channels=options.base_channels,
-    )
-    model = AEGAN(config, image_size=IMAGE_SIZE, image_channels=1)
-    settings = Settings(
-        arm=arm,
-        loss=loss_of(**LOSSES[loss], lambdas=tuple(options.lambdas)),
-        latent_dim=LATENT_DIM,
-        batch_size=BATCH_SIZE,
         learning_rate=options.learning_rate,
-        beta1=0.5,
     )
-    for steps in train(model, data, settings, seeds=[seed], stops=options.looks):
+    images = data.movedim(3, 1)
+    for steps in train(model, images, settings, seeds=[seed], stops=options.looks):
         for row in scored(model, data, judge, seed, has_encoder=arm != "gan"):
             yield {"steps": steps} | row
     if arm == "gan":
-        train_encoder(model, data, settings, seeds=[seed], steps=steps)
+        train_encoder(model, images, settings, seeds=[seed], steps=steps)
         _, of_fit = scored(model, data, judge, seed, has_encoder=True)
         yield {"arm": ENCODER_AFTER, "steps": steps} | of_fit
 
@@ -142,18 +138,8 @@ def scored(
         latents["fitted"] = latent_density.fit(codes, seed=seed).sample(NUM_JUDGES, generator)
         hole["hole"] = two_sample_accuracy(codes[:NUM_JUDGES], z)
     for source, drawn in latents.items():
-        made = torch.cat([to_bytes(model.generator(part)) for part in drawn.split(500)])
+        made = torch.cat([to_uint8(model.generator(part)) for part in drawn.split(500)])
         yield {"samples_from": source} | judge.scores(made) | hole
-
-
-def to_float(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Of [-1, 1], [N, ...] => uint8 [N, 1, 16, 16]."""
-    images = (127.5 * (pixels.float() + 1)).round().clamp(0, 255).byte()
-    return images.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _shuffled(count: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from aegan.losses import OBJECTIVES
 from aegan.networks.layers import ChannelNorm
 from aegan.priors import NormalPrior
 from benchmarks.collapse.objectives import LOSSES, loss_of
-from benchmarks.collapse.train import Settings, flops_of_step, train
+from benchmarks.collapse.train import Settings, budgets, flops_of_step, train
 from benchmarks.rows import Results, Row, as_table
 from pipelines.base.errors import UserError
 
@@ -85,14 +85,14 @@ def train_classifier(folder: Path) -> tuple[nn.Module, float]:
         for batch in torch.randperm(len(images)).split(batch_size):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                logits = classifier(to_float(images[batch])[:, None])
+                logits = classifier(_to_float(images[batch])[:, None])
             F.cross_entropy(logits.float(), labels[batch]).backward()
             optimizer.step()
             schedule.step()
     classifier.eval()
     images, labels = read_mnist(folder, "test")
     with torch.no_grad():
-        right = classifier(to_float(images)[:, None]).argmax(1) == labels
+        right = classifier(_to_float(images)[:, None]).argmax(1) == labels
     accuracy = float(right.float().mean())
     if accuracy < LEAST_ACCURACY:
         raise UserError(f"the classifier reached {accuracy:.2%}, less than {LEAST_ACCURACY:.2%}")
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> str:
     data = stacked(digits, NUM_TRAINING, generator)
     results = Results(options.json, stated, keys=KEYS, classifier_accuracy=accuracy)
     if not results.rows:
-        drawn = to_float(stacked(digits, NUM_SAMPLES, generator))
+        drawn = _to_float(stacked(digits, NUM_SAMPLES, generator))
         results.add({"arm": "perfect sampler", "seed": 0} | score(mode_of(drawn, classifier)))
     for seed, arm in itertools.product(range(options.seeds), options.arm):
         if not results.find(arm=arm, seed=seed):
@@ -170,9 +170,7 @@ def trained_rows(
         networks, settings = prepared(arm)
         return flops_of_step(networks, data, settings)
 
-    stops = [options.steps]
-    if arm == "gan":
-        stops.append(round(options.steps * flops("aegan") / flops("gan")))
+    stops = budgets(arm, options.steps, flops)
     networks, settings = prepared(arm)
     z = networks.prior.sample(NUM_SAMPLES, torch.Generator().manual_seed(seed))
     rows = []
@@ -209,5 +207,5 @@ def _judge(filters: int, outputs: int) -> nn.Sequential:
     )
 
 
-def to_float(images: Tensor) -> Tensor:
+def _to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1

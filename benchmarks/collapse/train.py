@@ -1,6 +1,6 @@
 """Training of one arm, with several seeds at once: the project's losses and `shared` rule."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from aegan.config import Arm, LossConfig
-from aegan.losses import OBJECTIVES, discriminator_loss, encoder_generator_loss, make_fakes
+from aegan.losses import (
+    OBJECTIVES,
+    Objective,
+    discriminator_loss,
+    encoder_generator_loss,
+    make_fakes,
+)
 from aegan.training.updates import Discriminators, frozen
 from benchmarks.collapse.networks import packed
 
@@ -29,11 +35,17 @@ class Settings:
 
 
 class Trainer:
-    """Networks of S seeds and what trains them."""
+    """Networks of S seeds and what trains them, by the arm's objective if no other is given."""
 
-    def __init__(self, networks: nn.Module, settings: Settings, num_seeds: int) -> None:
+    def __init__(
+        self,
+        networks: nn.Module,
+        settings: Settings,
+        num_seeds: int,
+        objective: Objective | None = None,
+    ) -> None:
         self.networks, self.settings, self.num_seeds = networks, settings, num_seeds
-        self.objective = OBJECTIVES[settings.arm]
+        self.objective = objective or OBJECTIVES[settings.arm]
         self.discriminators = Discriminators(networks)
         judges = [*self.discriminators.parameters()]
         makers = [p for name, p in networks.named_parameters() if "discriminator" not in name]
@@ -128,27 +140,12 @@ def train_encoder(
     networks: nn.Module, data: Tensor, settings: Settings, *, seeds: Sequence[int], steps: int
 ) -> None:
     """Trains the encoder alone, on both reconstruction terms, against a generator that stays."""
-    objective = OBJECTIVES["aegan"].only("image_reconstruction", "latent_reconstruction")
-    judges = Discriminators(networks)  # asked for nothing by these terms
-    optimizer = torch.optim.Adam(
-        networks.encoder.parameters(), settings.learning_rate, betas=(settings.beta1, 0.999)
-    )
+    reconstruction = OBJECTIVES["aegan"].only("image_reconstruction", "latent_reconstruction")
     batches = Batches(data, settings, seeds)
     with frozen(networks.generator):
+        trainer = Trainer(networks, settings, len(seeds), reconstruction)
         for _ in range(steps):
-            x, z = batches.next()
-            fakes = make_fakes(
-                *(networks.generator, networks.encoder, x, z, objective), prior=networks.prior
-            )
-            loss, _ = encoder_generator_loss(
-                *(judges, x, z, fakes),
-                objective=objective,
-                weights=settings.loss,
-                prior=networks.prior,
-            )
-            optimizer.zero_grad(set_to_none=True)
-            (len(seeds) * loss).backward()
-            optimizer.step()
+            trainer.step(*batches.next())
 
 
 class CountFlops(TorchDispatchMode):
@@ -170,3 +167,12 @@ def flops_of_step(networks: nn.Module, data: Tensor, settings: Settings) -> int:
     with CountFlops() as counter:
         Trainer(networks, settings, 1).step(*batch)
     return counter.total
+
+
+def budgets(arm: str, steps: int, flops: Callable[[str], int]) -> list[int]:
+    """After how many steps an arm is looked at: `gan` also once it has had the compute of `aegan`.
+
+    `flops`: those of a step of an arm.
+    """
+    as_much = [round(steps * flops("aegan") / flops("gan"))] if arm == "gan" else []
+    return [steps, *as_much]

@@ -13,12 +13,12 @@ from pipelines.base import params
 
 
 def squares(count: int, seed: int) -> torch.Tensor:
-    """Stand-ins for digits: one bright square somewhere, uint8 [count, 1, 16, 16]."""
-    images = np.zeros((count, 1, 16, 16), np.uint8)
+    """Stand-ins for digits: one bright square somewhere, uint8 [count, 16, 16, 1]."""
+    images = np.zeros((count, 16, 16, 1), np.uint8)
     for image, (y, x) in zip(
         images, np.random.default_rng(seed).integers(11, size=(count, 2)), strict=True
     ):
-        image[0, y : y + 5, x : x + 5] = 255
+        image[y : y + 5, x : x + 5] = 255
     return torch.from_numpy(images)
 
 
@@ -30,12 +30,12 @@ def few_digits(monkeypatch):
 
 def test_small_digits_keep_their_brightness():
     digits = torch.full((2, 28, 28), 90, dtype=torch.uint8)
-    assert torch.equal(mnist.small(digits), torch.full((2, 1, 16, 16), 90, dtype=torch.uint8))
+    assert torch.equal(mnist.small(digits), torch.full((2, 16, 16, 1), 90, dtype=torch.uint8))
 
 
 def test_pixels_become_the_bytes_that_they_came_from():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(mnist.to_bytes(mnist.to_float(images).flatten(1)), images)
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    assert torch.equal(mnist.to_uint8(mnist.to_float(images)), images)
 
 
 def test_other_digits_are_nearer_to_digits_than_what_needs_no_network(few_digits):
