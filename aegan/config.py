@@ -205,7 +205,7 @@ class ModelConfig:
 class LossConfig:
     """Weights and form of the objective (docs/method.md)."""
 
-    lambda_image_reconstruction: ScheduledWeight  # weight of |x - x_tilde|
+    lambda_image_reconstruction: ScheduledWeight  # weight of |x - x_tilde|, or its square
     lambda_latent_reconstruction: ScheduledWeight  # weight of (z - z_tilde)^2, or the prior's own
     # Of each fake: its weight in the loss of G and E, and its share in its discriminator's mean.
     lambda_x_hat_adversarial: ScheduledWeight
@@ -216,6 +216,7 @@ class LossConfig:
     # Of discriminators, in the forms `bce` and `least_squares`.
     real_target: Annotated[float, Interval(ge=0, le=1)]
     fake_target: Annotated[float, Interval(ge=0, le=1)]
+    image_reconstruction: Literal["l1", "l2"]  # mean of absolute or squared differences
     # Of the R1 and R2 gradient penalties of D_x and of D_z; 0 switches them off.
     gamma_image: ScheduledWeight
     gamma_latent: ScheduledWeight
@@ -342,6 +343,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 # Settings that earlier versions did not have, with the value that does what those did.
 ADDED: dict[str, Any] = {
     "model.prior": "normal",
+    "loss.image_reconstruction": "l1",
     "loss.packing": 1,
     "training.augmentation_probability": 0.0,
     "training.augmentation_target": 0.0,

@@ -234,7 +234,7 @@ def encoder_generator_loss(
     """Loss of G and E against fixed discriminators, and its terms: equations (3) and (4).
 
     L_EG = lambda_x_hat_adversarial * BCE(D_x(x_hat), 1) + the same of x_tilde, z_hat and z_tilde
-         + lambda_image_reconstruction * mean |x_tilde - x|
+         + lambda_image_reconstruction * mean |x_tilde - x|, or the mean of its square;
          + lambda_latent_reconstruction * mean (z_tilde - z)^2, or the prior's own distance;
             the same weight for the cross entropy of E(x)'s class, where latents hold it
 
@@ -260,7 +260,9 @@ def encoder_generator_loss(
 
     def reconstruction() -> Iterable[Weighted]:
         if objective.image_reconstruction and fakes.x_tilde is not None:
-            loss = (_wide(fakes.x_tilde) - x).abs().mean()
+            difference = _wide(fakes.x_tilde) - x
+            squared = weights.image_reconstruction == "l2"
+            loss = (difference.square() if squared else difference.abs()).mean()
             yield "image_reconstruction", weights.lambda_image_reconstruction, loss
         if objective.latent_reconstruction and fakes.z_tilde_output is not None:
             loss = prior.distance(_wide(fakes.z_tilde_output), z)

@@ -40,7 +40,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mnist", type=Path, required=True, help="folder of MNIST's four files")
     command.add_argument("--arm", nargs="+", choices=ARMS, default=[*ARMS])
     command.add_argument("--loss", nargs="+", choices=LOSSES, default=[*LOSSES])
-    command.add_argument("--lambdas", type=float, nargs=2, default=(3.0, 2.0), metavar="LAMBDA")
+    command.add_argument("--lambdas", type=float, nargs=2, default=(6.0, 0.5), metavar="LAMBDA")
     command.add_argument("--base-channels", type=int, default=16)
     command.add_argument("--learning-rate", type=float, default=5e-4)
     command.add_argument("--looks", type=int, nargs="+", default=[200, 400, 900, 2_000])

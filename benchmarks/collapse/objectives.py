@@ -1,6 +1,6 @@
 """The two losses that the tables compare."""
 
-from typing import Any
+from typing import Any, Literal
 
 from aegan.config import LossConfig
 
@@ -10,7 +10,13 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def loss_of(adversarial: str, gamma: float, lambdas: tuple[float, float]) -> LossConfig:
+def loss_of(
+    adversarial: str,
+    gamma: float,
+    lambdas: tuple[float, float],
+    *,
+    image_reconstruction: Literal["l1", "l2"] = "l1",
+) -> LossConfig:
     """All adversarial weights 1, both penalties `gamma`; lambdas of image and latent."""
     image, latent = lambdas
     return LossConfig(
@@ -23,6 +29,7 @@ def loss_of(adversarial: str, gamma: float, lambdas: tuple[float, float]) -> Los
         adversarial=adversarial,
         real_target=0.95,
         fake_target=0.05,
+        image_reconstruction=image_reconstruction,
         gamma_image=gamma,
         gamma_latent=gamma,
         packing=1,  # neighbouring rows are of different seeds: `networks.packed` joins them

@@ -209,6 +209,7 @@ def test_terms_that_do_not_go_together_are_named(training, loss, sentence):
 def test_a_section_of_an_earlier_version_means_what_it_meant():
     before = {"lambda_image_adversarial": 2.0, "lambda_latent_adversarial": 0.5, "gamma": 1.0}
     assert config.with_new_names("loss", {**before, "real_target": 0.9}) == {
+        "image_reconstruction": "l1",
         "packing": 1,
         "lambda_x_hat_adversarial": 2.0,
         "lambda_x_tilde_adversarial": 2.0,

@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -167,6 +168,24 @@ def test_the_losses_equal_the_papers_formulas_worked_out_by_hand():
     assert values["latent_reconstruction"].item() == pytest.approx(0.65**2, rel=1e-6)
 
 
+def test_the_squared_distance_of_images_is_the_librarys_and_by_hand(model, batch):
+    x, z = batch
+    weights = replace(CONFIG.loss, image_reconstruction="l2", lambda_image_reconstruction=10.0)
+
+    def terms(x, fakes):
+        return encoder_generator_loss(
+            Logits(), x, z, fakes, objective=OBJECTIVES["ae"], weights=weights, prior=PRIOR
+        )
+
+    loss, values = terms(torch.full((2, 3, 4, 4), 0.5), constant_fakes(x_tilde=0.2))
+    assert loss.item() == pytest.approx(10 * 0.3**2, rel=1e-6)
+    assert values["image_reconstruction"].item() == pytest.approx(0.3**2, rel=1e-6)
+
+    fakes = fakes_of(model, x, z)
+    loss, _ = terms(x, fakes)
+    torch.testing.assert_close(loss, 10 * nn.MSELoss()(fakes.x_tilde, x))
+
+
 def test_the_relativistic_loss_compares_each_fake_with_its_real_partner():
     x, z = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 4), -0.25)
     fakes = constant_fakes(x_hat=0.1, x_tilde=0.2, z_hat=0.3, z_tilde=0.4)
@@ -287,13 +306,16 @@ def test_a_discriminators_loss_on_one_class_is_that_of_the_libraries():
             assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_float64_gradients_of_every_form_and_of_the_penalties_are_those_of_its_values(form):
+@pytest.mark.parametrize(("form", "distance"), [*itertools.product(FORMS, ["l1"]), ("bce", "l2")])
+def test_float64_gradients_of_every_form_and_of_the_penalties_are_those_of_its_values(
+    form, distance
+):
     torch.manual_seed(0)
     x, z = torch.randn(4, 1, 2, 2).double(), torch.randn(4, 3).double()
     made = {name: torch.randn_like(x if name[0] == "x" else z) for name in vars(constant_fakes())}
     weights = replace(
-        CONFIG.loss, adversarial=form, gamma_image=0.7, gamma_latent=0.3,
+        CONFIG.loss, adversarial=form, image_reconstruction=distance,
+        gamma_image=0.7, gamma_latent=0.3,
         lambda_x_tilde_adversarial=0.2, lambda_z_hat_adversarial=3.0,
     )  # fmt: skip
     objective = OBJECTIVES["aegan"]

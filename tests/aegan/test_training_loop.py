@@ -574,6 +574,7 @@ def test_settings_made_by_hand_are_checked_before_anything_is_written(shards, tm
         {"adversarial": "relativistic"},
         {"adversarial": "hinge", "lambda_z_tilde_adversarial": 0.1, "gamma_latent": 0.5},
         {"adversarial": "least_squares", "lambda_x_tilde_adversarial": 0.1},
+        {"image_reconstruction": "l2"},
     ],
 )
 def test_unequal_shares_give_the_gradients_of_the_whole_batch(monkeypatch, loss):
