@@ -371,7 +371,7 @@ def test_the_series_is_drawn_and_listed_by_width(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("join", lines.PATHS.values(), ids=lines.PATHS)
 def test_a_path_of_lines_begins_and_ends_with_the_reconstructions_of_its_ends(join):
-    options = Namespace(base_channels=1, learning_rate=1e-3, steps=1)
+    options = Namespace(base_channels=1, learning_rate=1e-3, steps=1, lambdas=(30.0, 0.1))
     data = lines.render(lines.evenly_spaced(40))
     model = lines.train_model("aegan", data, 0, options)
     paths = lines.paths_of(model, join)
