@@ -28,6 +28,7 @@ from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from aegan.training.validation import Judge
 from benchmarks.rows import Results
+from benchmarks.trainings import shared_settings
 from pipelines.base import params
 from tests.shards import write_shards
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["other", "same"], default="other")
     parser.add_argument("--keep", type=Path, help="folder for the runs, to look at")
     options = parser.parse_args()
-    results = Results(options.json, {"kind": options.kind})
+    results = Results(options.json, {"kind": options.kind} | shared_settings())
     with tempfile.TemporaryDirectory() as scratch:
         compare(options.keep or Path(scratch), options.kind, results)
     print(table(results.rows))

@@ -37,6 +37,7 @@ from aegan.training.latents import fit_latents
 from aegan.training.run_folder import RunFolder
 from aegan.training.state import export_model
 from benchmarks.rows import Results, Row, table
+from benchmarks.trainings import shared_settings
 from pipelines import register
 from pipelines.base import params
 from pipelines.registry import reference
@@ -63,6 +64,7 @@ def main() -> None:
         **{"images": [TRAIN, VALIDATION, TEST], "image_size": IMAGE_SIZE, "steps": STEPS},
         **{"base_channels": BASE_CHANNELS, "latent_dim": LATENT_DIM, "colour": COLOUR},
         **{"latent": LATENT, "weight_noise": WEIGHT_NOISE},
+        **shared_settings(),
     }
     results = Results(options.json.resolve(), settings)
     config = params.load(TrainConfig)

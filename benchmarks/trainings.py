@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import aegan
-from aegan.config import TrainConfig
+from aegan.config import TrainConfig, identity
 from aegan.data import designed_faces
 from aegan.data.image_files import decode_image
 from aegan.metrics.diversity import ms_ssim
@@ -59,6 +59,11 @@ def archived(archive: Path, count: int, size: int) -> np.ndarray:
                 for index in chosen
             ]
         )
+
+
+def shared_settings() -> dict[str, Any]:
+    """What `params.yaml` says of all trainings of a table; with other settings it is another."""
+    return {"params": identity(params.load(TrainConfig))}
 
 
 def with_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

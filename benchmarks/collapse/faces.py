@@ -7,16 +7,20 @@ and on, in learned features, by samples of the prior. The last lines compare the
 
 import argparse
 import itertools
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
 
-from aegan.config import TrainConfig
 from benchmarks.rows import Results, Row, as_table, table
-from benchmarks.trainings import JUDGES, SCORES, archived, designed, train_and_judge
-from pipelines.base import params
+from benchmarks.trainings import (
+    JUDGES,
+    SCORES,
+    archived,
+    designed,
+    shared_settings,
+    train_and_judge,
+)
 
 ARMS = ("gan", "aegan")
 KEYS = ("set", "loss", "step", "arm")
@@ -50,8 +54,8 @@ def measure(options: argparse.Namespace) -> str:
     if options.archive:
         sets[options.archive.stem] = archived(options.archive, count, options.size)
     stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
-    stated |= {"losses": LOSSES, "params": asdict(params.load(TrainConfig).loss)}
-    results = Results(options.json, stated, keys=KEYS)
+    stated |= {"losses": LOSSES}
+    results = Results(options.json, stated | shared_settings(), keys=KEYS)
     plan = itertools.product(range(options.seeds), sets, options.loss, options.arm)
     for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
         of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}

@@ -23,7 +23,7 @@ from aegan.data.designed_faces import FACTORS
 from aegan.losses import OBJECTIVES
 from aegan.metrics.factors import FactorReader, principal_components, r_squared, read_codes
 from benchmarks.rows import Results, Row, as_table
-from benchmarks.trainings import JUDGES, add_fitted_latents, train
+from benchmarks.trainings import JUDGES, add_fitted_latents, shared_settings, train
 from pipelines.evaluate import factor_distances
 
 ARMS: tuple[Arm, ...] = ("gan", "ae", "aae", "egan", "aegan")
@@ -53,8 +53,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> str:
     """Trains what is missing in the file of results; returns the table."""
-    names = ("images", "size", "looks")
-    results = Results(options.json, {name: getattr(options, name) for name in names}, keys=KEYS)
+    stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
+    results = Results(options.json, stated | shared_settings(), keys=KEYS)
     faces = Faces(options.images, options.size)
     if not results.rows:
         results.add(*faces.references())

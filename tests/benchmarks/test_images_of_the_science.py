@@ -8,8 +8,11 @@ from aegan.config import TrainConfig
 from aegan.networks.layers import ChannelNorm
 from benchmarks import ablation
 from benchmarks.collapse import manifold, mnist
-from benchmarks.trainings import with_settings
+from benchmarks.rows import Results
+from benchmarks.trainings import shared_settings, with_settings
 from pipelines.base import params
+from pipelines.base.errors import UserError
+from tests.tiny import tiny_config
 
 
 def squares(count: int, seed: int) -> torch.Tensor:
@@ -142,3 +145,16 @@ def test_the_ablations_table_pairs_each_line_with_the_unchanged_training_seed_by
     assert of["unchanged"].endswith("|  |")
     assert of["unchanged, raw weights"].endswith("| 0.000 |")
     assert of["augmentation"].endswith("| 1.000 |")
+
+
+def test_trainings_with_other_params_do_not_go_on_with_a_table_and_longer_ones_do(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(params, "load", lambda _: tiny_config())
+    Results(file, shared_settings()).add({"seed": 0})
+    monkeypatch.setattr(params, "load", lambda _: tiny_config(num_steps=99))
+    assert Results(file, shared_settings()).rows == [{"seed": 0}]
+    monkeypatch.setattr(params, "load", lambda _: tiny_config(loss={"gamma": 2.0}))
+    with pytest.raises(UserError, match="holds results of other settings"):
+        Results(file, shared_settings())
