@@ -151,10 +151,12 @@ def test_trainings_with_other_params_do_not_go_on_with_a_table_and_longer_ones_d
     tmp_path, monkeypatch
 ):
     file = tmp_path / "figures.json"
-    monkeypatch.setattr(params, "load", lambda _: tiny_config())
+    today, longer = tiny_config(), tiny_config(num_steps=99)
+    other = tiny_config(loss={"gamma": 2.0})
+    monkeypatch.setattr(params, "load", lambda _: today)
     Results(file, shared_settings()).add({"seed": 0})
-    monkeypatch.setattr(params, "load", lambda _: tiny_config(num_steps=99))
+    monkeypatch.setattr(params, "load", lambda _: longer)
     assert Results(file, shared_settings()).rows == [{"seed": 0}]
-    monkeypatch.setattr(params, "load", lambda _: tiny_config(loss={"gamma": 2.0}))
+    monkeypatch.setattr(params, "load", lambda _: other)
     with pytest.raises(UserError, match="holds results of other settings"):
         Results(file, shared_settings())
