@@ -31,7 +31,7 @@ test-pages: .venv/installed ## the explorer and all other pages in Chromium, off
 	$(BIN)/python -m pytest -n 0 tests/integration/test_explorer.py tests/integration/test_pages.py
 
 test-faults: .venv/installed ## every fault and attack of docs/reliability.md and docs/security.md, with their counts
-	$(PYTEST) -m fault
+	$(PYTEST) -m fault --thorough
 
 coverage: .venv/installed ## the whole test suite, and which lines it runs, also in the processes it starts
 	$(PYTEST) --cov --cov-report=term
@@ -77,7 +77,7 @@ retrain: .venv/installed ## look for new images; check, train, compare, promote 
 	@$(BIN)/aegan retrain
 
 test-retrain: .venv/installed ## the days of a project that is retrained by itself
-	$(PYTEST) tests/integration/test_retrain.py tests/integration/test_retrain_servers.py \
+	$(PYTEST) --thorough tests/integration/test_retrain.py tests/integration/test_retrain_servers.py \
 		tests/pipelines/test_retraining_parts.py tests/pipelines/test_retraining_check.py
 
 tune: .venv/installed ## search better settings, off by default (docs/tuning.md)

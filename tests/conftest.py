@@ -17,6 +17,18 @@ from xdist.scheduler import LoadScopeScheduling
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="every death at every step, not one a step"
+    )
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether a sweep tries everything; if not, it tries each of its parts at least once."""
+    return bool(pytestconfig.getoption("thorough"))
+
+
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # a test that fails does so again
 
