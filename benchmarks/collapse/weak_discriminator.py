@@ -62,15 +62,23 @@ def draw(rows: list[Row], steps: int, file: Path) -> None:
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    found = groups(rows, ("arm", "samples_from", "discriminator_width"))
-    modes = {
-        key: torch.tensor([row["modes"] for row in chosen if row.get("steps") == steps]).double()
-        for key, chosen in found.items()
+
+    def of(arm: str, source: str, *, longer: bool = False) -> list[Row]:
+        found = groups(rows, ("arm", "samples_from")).get((arm, source), [])
+        return [row for row in found if (row["steps"] > steps) == longer]
+
+    series = {
+        "GAN": of("gan", "prior"),
+        "GAN, AEGAN's compute": of("gan", "prior", longer=True),
+        "AEGAN": of("aegan", "prior"),
+        "AEGAN, fitted density": of("aegan", "fitted"),
     }
-    series = {"GAN": ("gan", "prior"), "AEGAN": ("aegan", "prior")}
-    series["AEGAN, fitted density"] = ("aegan", "fitted")
-    for label, line in series.items():
-        of_width = {width: of for (*key, width), of in modes.items() if tuple(key) == line}
+    widths = sorted({row["discriminator_width"] for of in series.values() for row in of})
+    for label, of_line in series.items():
+        of_width = {
+            width: torch.tensor([row["modes"] for row in chosen]).double()
+            for (width,), chosen in groups(of_line, ["discriminator_width"]).items()
+        }
         axes.errorbar(
             [*of_width],
             [float(of.mean()) for of in of_width.values()],
@@ -85,7 +93,6 @@ def draw(rows: list[Row], steps: int, file: Path) -> None:
     )
     axes.axhline(25, color="gray", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    widths = sorted({width for *_, width in modes if width})
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
     axes.set_ylim(0, 26)
