@@ -63,26 +63,26 @@ def draw(rows: list[Row], steps: int, file: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
 
-    def of(arm: str, source: str, *, longer: bool = False) -> list[Row]:
+    def line_of(arm: str, source: str, *, longer: bool = False) -> list[Row]:
         found = groups(rows, ("arm", "samples_from")).get((arm, source), [])
         return [row for row in found if (row["steps"] > steps) == longer]
 
     series = {
-        "GAN": of("gan", "prior"),
-        "GAN, AEGAN's compute": of("gan", "prior", longer=True),
-        "AEGAN": of("aegan", "prior"),
-        "AEGAN, fitted density": of("aegan", "fitted"),
+        "GAN": line_of("gan", "prior"),
+        "GAN, AEGAN's compute": line_of("gan", "prior", longer=True),
+        "AEGAN": line_of("aegan", "prior"),
+        "AEGAN, fitted density": line_of("aegan", "fitted"),
     }
-    widths = sorted({row["discriminator_width"] for of in series.values() for row in of})
-    for label, of_line in series.items():
+    widths = sorted({row["discriminator_width"] for line in series.values() for row in line})
+    for label, line in series.items():
         of_width = {
             width: torch.tensor([row["modes"] for row in chosen]).double()
-            for (width,), chosen in groups(of_line, ["discriminator_width"]).items()
+            for (width,), chosen in groups(line, ["discriminator_width"]).items()
         }
         axes.errorbar(
             [*of_width],
-            [float(of.mean()) for of in of_width.values()],
-            yerr=[float(of.std()) / len(of) ** 0.5 for of in of_width.values()],
+            [float(modes.mean()) for modes in of_width.values()],
+            yerr=[float(modes.std()) / len(modes) ** 0.5 for modes in of_width.values()],
             marker="o",
             capsize=3,
             label=label,
