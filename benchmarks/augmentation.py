@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Results, as_table
-from benchmarks.trainings import (
-    JUDGES,
-    SCORES,
-    archived,
-    designed,
-    shared_settings,
-    train_and_judge,
-)
+from benchmarks.trainings import JUDGES, SCORES, picture_sets, shared_settings, train_and_judge
 from pipelines.base.errors import run_stage
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -43,9 +36,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
     options = parser.parse_args()
     count = max(options.images) + 2 * JUDGES
-    sets = {"designed": designed(count, options.size)}
-    if options.archive:
-        sets[options.archive.stem] = archived(options.archive, count, options.size)
+    sets = picture_sets(options.archive, count, options.size)
     each = options.steps // options.looks
     stated = {key: vars(options)[key] for key in ("size", "steps", "looks")}
     results = Results(options.json, stated | {"ways": WAYS} | shared_settings())

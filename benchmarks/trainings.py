@@ -61,6 +61,14 @@ def archived(archive: Path, count: int, size: int) -> np.ndarray:
         )
 
 
+def picture_sets(archive: Path | None, count: int, size: int) -> dict[str, np.ndarray]:
+    """Designed faces and, if there is an archive, as many of its pictures, by name."""
+    sets = {"designed": designed(count, size)}
+    if archive:
+        sets[archive.stem] = archived(archive, count, size)
+    return sets
+
+
 def shared_settings() -> dict[str, Any]:
     """What `params.yaml` says of all trainings of a table; with other settings it is another."""
     return {"params": identity(params.load(TrainConfig))}

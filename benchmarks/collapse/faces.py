@@ -13,14 +13,7 @@ from typing import Any
 from scipy.stats import ttest_rel
 
 from benchmarks.rows import Results, Row, as_table, table
-from benchmarks.trainings import (
-    JUDGES,
-    SCORES,
-    archived,
-    designed,
-    shared_settings,
-    train_and_judge,
-)
+from benchmarks.trainings import JUDGES, SCORES, picture_sets, shared_settings, train_and_judge
 
 ARMS = ("gan", "aegan")
 KEYS = ("set", "loss", "step", "arm")
@@ -50,9 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> str:
     """Trains what is missing in the file of results; returns the table, and the arms compared."""
     count = options.images + 2 * JUDGES
-    sets = {"designed": designed(count, options.size)}
-    if options.archive:
-        sets[options.archive.stem] = archived(options.archive, count, options.size)
+    sets = picture_sets(options.archive, count, options.size)
     stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
     stated |= {"losses": LOSSES}
     results = Results(options.json, stated | shared_settings(), keys=KEYS)
