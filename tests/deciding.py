@@ -1,9 +1,5 @@
-"""Decisions by other processes: several at once, or one that kills itself or a server at a write.
+"""Decisions by other processes: several at once, or one that kills itself or a server."""
 
-One process that has MLflow in its memory forks them: importing it would take longer than a test.
-"""
-
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,20 +10,9 @@ from typing import Any, NamedTuple
 
 from pipelines.base.errors import UserError
 from pipelines.registry import mlflow_store
+from tests.forked import CONTEXT
 from tests.trained import ROOT
 
-mlflow_store.set_environment()
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "tests.deciding",
-        "pipelines.registry.decisions",
-        "alembic.script",
-        "mlflow.store.db.utils",
-        "mlflow.store.model_registry.sqlalchemy_store",
-        "mlflow.store.tracking.sqlalchemy_store",
-    ]
-)
 WRITES = (b"POST", b"PUT", b"PATCH", b"DELETE")
 SEARCHES = b"/search"  # which are POST, too
 

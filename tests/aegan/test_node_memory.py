@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from aegan.data.node_memory import once_per_node
-from tests.ranks import start_ranks
+from tests.forked import on_ranks
 
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 
@@ -57,7 +57,7 @@ def _worker(rank: int, nodes: list[str], folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="files in memory only are Linux's")
 def test_the_ranks_of_a_node_map_one_copy_and_those_of_another_node_another(tmp_path):
     nodes = ["one", "two", "one"]
-    start_ranks(_worker, (nodes, tmp_path), count=len(nodes))
+    on_ranks(_worker, nodes, tmp_path, world_size=len(nodes))
     reports = [
         json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(3)
     ]

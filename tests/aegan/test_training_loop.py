@@ -26,8 +26,8 @@ from aegan.training.run_folder import RunFolder
 from aegan.training.state import TrainingState, export_model
 from aegan.training.validation import Judge
 from pipelines.train import publish
+from tests.forked import on_ranks
 from tests.pictures import blocks
-from tests.ranks import start_ranks
 from tests.shards import write_shards
 from tests.tiny import tiny_config, tiny_shards
 
@@ -648,7 +648,7 @@ def train_on(
 ) -> None:
     folder.mkdir(exist_ok=True)
     arguments = (world_size, config, shards, folder, folder / "rendezvous", spoilt_rank)
-    start_ranks(_worker, arguments, count=world_size)
+    on_ranks(_worker, *arguments, world_size=world_size)
 
 
 RISING = Schedule(schedule="linear", start=0.2, end=0.9, images=24)
