@@ -87,7 +87,7 @@ tune: .venv/installed ## search better settings, off by default (docs/tuning.md)
 	@echo "use them:    $(BIN)/python -m pipelines.params artifacts/tune/tuned.yaml && make run"
 
 docs: .venv/installed ## the pages of docs/ and of every public function as a site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	@echo "file://$(CURDIR)/site/index.html"
 
 lock: .venv/installed ## resolve the newest permitted versions into requirements.lock

@@ -36,6 +36,7 @@ LAMBDAS = {  # of the author's equation => its terms, each of which has a weight
 FACTORS = {"halved": 0.5, "doubled": 2.0}
 NO_NORMALISATION = "no normalisation"
 SAMPLERS = (("ema", "prior"), ("raw", "prior"), ("ema", "fitted"))  # of the unchanged training
+KEYS = ("way", "weights", "latents")
 SCORES = {"kernel_distance": 3, "frechet_distance": 1, "ms_ssim": 3, "image_reconstruction": 3}
 
 
@@ -83,7 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     pictures, changes = designed(options.images + 2 * JUDGES, options.size), ways()
     stated = {key: vars(options)[key] for key in ("images", "size", "steps")}
-    results = Results(options.json, stated | {"ways": changes} | shared_settings())
+    stated |= {"ways": changes} | shared_settings()
+    results = Results(options.json, stated, keys=KEYS)
     for seed, way in itertools.product(range(options.seeds), changes):
         of_training = {"way": way, "seed": seed}
         if results.find(**of_training):
@@ -104,7 +106,7 @@ def main() -> None:
 def in_words(rows: list[Row]) -> str:
     """The table, with the p of each line's distance against the unchanged one's, seed by seed."""
     lines = []
-    of_lines = groups(sorted(rows, key=lambda row: row["seed"]), ("way", "weights", "latents"))
+    of_lines = groups(sorted(rows, key=lambda row: row["seed"]), KEYS)
     reference = (UNCHANGED, *SAMPLERS[0])
     unchanged = distances(of_lines[reference])
     for line, chosen in of_lines.items():

@@ -2,15 +2,19 @@
 
     MLFLOW_TRACKING_URI=http://127.0.0.1:5000 .venv/bin/python -m benchmarks.decisions
 
-It writes a model of its own, `benchmark-of-decisions`, with versions that hold no files.
+It writes a model of its own, `benchmark-of-decisions`, with versions that hold no files, into the
+registry that MLFLOW_TRACKING_URI names, and never into the project's own.
 """
 
+import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pipelines.base.errors import UserError, run_stage
 from pipelines.registry import decision_log, decisions, mlflow_store
 from pipelines.registry.mlflow_store import unless_there
 
@@ -18,6 +22,9 @@ MODEL, ENTRIES, REPEATS = "benchmark-of-decisions", 100, 5
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("MLFLOW_TRACKING_URI is not set: name a registry to write a model into")
     client = mlflow_store.open_store().MlflowClient()
     with unless_there():
         client.create_registered_model(MODEL)
@@ -55,4 +62,4 @@ def show(what: str, call: Callable[[], Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

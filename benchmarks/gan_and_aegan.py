@@ -6,6 +6,7 @@ Takes data and settings of the last `make run` and trains what is missing; the l
 each arm, not the best, draws the samples. Also prints the scores of both on the validation images.
 """
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from aegan.metrics.features import installed_features
 from aegan.training.state import export_model
 from aegan.training.validation import Judge
 from pipelines.base import params
-from pipelines.base.errors import run_stage
+from pipelines.base.errors import UserError, run_stage
 from pipelines.train import RUNS, SHARDS, train
 
 PICTURE = Path("docs/pictures/gan_and_aegan.png")
@@ -31,6 +32,9 @@ COLUMNS, SCALE, HEADING = 8, 2, 28
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if not SHARDS.exists():
+        raise UserError(f"{SHARDS} not found: `make run` first")
     config = params.load(TrainConfig)
     judge = Judge(
         torch.from_numpy(load_images(SHARDS, "validation")), features=installed_features()

@@ -7,6 +7,7 @@
 .venv/bin/python -m benchmarks.serving batch    # `aegan encode` of a folder of photographs
 """
 
+import argparse
 import base64
 import http.client
 import json
@@ -35,6 +36,7 @@ from PIL import Image
 
 import aegan
 from aegan import operations
+from pipelines.base.errors import run_stage
 from pipelines.serving import batch, endpoint, served
 from tests.aegan.test_colour import press_profile
 from tests.pictures import chunk, encode, png
@@ -410,8 +412,18 @@ def running(command: list[str]) -> Iterator[Server]:
         process.wait()
 
 
+MEASURES = {"costs": costs, "speed": speed, "load": load, "endure": endure, "batch": batch_work}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measure", choices=MEASURES)
+    parser.add_argument("model", type=Path, nargs="?", default=MODEL, help="a model folder")
+    options = parser.parse_args()
+    MEASURES[options.measure](options.model)
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else MODEL
-    {"costs": costs, "speed": speed, "load": load, "endure": endure, "batch": batch_work}[
-        sys.argv[1]
-    ](folder)
+    run_stage(main)

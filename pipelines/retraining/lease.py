@@ -3,16 +3,20 @@
 The lease is an object with an owner and an end, which its owner puts off as long as it works. Each
 new owner has a higher number: who was paused past the end finds another number there, and stops
 before it publishes anything.
+
+Two who take it at once are told apart by the bucket, which writes under conditions. Some S3 servers
+ignore these: there who has written waits, and has the lease if it is still his.
 """
 
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pipelines.base import locks
 from pipelines.base.errors import UserError
@@ -22,6 +26,7 @@ from pipelines.retraining.ledger import Bucket, Folder
 
 LEASE = "lease"  # its object's name
 SECONDS = 120.0  # that a lease lasts; put off every third of it
+SETTLED = 1 / 12  # of these seconds: by then all have written who took it at once
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class _Terms:
     owner: str
     number: int
     until: float  # seconds since 1970
+    key: str = ""  # random: in two containers user, host and process may have the same names
 
 
 class Lease:
@@ -52,15 +58,20 @@ class _BucketLease(Lease):
     def __init__(self, url: str, seconds: float) -> None:
         self._url, self._seconds = f"{url}/{LEASE}", seconds
         self._owner = f"{decisions.this_person()}, process {os.getpid()}"
-        found = storage.retry(lambda: storage.read_version_if_any(self._url))
-        terms, etag = (None, "") if found is None else (_parse(found[0]), found[1])
+        self._key = secrets.token_hex(8)
+        terms, etag = self._read()
         if terms and terms.until > time.time():
             raise BusyError(
                 f"another retraining is at work: {terms.owner} holds {self._url} for another "
                 f"{terms.until - time.time():.0f} s unless it goes on; wait for it"
             )
         self._number = terms.number + 1 if terms else 1
+        self._is_conditional = True
         self._etag = self._write(etag, self._end())
+        if self._etag and self._put("", self._end()):  # which is there, and had to be refused
+            self._is_conditional = False
+            time.sleep(SETTLED * seconds)
+            self._etag = self._etag_if_ours()
         if not self._etag:
             raise BusyError(f"another retraining has just taken {self._url}: wait for it")
         self._released = threading.Event()
@@ -70,9 +81,8 @@ class _BucketLease(Lease):
 
     def check(self) -> None:
         with self._lock:
-            found = storage.retry(lambda: storage.read_version_if_any(self._url))
-            terms = None if found is None else _parse(found[0])
-            if terms is None or (terms.owner, terms.number) != (self._owner, self._number):
+            terms, _ = self._read()
+            if not self._is_ours(terms):
                 holder = terms.owner if terms else "nobody"
                 raise LostError(
                     f"the lease {self._url} was ours and is {holder}'s now: this process was "
@@ -88,8 +98,28 @@ class _BucketLease(Lease):
     def _end(self) -> float:
         return time.time() + self._seconds
 
+    def _read(self) -> tuple[_Terms | None, str]:
+        """Whose lease it is, and the object's etag."""
+        found = storage.retry(lambda: storage.read_version_if_any(self._url))
+        return (None, "") if found is None else (_parse(found[0]), found[1])
+
+    def _is_ours(self, terms: _Terms | None) -> bool:
+        return terms is not None and (terms.key, terms.number) == (self._key, self._number)
+
+    def _etag_if_ours(self) -> str:
+        terms, etag = self._read()
+        return etag if self._is_ours(terms) else ""
+
     def _write(self, etag: str, until: float) -> str:
-        content = json.dumps(asdict(_Terms(self._owner, self._number, until))).encode()
+        """The new etag; "" if the lease is another's."""
+        if not self._is_conditional and not self._etag_if_ours():
+            return ""
+        return self._put(etag, until) or self._etag_if_ours()  # if our answer was lost on its way
+
+    def _put(self, etag: str, until: float) -> str:
+        """The new etag; "" if the object has another one than this."""
+        terms = _Terms(self._owner, self._number, until, self._key)
+        content = json.dumps(asdict(terms)).encode()
         return storage.retry(lambda: storage.replace_object(self._url, content, etag=etag)) or ""
 
     def _beat(self) -> None:
@@ -108,7 +138,7 @@ def _parse(content: bytes) -> _Terms | None:
     """None for what is no lease: it is replaced."""
     try:
         terms = _Terms(**json.loads(content))
-        return _Terms(str(terms.owner), int(terms.number), float(terms.until))
+        return replace(terms, number=int(terms.number), until=float(terms.until))
     except (ValueError, TypeError):
         return None
 

@@ -2,8 +2,7 @@
 
 It lies in the project's folder, or in the bucket of `compute.storage`, where all machines see it.
 A file is written whole or not at all, after each step; a step that has no `output` there is run
-again. Two who write the same file of a bucket at once: the second is told (`lease.py` keeps others
-away before).
+again. One process at a time writes there (`lease.py`).
 """
 
 import json

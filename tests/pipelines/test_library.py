@@ -38,6 +38,7 @@ from tests.trained import write_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "channels"), [(48, 3), (96, 1)])
 def test_sides_of_3_x_2_to_the_n_go_through_every_stage(
     image_size: int, channels: int, tmp_path: Path

@@ -268,6 +268,7 @@ def test_a_store_that_cannot_be_used_is_one_line_and_stays_as_it_is(
     assert Census.of(project) == Census(["FINISHED"] * 2, 2, 2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("registry")
 def test_a_store_that_may_only_be_read_is_one_line_and_can_be_read(
     filled: Path, record_property: Any

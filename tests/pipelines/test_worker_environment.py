@@ -32,6 +32,7 @@ def page_faults(environment: dict[str, str]) -> int:
     return int(subprocess.check_output(command, env=clean | environment, text=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of the GNU C library")
 def test_a_training_thread_keeps_the_memory_of_its_large_tensors():
     ours = page_faults(WORKER_ENVIRONMENT)
