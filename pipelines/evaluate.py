@@ -155,11 +155,13 @@ def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -
     except Exception as error:  # files from outside, as above
         raise UserError(f"{shards} is not readable ({error}): run preprocess again") from None
     check_size(test, model, shards=shards)
+    train_rows = dataset.choose_rows(manifest, "train", limit=MAX_TRAIN_IMAGES)
+    test_rows = dataset.choose_rows(manifest, split, limit=config.num_samples)
     order = np.random.default_rng(config.seed).permutation(len(test))
     others = np.arange(len(train))
     if split == "train":
         order = order[: len(train) // 2]
-        others = np.setdiff1d(others, order)
+        others = np.flatnonzero(~np.isin(train_rows, test_rows[order]))
     order = order[: len(order) // 2 * 2]
     known = {factor.name: factor for factor in FACTORS}
     factors = [known[name] for name in manifest["factors"] if name in known]
@@ -167,10 +169,10 @@ def read_real_images(shards: Path, model: aegan.AEGAN, config: EvaluateConfig) -
         split=split,
         train=torch.from_numpy(train[others]),
         test=torch.from_numpy(test[order]),
-        train_factors=read_factors(shards, "train", factors)[others],
-        test_factors=read_factors(shards, split, factors)[order],
+        train_factors=read_factors(shards, "train", factors)[train_rows[others]],
+        test_factors=read_factors(shards, split, factors)[test_rows[order]],
         factors=factors,
-        test_labels=read_classes(shards, split, model, order),
+        test_labels=read_classes(shards, split, model, test_rows[order]),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from aegan.config import ConfigError, Split
 
@@ -19,19 +20,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load_images(folder: Path, split: Split, *, limit: int | None = None) -> np.ndarray:
-    """Images of a split in shard order (the first `limit`), uint8 [N, H, W, C]."""
+    """Images of a split in shard order, those of `choose_rows`, uint8 [N, H, W, C]."""
     manifest = read_manifest(folder)
-    rows = manifest["splits"][split]["rows"]
+    rows = choose_rows(manifest, split, limit=limit)
     shape = image_shape(manifest)
-    images = np.empty((rows if limit is None else min(rows, limit), *shape), np.uint8)
+    images = np.empty((len(rows), *shape), np.uint8)
     start = 0
-    for file, group, _ in row_groups(folder, manifest, split):
-        if start == len(images):
-            return images
-        pixels = read_row_group(file, group, shape)[: len(images) - start]
-        images[start : start + len(pixels)] = pixels
-        start += len(pixels)
+    for file, group, own in _by_row_group(folder, manifest, split, rows):
+        images[start : start + len(own)] = read_row_group(file, group, shape)[own]
+        start += len(own)
     return images
+
+
+def choose_rows(
+    manifest: dict[str, Any], split: Split, *, limit: int | None, seed: int = 0
+) -> NDArray[np.int64]:
+    """At most `limit` positions in a split, in order: random ones, always the same, int64 [N].
+
+    The first ones would not do: images lie in the order of their folders, so by classes or dates.
+    Those of a lower limit are among those of a higher one.
+    """
+    count: int = manifest["splits"][split]["rows"]
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def image_shape(manifest: dict[str, Any]) -> tuple[int, int, int]:
@@ -86,16 +98,23 @@ def spread(
     """
     manifest = read_manifest(folder)
     shape = image_shape(manifest)
-    random = np.random.default_rng(seed)
-    chosen = np.sort(random.permutation(manifest["splits"][split]["rows"])[:count])
+    rows = choose_rows(manifest, split, limit=count, seed=seed)
+    for file, group, own in _by_row_group(folder, manifest, split, rows):
+        images = read_row_group(file, group, shape)
+        labels = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
+        yield images[own], labels.fill_null(-1).to_numpy()[own]
+
+
+def _by_row_group(
+    folder: Path, manifest: dict[str, Any], split: Split, rows: NDArray[np.int64]
+) -> Iterator[tuple[Path, int, NDArray[np.int64]]]:
+    """Shard and row group that hold some of these rows, and which ones of the group they are."""
     start = 0
-    for file, group, rows in row_groups(folder, manifest, split):
-        own = chosen[(start <= chosen) & (chosen < start + rows)] - start
-        start += rows
+    for file, group, count in row_groups(folder, manifest, split) if len(rows) else ():
+        own = rows[(start <= rows) & (rows < start + count)] - start
+        start += count
         if len(own):
-            images = read_row_group(file, group, shape)
-            labels = pq.ParquetFile(file).read_row_group(group, columns=["label"]).column("label")
-            yield images[own], labels.fill_null(-1).to_numpy()[own]
+            yield file, group, own
 
 
 def load_columns(folder: Path, split: Split, columns: list[str]) -> dict[str, np.ndarray]:

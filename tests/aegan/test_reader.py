@@ -71,8 +71,20 @@ def test_the_workers_shares_add_up_to_the_global_batch(reader, shards, world_siz
     assert [number for part in parts for number in part] == whole
 
 
-def test_loading_a_split_gives_its_images_in_order_and_a_limit_the_first_ones(shards):
-    images = torch.from_numpy(load_images(shards, "train"))
-    assert numbers_of(images) == list(range(ROWS))
-    assert numbers_of(torch.from_numpy(load_images(shards, "train", limit=20))) == list(range(20))
+def test_loading_a_split_gives_its_images_in_order(shards):
+    assert numbers_of(torch.from_numpy(load_images(shards, "train"))) == list(range(ROWS))
     assert load_images(shards, "test").shape == (0, 2, 2, 3)
+
+
+def test_a_limit_takes_images_from_all_over_a_split_and_always_the_same_ones(shards):
+    few, more = (
+        numbers_of(torch.from_numpy(load_images(shards, "train", limit=limit)))
+        for limit in (100, 200)
+    )
+    assert (len(few), len(more)) == (100, 200)
+    assert few == sorted(few)
+    assert set(few) < set(more)
+    of_quarters = np.histogram(few, bins=4, range=(0, ROWS))[0]
+    assert of_quarters.min() > 10  # of folders in the order of their classes: of every class
+    assert numbers_of(torch.from_numpy(load_images(shards, "train", limit=100))) == few
+    assert load_images(shards, "train", limit=0).shape == (0, 2, 2, 3)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import aegan
-from aegan.config import EvaluateConfig, ModelConfig
+from aegan.config import EvaluateConfig, ModelConfig, Split
 from aegan.data import designed_faces
 from aegan.data.dataset import load_images
 from aegan.metrics import METRICS, efficientnet
@@ -21,7 +21,7 @@ from aegan.metrics.latent import departures
 from aegan.networks import AEGAN
 from aegan.priors import make_prior
 from pipelines.base.errors import UserError
-from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor
+from pipelines.evaluate import SUMMARY, better_weights, evaluate, load_extractor, read_real_images
 from tests.latents import add_density, small_density
 from tests.pictures import blocks
 from tests.shards import write_shards
@@ -274,6 +274,38 @@ def test_without_any_held_out_split_training_images_stand_in_and_are_no_floor_of
 def test_no_more_than_num_samples_images_are_used(tmp_path: Path) -> None:
     model, shards = write_model(tmp_path / "m"), write_noise(tmp_path / "s")
     assert run(model, shards, tmp_path / "out", num_samples=9)["num_images"] == 8
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_where_not_all_images_are_measured_factors_and_classes_are_those_of_the_ones_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: Split
+) -> None:
+    images, values = designed_faces.generate(0, 60, seed=0, image_size=16)
+    columns = {factor.name: values[:, i] for i, factor in enumerate(designed_faces.FACTORS)}
+    splits = {"train", split}
+    shards = write_shards(
+        tmp_path / "s",
+        dict.fromkeys(splits, images),
+        dict.fromkeys(splits, columns),
+        classes=("a", "b"),
+    )
+    monkeypatch.setattr("pipelines.evaluate.MAX_TRAIN_IMAGES", 40)
+    model = aegan.load(write_model(tmp_path / "m", prior="label(2) * normal(2)"))
+    config = dataclasses.replace(CONFIG, num_samples=30)
+    real = read_real_images(shards, model, config)
+    number_of = {image.tobytes(): number for number, image in enumerate(images)}
+    train, test = (
+        [number_of[image.numpy().tobytes()] for image in part] for part in (real.train, real.test)
+    )
+    assert real.split == split
+    assert max(test) > 40  # not the first ones
+    order = [list(columns).index(factor.name) for factor in real.factors]
+    np.testing.assert_allclose(real.train_factors, values[train][:, order], rtol=1e-6)
+    np.testing.assert_allclose(real.test_factors, values[test][:, order], rtol=1e-6)
+    assert real.test_labels is not None
+    assert real.test_labels.tolist() == [number % 2 for number in test]
+    if split == "train":
+        assert not {*train} & {*test}
 
 
 @pytest.mark.parametrize(
