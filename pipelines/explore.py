@@ -18,6 +18,7 @@ from pipelines.serving.explorer import write_page
 
 MODEL = TRAIN / "model"
 PAGE = "explorer.html"
+LATER = "`.venv/bin/dvc repro --force --single-item explore`"  # the stage itself has ended well
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def explore(model_folder: Path, output: Path) -> None:
         try:
             write_page(model, model_folder, networks, temporary / PAGE)
         except UserError as error:
-            log.warning("warning: no %s: %s", PAGE, error)
+            log.warning("warning: no %s: %s (%s makes it then)", PAGE, error, LATER)
 
 
 def main() -> None:

@@ -147,7 +147,8 @@ def _tune(
     log.info("training %d finalists with %d other seeds each", len(candidates), len(seeds))
     scores = train_all(candidates, seeds, "validation")
     means = [
-        {key: statistics.fmean(row[key] for row in rows) for key in rows[0]} for rows in scores
+        {name: statistics.fmean(row[name] for row in rows) for name in task.objectives}
+        for rows in scores
     ]
     winner = candidates[ranked(means, task.objectives)[0]]
 

@@ -28,6 +28,7 @@ from pipelines.base.run_name import run_name
 from pipelines.cluster.session import ORPHAN_WAIT_SECONDS, uses_gpu
 
 SCORES = ("frechet_distance", "image_reconstruction", "uncovered")
+ALSO_MEASURED = "kernel_distance"
 OBJECTIVES: dict[str, tuple[str, ...]] = {  # scores that the search lowers, by `tune.objective`
     "frechet_distance": ("frechet_distance",),
     "image_reconstruction": ("image_reconstruction",),
@@ -200,8 +201,14 @@ def train_and_judge(task: Task, config: TrainConfig, split: Split) -> Scores:
     try:
         train(task, config)
     except loop.DivergedError:
-        return dict.fromkeys(SCORES, math.inf)
+        return dict.fromkeys(measured(config), math.inf)
     return judge(task, config, split)
+
+
+def measured(config: TrainConfig) -> list[str]:
+    """The scores of a finished training; a GAN reconstructs nothing."""
+    names = (*SCORES, ALSO_MEASURED)
+    return [n for n in names if n != "image_reconstruction" or config.training.arm != "gan"]
 
 
 def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
@@ -223,7 +230,8 @@ def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
         judging.real_features, samples, neighbours=NEIGHBOURS
     )
     uncovered = 1 - neighbourhood["coverage"]
-    return {**scores_in(judging.scores_of(model, samples)), "uncovered": uncovered}
+    found = {**scores_in(judging.scores_of(model, samples)), "uncovered": uncovered}
+    return {name: found[name] for name in measured(config)}
 
 
 def scores_in(row: Mapping[str, float]) -> Scores:

@@ -346,3 +346,30 @@ def test_one_retraining_runs_at_a_time_with_no_more_rights_than_it_needs():
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["limits"]
+
+
+def test_the_project_is_cloned_beside_what_a_new_disk_holds_and_pulled_after(tmp_path, monkeypatch):
+    pods = (
+        RETRAIN["cronjob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"],
+        RETRAIN["raycronjob"]["spec"]["jobTemplate"]["rayClusterSpec"]["headGroupSpec"]["template"][
+            "spec"
+        ],
+    )
+    origin = tmp_path / "origin"
+    subprocess.run(["git", "init", "--quiet", origin], check=True)
+    commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet"]
+    monkeypatch.setenv("PROJECT", str(origin))
+    for number, pod in enumerate(pods):
+        [container] = pod["initContainers"]
+        volume = tmp_path / f"volume-{number}"
+        (volume / "lost+found").mkdir(parents=True)
+        for message in ("one", "two"):
+            subprocess.run([*commit, "--allow-empty", "-m", message], cwd=origin, check=True)
+            command = [*container["command"], *container["args"]]
+            subprocess.run(command, cwd=volume, check=True)
+            head = subprocess.check_output(
+                ["git", "log", "-1", "--format=%s"], cwd=volume / "aegan", text=True
+            )
+            assert head.strip() == message
+    assert pods[0]["containers"][0]["workingDir"] == "/project/aegan"
+    assert "cd /project/aegan &&" in RETRAIN["raycronjob"]["spec"]["jobTemplate"]["entrypoint"]

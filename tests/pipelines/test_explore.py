@@ -49,6 +49,7 @@ def test_without_its_runtime_the_page_is_left_out_and_the_stage_goes_on(
     said = warning.getMessage()
     assert "no explorer.html" in said
     assert "onnxruntime-web" in said
+    assert "`.venv/bin/dvc repro --force --single-item explore` makes it then" in said
     assert "\n" not in said
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"{name}.onnx" for name in NETWORKS}

@@ -33,6 +33,7 @@ from pipelines.search.trial import (
     run_trial,
     shortened,
     train,
+    train_and_judge,
 )
 from tests.shards import write_shards
 from tests.tiny import PARAMS, tiny_config, tiny_shards
@@ -258,6 +259,23 @@ def test_scores_on_test_images_are_of_those_images(shards, tmp_path):
     train(task, config)
     assert judge(task, config, "test") == judge(task, config, "test")
     assert judge(task, config, "test") != judge(task, config, "validation")
+
+
+@pytest.mark.parametrize("arm", ["aegan", "gan"])
+def test_a_training_that_diverged_with_one_seed_has_the_scores_of_one_that_did_not(
+    shards, tmp_path, arm
+):
+    task = make_task(shards, tmp_path)
+    task = replace(task, start=replace(START, training=replace(START.training, arm=arm)))
+    sound, diverged = (
+        train_and_judge(task, task.config(settings, seed=0), "test")
+        for settings in ({}, {"training.learning_rate": 1e12})
+    )
+    assert sound.keys() == diverged.keys()
+    assert set(map(math.isfinite, diverged.values())) == {False}
+    for rows in ([sound, diverged], [diverged, sound]):
+        assert all(row["mean"] is None for row in tune.summary(rows).values())
+        assert tune.summary(tune.differences(rows, [sound, sound]))
 
 
 # -- choosing -------------------------------------------------------------------------------------
