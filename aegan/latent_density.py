@@ -176,7 +176,7 @@ def _expectation_maximisation(z: NDArray[np.float64], components: int, *, seed: 
         components,
         covariance_type="full" if _determines(len(z), z.shape[1], components) else "diag",
         reg_covar=max(RIDGE * float(z.var(axis=0).mean()), 1e-8),
-        random_state=seed,
+        random_state=seed % 2**32,  # all that it takes
     )
     with warnings.catch_warnings():  # a fit that has not quite settled is judged as it is
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -246,7 +246,7 @@ def differences(winner: list[Scores], start: list[Scores]) -> list[Scores]:
 def summary(rows: list[Scores]) -> dict[str, dict[str, Any]]:
     """Per score its mean, standard error and values; null where training diverged."""
     table = {}
-    for name in rows[0]:
+    for name in (name for name in rows[0] if all(name in row for row in rows)):
         values = [row[name] for row in rows]
         finite = all(map(math.isfinite, values))
         several = finite and len(values) > 1

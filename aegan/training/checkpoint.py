@@ -74,7 +74,10 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     try:
         if sha256_of(checkpoint / TENSORS) != state["sha256"]:
             raise ValueError(f"the hash of {TENSORS} is not the one recorded when it was written")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+    except (
+        *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
+        *(ValueError, KeyError),
+    ) as error:
         raise _damaged(checkpoint, error) from error
     return state
 

@@ -162,7 +162,7 @@ def train(
             position = step % len(ROUND)
             first_batch = 2 * (step - position)  # of this round, which reads one an update
             if position == 0:
-                for number, turn in enumerate(ROUND, start=first_batch):
+                for number, turn in enumerate(updates.round, start=first_batch):
                     state.log.add(updates.of_discriminators(turn, *read_batch(number)))
             fresh = read_batch(first_batch + len(ROUND) + position)
             state.log.add(updates.of_encoder_generator(*fresh))

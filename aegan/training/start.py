@@ -134,7 +134,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], Files]:
             "classes": state.get("classes", []),
             **{key: state[key] for key in ("image_size", "image_channels")},
         }
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{folder / checkpoint.STATE} does not describe a model") from None
     file = folder / checkpoint.TENSORS
     return description, {"model": (file, "model."), "ema": (file, "ema.")}

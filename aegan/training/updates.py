@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import repeat
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from aegan.networks import AEGAN
 from aegan.training import distributed
 from aegan.training.state import TrainingState
 
-ROUND: tuple[Turn, ...] = ("real", "hat", "real", "tilde")  # of the author's rule
+ROUND: tuple[Turn, ...] = ("real", "hat", "real", "tilde")  # of the author's rule, with both fakes
 
 OVERFITTING = "image_overfitting"  # a term, of D_x
 
@@ -61,6 +62,9 @@ class Updates:
         packing = config.loss.packing  # a pack is not parted
         part = micro_batch_size or config.training.batch_size
         self.micro_batch_size = max(part // packing, 1) * packing
+        largest_share = ceil(config.training.batch_size / packing / world_size) * packing
+        # All ranks go the same way, whose shares may differ by one: their collectives must match.
+        self.keeps_fakes = largest_share <= self.micro_batch_size
         self.autocast = partial(autocast, config.training.precision, device)
         self.encoder_generator = distributed.wrap(
             EncoderGenerator(self.model, self.objective), device
@@ -68,11 +72,13 @@ class Updates:
         self.augmentation = state.augmentation
         self.plain_discriminators = Discriminators(self.model, self.augmentation)
         self.discriminators = distributed.wrap(self.plain_discriminators, device)
+        # An arm with one kind of fake sees real samples no more often than that.
+        self.round = ROUND if self._has("tilde") else ROUND[:2]
 
     def on_one_batch(self, x: Tensor, z: Tensor, draws: Tensor | None = None) -> Terms:
         """The shared rule: all networks on one batch, whose fakes are computed once."""
         fakes = None
-        if len(x) <= self.micro_batch_size:  # else they would not fit: computed for each update
+        if self.keeps_fakes:  # else they would not fit: computed for each update
             with self.autocast():
                 fakes = self.encoder_generator(x, z)
 

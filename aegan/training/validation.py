@@ -61,10 +61,10 @@ class Judge:
 
     def scores_of(self, model: AEGAN, samples: Tensor) -> dict[str, float]:
         """The same, given the features [N, D] of its samples."""
-        scores = {
-            "validation_frechet_distance": frechet_distance(self.real_features, samples),
-            "validation_kernel_distance": kernel_distance(self.real_features, samples),
-        }
+        scores = {"validation_frechet_distance": frechet_distance(self.real_features, samples)}
+        if len(samples) > 1:  # its unbiased form compares pairs
+            distance = kernel_distance(self.real_features, samples)
+            scores["validation_kernel_distance"] = distance
         if model.encoder is not None:
             difference = reconstruct(model, self.images).float() - self.images.float()
             scores["validation_image_reconstruction"] = float(difference.abs().mean() / 127.5)

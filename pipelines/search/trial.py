@@ -231,7 +231,7 @@ def judge(task: Task, config: TrainConfig, split: Split) -> Scores:
     )
     uncovered = 1 - neighbourhood["coverage"]
     found = {**scores_in(judging.scores_of(model, samples)), "uncovered": uncovered}
-    return {name: found[name] for name in measured(config)}
+    return {name: found[name] for name in measured(config) if name in found}
 
 
 def scores_in(row: Mapping[str, float]) -> Scores:

@@ -70,6 +70,11 @@ def test_a_fit_of_a_given_number_of_components_has_scikit_learns_likelihood(monk
     np.testing.assert_allclose(fit(z, seed=0).log_likelihood(z), expected, rtol=1e-3)
 
 
+def test_any_seed_of_a_training_fits():
+    z = clusters(60)
+    assert torch.equal(fit(z, seed=2**63 - 1).means, fit(z, seed=2**32 - 1).means)
+
+
 def test_the_likelihood_of_many_latents_is_that_of_each(monkeypatch):
     z = torch.randn(50, 2, generator=generator())
     whole = mixture().log_likelihood(z)

@@ -205,6 +205,29 @@ def test_a_damaged_checkpoint_is_no_source(shards, tmp_path, trained):
         start.read(copy, tiny_config(), read_manifest(shards))
 
 
+@pytest.mark.fault("damaged files")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": None}, "is damaged"),
+        ({"config": [1]}, "does not describe a model"),
+        ({"config": {"model": "demo"}}, "does not describe a model"),
+        ({"config": {"model": ["demo"]}}, "does not describe a model"),
+    ],
+)
+def test_a_state_that_anybody_wrote_is_refused_in_one_line(
+    shards, tmp_path, trained, change, message
+):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    state = json.loads((copy / checkpoint.STATE).read_text()) | change
+    state = {key: value for key, value in state.items() if value is not None}
+    state["state_sha256"] = checkpoint._sha256_of_state(state)
+    (copy / checkpoint.STATE).write_text(json.dumps(state))
+    with pytest.raises((ConfigError, CheckpointError), match=message) as error:
+        start.read(copy, tiny_config(), read_manifest(shards))
+    assert "\n" not in str(error.value)
+
+
 def test_extra_tensors_of_a_source_are_never_read(shards, tmp_path, model):
     manifest, config = read_manifest(shards), tiny_config()
     copy = shutil.copytree(model, tmp_path / "copy")

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,6 +145,19 @@ def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_
     assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
 
 
+def test_one_validation_image_is_enough_to_train_and_publish_by(tmp_path):
+    """As of ten images in all, of which one may be left for validation."""
+    shards = write_shards(tmp_path / "shards", {"train": blocks(8), "validation": blocks(1)})
+    assert run(tiny_config(), shards, tmp_path / "run").finished
+    training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": True, "seed": 0}
+    facts = {"params": {"training": training}, "dataset_sha256": "0"}
+    (tmp_path / "run/run.json").write_text(json.dumps(facts))
+    publish(RunFolder(tmp_path / "run"), tmp_path / "published", shards=shards)
+    scores = json.loads((tmp_path / "published/metrics.json").read_text())
+    assert math.isfinite(scores["validation_frechet_distance"])
+    assert "validation_kernel_distance" not in scores
+
+
 def test_the_authors_update_rule_resumes_exactly_within_a_round(shards, tmp_path):
     config = tiny_config(update_rule="reference")
     run(config, shards, tmp_path / "whole")
@@ -184,14 +198,19 @@ def test_an_augmentation_with_one_probability_adds_nothing_to_checkpoint_and_log
     assert columns == [row.keys() for row in log_at(tmp_path / "off", 8)]
 
 
-def test_in_the_authors_rule_a_round_trains_the_discriminators_four_times_then_rests(
-    shards, tmp_path
+@pytest.mark.parametrize(("arm", "turns"), [("aegan", 4), ("egan", 4), ("gan", 2), ("aae", 2)])
+def test_in_the_authors_rule_a_round_shows_as_many_real_samples_as_fakes_then_rests(
+    shards, tmp_path, arm, turns
 ):
     config = tiny_config(
-        update_rule="reference", num_steps=4, checkpoint_interval_steps=1, checkpoints_kept=9
+        arm=arm,
+        update_rule="reference",
+        num_steps=4,
+        checkpoint_interval_steps=1,
+        checkpoints_kept=9,
     )
     run(config, shards, tmp_path)
-    prefix = "model.image_discriminator."
+    prefix = f"model.{'latent' if arm == 'aae' else 'image'}_discriminator."
     weights = [
         {name: t for name, t in tensors_at(tmp_path, step).items() if name.startswith(prefix)}
         for step in range(5)
@@ -202,7 +221,7 @@ def test_in_the_authors_rule_a_round_trains_the_discriminators_four_times_then_r
     ]
     assert changed == [True, False, False, False]
     updates = tensors_at(tmp_path, 4)["optimizer.discriminators.0.step"]
-    assert updates.item() == 4
+    assert updates.item() == turns
 
 
 @pytest.mark.fault("killed processes")
@@ -618,7 +637,7 @@ def test_clipping_bounds_the_norm_of_each_variable_and_leaves_small_gradients_al
     torch.testing.assert_close(small.detach(), torch.tensor([-0.3, -0.4]))
 
 
-def _worker(rank, world_size, config, shards, folder, rendezvous, spoilt_rank):
+def _worker(rank, world_size, config, shards, folder, rendezvous, spoilt_rank, micro_batch_size):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
@@ -637,18 +656,30 @@ def _worker(rank, world_size, config, shards, folder, rendezvous, spoilt_rank):
         updates.encoder_generator_loss = poisoned(original, when=lambda: next(calls) == 2)
     run_folder = folder if rank == 0 else folder / "elsewhere"  # only rank 0 reads and writes it
     train(
-        config, shards=shards, run_folder=run_folder, device=CPU, rank=rank, world_size=world_size
+        config,
+        shards=shards,
+        run_folder=run_folder,
+        device=CPU,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
     )
     states[0].save(folder / f"rank-{rank}" / "checkpoints")
     dist.destroy_process_group()
 
 
 def train_on(
-    world_size: int, config: TrainConfig, shards: Path, folder: Path, *, spoilt_rank: int = -1
+    world_size: int,
+    config: TrainConfig,
+    shards: Path,
+    folder: Path,
+    *,
+    spoilt_rank: int = -1,
+    micro_batch_size: int = 0,
 ) -> None:
     folder.mkdir(exist_ok=True)
     arguments = (world_size, config, shards, folder, folder / "rendezvous", spoilt_rank)
-    on_ranks(_worker, *arguments, world_size=world_size)
+    on_ranks(_worker, *arguments, micro_batch_size, world_size=world_size)
 
 
 RISING = Schedule(schedule="linear", start=0.2, end=0.9, images=24)
@@ -702,6 +733,18 @@ def test_workers_give_the_weights_of_one_up_to_the_order_of_summation(
     for name in one:
         torch.testing.assert_close(ranks[0][name], one[name], rtol=1e-3, atol=2e-5, msg=name)
     assert any(not torch.equal(start[name], one[name]) for name in one)
+
+
+def test_shares_on_both_sides_of_the_micro_batch_size_give_the_weights_of_one_worker(
+    shards, tmp_path
+):
+    config = tiny_config(num_steps=3, batch_size=5, loss={"gamma": 0.5})
+    run(config, shards, tmp_path / "one")
+    train_on(2, config, shards, tmp_path / "two", micro_batch_size=2)  # shares of 2 and 3
+    ranks = [tensors_at(tmp_path / "two" / f"rank-{rank}", 3) for rank in range(2)]
+    assert_same(*ranks)
+    for name, tensor in tensors_at(tmp_path / "one", 3).items():
+        torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_sends_all_of_them_back(shards, tmp_path):
