@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aegan.pixels import to_float
+from aegan.pixels import to_intensities
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
 WINDOW = 11  # pixels
@@ -27,8 +27,8 @@ def ms_ssim(images: Tensor, *, seed: int) -> float:
         left.split(BATCH_SIZE), right.split(BATCH_SIZE), strict=True
     ):
         similarity = multiscale_structural_similarity_index_measure(
-            to_float(left_batch), to_float(right_batch),
-            data_range=2.0, kernel_size=WINDOW, betas=betas,
+            to_intensities(left_batch), to_intensities(right_batch),
+            data_range=255.0, kernel_size=WINDOW, betas=betas,
         )  # fmt: skip
         total += float(similarity) * len(left_batch)
     return total / len(left)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aegan.pixels import to_float
+from aegan.pixels import to_float, to_intensities
 
 BATCH_SIZE = 128
 MAX_PSNR = 20 * math.log10(510)  # decibels: what half a gray level everywhere gives
@@ -31,8 +31,11 @@ def reconstruction_errors(images: Tensor, reconstructions: Tensor) -> dict[str, 
         psnr = peak_signal_noise_ratio(x_tilde, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
         ssim = cast(
             Tensor,  # its type leaves room for the optional outputs
-            structural_similarity_index_measure(x_tilde, x, data_range=2.0, reduction="none"),
-        )
+            structural_similarity_index_measure(
+                to_intensities(reconstructions_batch), to_intensities(images_batch),
+                data_range=255.0, reduction="none",
+            ),
+        )  # fmt: skip
         mae = (x - x_tilde).abs().mean(dim=(1, 2, 3))
         errors.append(torch.stack([mae, psnr.clamp_max(MAX_PSNR), ssim]))
     return dict(zip(["mae", "psnr", "ssim"], torch.cat(errors, dim=1), strict=True))

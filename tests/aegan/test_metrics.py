@@ -260,6 +260,14 @@ def test_ms_ssim_of_copies_is_1_and_falls_with_variety(image_size: int) -> None:
     assert ms_ssim(varied, seed=0) < 0.5
 
 
+def test_gray_levels_a_little_apart_are_similar_also_about_the_middle() -> None:
+    """SSIM compares intensities: on pixels about 0 its term of luminance would change its sign."""
+    levels = torch.tensor([131, 124], dtype=torch.uint8)
+    images = levels[:, None, None, None].expand(2, 32, 32, 3)
+    assert ms_ssim(images, seed=0) > 0.99
+    assert reconstruction_errors(images[:1], images[1:])["ssim"].item() > 0.99
+
+
 # -- reconstruction and latents -------------------------------------------------------------------
 
 

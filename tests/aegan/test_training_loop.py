@@ -518,10 +518,14 @@ def test_a_loss_that_stays_non_finite_ends_the_run_after_the_permitted_rollbacks
     assert checkpoint.steps(tmp_path / "checkpoints") == [0]  # nothing broken was kept
 
 
-def test_a_collapse_ends_the_run_where_that_is_asked_for_and_a_resume_of_it_too(tmp_path):
-    """A discriminator that never learns is cheated by one picture, whatever the latent."""
+@pytest.fixture
+def faces(tmp_path):
     images = designed_faces.generate(0, 60, seed=0, image_size=16)[0]
-    shards = write_shards(tmp_path / "shards", {"train": images[:40], "validation": images[40:]})
+    return write_shards(tmp_path / "shards", {"train": images[:40], "validation": images[40:]})
+
+
+def test_a_collapse_ends_the_run_where_that_is_asked_for_and_a_resume_of_it_too(faces, tmp_path):
+    """A discriminator that never learns is cheated by one picture, whatever the latent."""
     config = tiny_config(
         arm="gan",
         learning_rate=2e-2,
@@ -532,21 +536,21 @@ def test_a_collapse_ends_the_run_where_that_is_asked_for_and_a_resume_of_it_too(
         stop_on_collapse=True,
     )
     with pytest.raises(CollapsedError, match=r"has collapsed: at step .*only \d+%, \d+%, \d+% "):
-        run(config, shards, tmp_path / "run")
+        run(config, faces, tmp_path / "run")
     ended = checkpoint.steps(tmp_path / "run/checkpoints")[-1]
     assert 30 <= ended < 200
     with pytest.raises(CollapsedError):
-        run(config, shards, tmp_path / "run")
+        run(config, faces, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run/checkpoints")[-1] == ended + 10
     allowed = replace(config.training, num_steps=ended + 20, stop_on_collapse=False)
-    assert run(replace(config, training=allowed), shards, tmp_path / "run").finished
+    assert run(replace(config, training=allowed), faces, tmp_path / "run").finished
 
 
-def test_looking_for_a_collapse_changes_no_weight_of_a_sound_run(shards, tmp_path):
+def test_looking_for_a_collapse_changes_no_weight_of_a_sound_run(faces, tmp_path):
     options = {"num_steps": 20, "checkpoint_interval_steps": 4, "sample_interval_steps": 20}
     for looks in (False, True):
         config = tiny_config(**options, stop_on_collapse=looks)
-        assert run(config, shards, tmp_path / str(looks)).finished
+        assert run(config, faces, tmp_path / str(looks)).finished
     assert_same(tensors_at(tmp_path / "True", 20), tensors_at(tmp_path / "False", 20))
     looked = [
         row["sample_variety"] for row in log_at(tmp_path / "True", 20) if row["step"] % 4 == 0
