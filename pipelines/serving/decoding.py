@@ -55,11 +55,20 @@ class Decoder:
         """Each file's name with its image, or why there is none; raises UserError."""
         waiting: deque[tuple[list[RawFile], Future[list[np.ndarray | str]]]] = deque()
         for group in _groups(files):
-            waiting.append((group, self._pool.submit(_decode, self._form, group)))
+            waiting.append((group, self._submit(group)))
             if len(waiting) > 2 * self._processes:
                 yield from self._first(waiting)
         while waiting:
             yield from self._first(waiting)
+
+    def _submit(self, group: list[RawFile]) -> Future[list[np.ndarray | str]]:
+        """A group's images to be; what says so if a process has died already, too."""
+        try:
+            return self._pool.submit(_decode, self._form, group)
+        except BrokenProcessPool as error:
+            broken: Future[list[np.ndarray | str]] = Future()
+            broken.set_exception(error)
+            return broken
 
     def _first(
         self, waiting: deque[tuple[list[RawFile], Future[list[np.ndarray | str]]]]
@@ -72,7 +81,7 @@ class Decoder:
             self._pool.shutdown()
             found = [self._alone(file) for file in group]
             self._pool = _pool(self._processes)
-            again = [(left, self._pool.submit(_decode, self._form, left)) for left, _ in waiting]
+            again = [(left, self._submit(left)) for left, _ in waiting]
             waiting.clear()
             waiting.extend(again)
         yield from zip([file.source for file in group], found, strict=True)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from PIL import Image
 import aegan
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
-from pipelines.serving import batch, served
+from pipelines.ingest.entries import RawFile
+from pipelines.serving import batch, decoding, served
 from tests.disks import largest_file
 from tests.faulty_decoder import FAULTY_DECODER
 from tests.s3 import s3_server
@@ -194,6 +196,27 @@ def test_a_file_that_crashes_the_decoder_is_left_out_by_name(
     found = rows(tmp_path / "out")
     assert found["2.png"] == "cannot be decoded: the decoder crashes"
     assert [len(found[f"{number}.png"]) for number in (0, 1, 3)] == [8, 8, 8]
+
+
+@pytest.mark.fault("files")
+def test_files_that_come_after_a_decoder_s_crash_are_decoded(
+    loaded: served.Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULTY_DECODER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(decoding, "GROUP_FILES", 1)
+
+    def files() -> Iterator[RawFile]:
+        yield RawFile("bad.png", png(0, (19, 17)))
+        while multiprocessing.active_children():  # until the crash has ended the process
+            time.sleep(0.01)
+        time.sleep(0.2)  # and the pool has seen it
+        yield from (RawFile(f"{number}.png", png(number)) for number in range(2))
+
+    with decoding.Decoder(loaded.model.form, processes=1) as decoder:
+        found = dict(decoder.decode(files()))
+    assert found.pop("bad.png") == decoding.CRASHED
+    assert [image.shape for image in found.values()] == [(16, 16, 3)] * 2  # type: ignore[union-attr]
 
 
 def test_a_source_without_files_leaves_the_place_free_for_another(
