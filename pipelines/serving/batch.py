@@ -50,6 +50,7 @@ from pipelines.ingest.shards import write_parquet
 from pipelines.ingest.sources import list_bucket, read_archive, read_folder
 from pipelines.registry import tracking
 from pipelines.serving.decoding import Decoded, Decoder, decode_on_cluster
+from pipelines.serving.pictures import check_not_over
 from pipelines.serving.served import Served, check_encoder, load
 
 PART_BATCHES = 16  # of BATCH_SIZE files: what a run that is cut off does again, at most
@@ -78,6 +79,8 @@ def main(operation: Operation, source: str, out: str, model: str) -> dict[str, A
     is_one = path.is_file() and not is_many(path)
     if not out and not (is_one and operation == "encode"):
         raise UserError("--out is missing: name a folder for the results")
+    if is_one and out:
+        check_not_over(Path(out), [path])
     served = load(model or tracking.default_model())
     check_encoder(served.model, called=served.about["model"])
     if not is_one or not (out == "" or out.lower().endswith(".png")):
@@ -103,6 +106,7 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> dict[st
     Raises UserError.
     """
     check_encoder(served.model, called=served.about["model"])
+    _check_outside(out, source)
     started = time.monotonic()
     with clear_disk_errors(out), TemporaryDirectory() as downloads:
         entries = _open(source, Path(downloads))
@@ -121,6 +125,17 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> dict[st
         log.info("%s, see %s", summary(kinds, count + len(done)), out / "quarantine.csv")
     files = {"files": count, "done_before": len(done), "skipped": kinds.total()}
     return {"source": source, "out": str(out), "model": served.about["model"], **files}
+
+
+def _check_outside(out: Path, source: str) -> None:
+    """UserError if the results would lie in the source: the next call would read them, too."""
+    folder = Path(source).expanduser()
+    is_folder = not storage.is_s3(source) and folder.is_dir()
+    if is_folder and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--out {out} lies in the source, {shown(source)}, whose next call would take the "
+            "results for images: name a folder outside it"
+        )
 
 
 def _work(

@@ -199,13 +199,18 @@ def _writing(
     if out.suffix.lower() not in suffixes:
         expected = " or ".join(filter(None, suffixes))
         raise UserError(f"--out is {out}; expected a name that ends in {expected}")
-    if out.exists() and any(path.exists() and out.samefile(path) for path in not_over):
-        raise UserError(f"--out is {out}, one of the pictures given: choose another name")
+    check_not_over(out, not_over)
     try:
         with clear_disk_errors(out):
             yield
     except (ValueError, OSError) as error:  # arguments, pictures, names: docs/library.md
         raise UserError(str(error)) from error
+
+
+def check_not_over(out: Path, pictures: Sequence[Path]) -> None:
+    """UserError if what is to be written is one of the user's pictures, by whatever name."""
+    if out.exists() and any(path.exists() and out.samefile(path) for path in pictures):
+        raise UserError(f"--out is {out}, one of the pictures given: choose another name")
 
 
 def _tiles(images: np.ndarray, *, columns: int) -> np.ndarray:

@@ -280,6 +280,27 @@ def test_one_image_is_answered_in_the_terminal_or_as_one_picture(
     assert Image.open(tmp_path / "again.png").size == (16, 16)
 
 
+def test_the_user_s_own_picture_is_never_overwritten(model: Path, tmp_path: Path) -> None:
+    photo, other = tmp_path / "photo.png", tmp_path / "other.png"
+    photo.write_bytes(png(1))
+    other.symlink_to(photo)
+    for out in (photo, other):
+        with pytest.raises(UserError, match=r"one of the pictures given: choose another name"):
+            batch.main("reconstruct", str(photo), str(out), str(model))
+    assert photo.read_bytes() == png(1)
+
+
+def test_results_within_the_source_are_refused(
+    loaded: served.Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photo.png").write_bytes(png(1))
+    monkeypatch.chdir(tmp_path)
+    for out in ("redrawn", ".", str(tmp_path / "below/redrawn")):
+        with pytest.raises(UserError, match=r"lies in the source, \., .*name a folder outside it"):
+            batch.run("reconstruct", ".", Path(out), loaded)
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
