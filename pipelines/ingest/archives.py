@@ -24,6 +24,7 @@ from pipelines.ingest.entries import (
     is_container_name,
     refusal,
 )
+from pipelines.ingest.zip_members import open_member
 
 MAX_HEADER_BYTES = 64 * 1024  # of one tar entry: its long name and attributes
 MAX_LABEL_BYTES = 1000
@@ -64,9 +65,9 @@ def read_zip(file: BinaryIO, allowance: Allowance) -> Members:
                 continue
             allowance.spend(entry.file_size)
             try:
-                with archive.open(entry) as stream:
+                with open_member(archive, entry) as stream:
                     if is_container_name(name):
-                        yield Packed(name, cast(BinaryIO, stream), allowance)
+                        yield Packed(name, stream, allowance)
                         continue
                     content = stream.read()
             except DAMAGE as error:

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from pipelines.ingest.entries import (
     Skipped,
     refusal,
 )
+from pipelines.ingest.zip_members import open_member
 
 CHANNELS = (1, 3, 4)
 AT_ONCE_BYTES = 4 * 1024**2
@@ -77,7 +79,7 @@ def read_npz(file: BinaryIO, name: str, allowance: Allowance) -> Iterator[Read]:
                 allowance.spend(entry.file_size)
                 labels = _read_labels(archive, arrays[label_key], name) if label_key else None
                 for file_ in _read_images(
-                    lambda entry=entry: archive.open(entry),  # type: ignore[misc]
+                    partial(open_member, archive, entry),
                     f"{name}, array {shown(key)},",
                     f"{stem}-{key}",
                     labels=labels,
@@ -109,7 +111,7 @@ def _read_labels(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) ->
     _check_bomb(entry, name)
     if entry.file_size > MAX_LABELS_BYTES:
         return None
-    with archive.open(entry) as stream:
+    with open_member(archive, entry) as stream:
         array = _read_header(stream, entry.filename)
         if math.prod(array.shape) != array.shape[0] or array.dtype.kind not in "iubU":
             return None

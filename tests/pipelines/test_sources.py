@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tracemalloc
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -418,6 +420,40 @@ def test_a_zip_that_lies_about_sizes_does_not_get_more_than_it_says(tmp_path):
     content[central + 24 : central + 28] = struct.pack("<I", 10)
     file.write_bytes(content)
     assert read(file)["a.png"].startswith("damaged in the archive")
+
+
+@pytest.mark.fault("damaged files")
+@pytest.mark.parametrize("name", ["a.png", "a.npy", "a.zip"])  # a file, an array, an archive
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_lies_about_sizes_takes_little_memory(tmp_path, method, name):
+    with zipfile.ZipFile(tmp_path / "lies.zip", "w", method) as archive:
+        archive.writestr(name, bytes(32 * 1024**2))
+    content = bytearray((tmp_path / "lies.zip").read_bytes())
+    central = content.index(b"PK\x01\x02")
+    content[central + 24 : central + 28] = struct.pack("<I", 1000)
+    if method == zipfile.ZIP_LZMA:  # its header asks for a large dictionary
+        header = content.index(name.encode()) + len(name)
+        content[header + 5 : header + 9] = struct.pack("<I", 2**30)
+    (tmp_path / "lies.zip").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with suppress(UserError):
+            assert "damaged" in read(tmp_path / "lies.zip")[name]
+        assert tracemalloc.get_traced_memory()[1] < 6 * 1024**2
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA],
+)
+def test_the_files_of_a_zip_are_read_however_they_are_packed(tmp_path, method):
+    contents = {"a.png": os.urandom(1024**2 + 7), "b.png": bytes(10**6), "empty.png": b""}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    assert read(tmp_path / "a.zip") == contents
 
 
 @pytest.mark.fault("damaged files")
