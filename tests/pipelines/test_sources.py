@@ -456,6 +456,23 @@ def test_the_files_of_a_zip_are_read_however_they_are_packed(tmp_path, method):
     assert read(tmp_path / "a.zip") == contents
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_zip_of_more_files_than_its_end_can_count_is_read(tmp_path, more):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", b"a")
+        archive.mkdir("folder")
+        archive.filelist += archive.filelist[1:] * (2**16 + 2)
+    content = (tmp_path / "a.zip").read_bytes()
+    end = bytearray(content[-22:])
+    end[8:12] = struct.pack("<HH", 4 + more, 4 + more)  # as without zip64: modulo 2**16
+    (tmp_path / "a.zip").write_bytes(content[: -22 - 20 - 56] + end)
+    if more:  # an entry that is hidden
+        with pytest.raises(UserError, match="65540 of 5 entries found"):
+            read(tmp_path / "a.zip")
+    else:
+        assert read(tmp_path / "a.zip") == {"a.png": b"a"}
+
+
 @pytest.mark.fault("damaged files")
 def test_an_encrypted_or_damaged_zip_entry_is_listed_and_the_rest_read(tmp_path):
     file = make_zip(tmp_path / "a.zip", {"a.png": b"a" * 99, "b.png": b"b" * 99, "c.png": b"c"})
