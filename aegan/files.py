@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+LONGEST_NAME = 64  # bytes
+
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
     """A file to write, which replaces `file` once all went well and else disappears."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another process has another one
+    temporary = _aside(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -28,6 +30,16 @@ def new_file(file: Path) -> Iterator[Path]:
         flush(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _aside(file: Path) -> Path:
+    """Beside a file, `.NAME.<pid>.tmp`: another process has another one.
+
+    A long name is not made longer, for which a file system has no room.
+    """
+    raw = os.fsencode(file.name)
+    name = file.name if len(raw) <= LONGEST_NAME else hashlib.sha256(raw).hexdigest()
+    return file.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -9,6 +9,7 @@ parts, written aside and renamed: a second call does the files that no part has 
     OUT/quarantine.csv                the files with a reason, of all parts
 """
 
+import errno
 import logging
 import os
 import time
@@ -54,6 +55,7 @@ from pipelines.serving.pictures import check_not_over
 from pipelines.serving.served import Served, check_encoder, load
 
 PART_BATCHES = 16  # of BATCH_SIZE files: what a run that is cut off does again, at most
+NO_NAME = "name: no file in a folder can be called so"
 EXPECTED = "a folder, an image, a .zip, .tar, .parquet, .npy or .npz file, or s3://bucket/prefix"
 
 Operation = Literal["encode", "reconstruct"]
@@ -208,7 +210,11 @@ def _draw(image: torch.Tensor, name: str, pictures: Path) -> str:
     try:
         save_png(image, outside.path_inside(pictures, f"{name}.png", origin="the source"))
     except (outside.UntrustedError, FileExistsError, NotADirectoryError):
-        return "name: no file in a folder can be called so"
+        return NO_NAME
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # some disks allow less than others
+            raise
+        return NO_NAME
     return ""
 
 

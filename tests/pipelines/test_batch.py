@@ -127,6 +127,20 @@ def test_names_in_an_archive_never_lead_out_of_the_folder(
     assert not Path("/absolute.png.png").exists()
 
 
+def test_a_picture_of_a_long_name_is_drawn_and_one_of_too_long_a_name_listed(
+    loaded: served.Served, tmp_path: Path
+) -> None:
+    names = [letter + "é" * 123 + ending for letter, ending in (("a", ".png"), ("b", ".jpeg"))]
+    path = f"{'deep/' * 900}c.png"  # longer than the system allows
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for name in (*names, path):  # names of 251 and 252 bytes
+            archive.writestr(name, png(1))
+    batch.run("reconstruct", str(tmp_path / "faces.zip"), tmp_path / "out", loaded)
+    found = rows(tmp_path / "out")
+    assert [len(found[names[0]]), found[names[1]], found[path]] == [8, batch.NO_NAME, batch.NO_NAME]
+    assert [file.name for file in (tmp_path / "out/pictures").glob("*.*")] == [f"{names[0]}.png"]
+
+
 def test_the_same_call_again_does_the_rest(
     pictures: Path, loaded: served.Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,15 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_files_of_the_longest_names_are_written_side_by_side(tmp_path):
+    files = [tmp_path / (letter + "é" * 127) for letter in "ab"]  # 255 bytes each
+    with new_file(files[0]) as first, new_file(files[1]) as second:
+        first.write_text("a")
+        second.write_text("b")
+    assert sorted(tmp_path.iterdir()) == files
+    assert [file.read_text() for file in files] == ["a", "b"]
+
+
 def test_a_number_that_json_cannot_hold_changes_no_file(tmp_path):
     write_json(tmp_path / "figure.json", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
