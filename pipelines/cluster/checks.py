@@ -21,6 +21,7 @@ GIB = 2**30
 LEAST_DISK, ENOUGH_DISK = GIB // 10, 5 * GIB  # for a few checkpoints; for data and cache too
 LEAST_MEMORY, ENOUGH_MEMORY = 1 * GIB, 2.5 * GIB  # the demo takes 2.2
 ENOUGH_SHARED_MEMORY = session.LOCAL_OBJECT_STORE_BYTES * 3 // 2
+WRITTEN = (Path("artifacts"), Path("runs"))  # perhaps links to a larger disk
 CGROUPS = Path("/sys/fs/cgroup")
 NO_LIMIT = 2**60  # version 1 of control groups says so with a number near 2**63
 
@@ -55,7 +56,7 @@ def require(finding: Finding) -> None:
 def of_this_machine() -> Iterator[Finding]:
     """What a run here needs, whichever cluster trains; for a private Ray its own needs too."""
     yield memory()
-    yield disk(Path.cwd())
+    yield disk(*WRITTEN)
     if not os.environ.get("RAY_ADDRESS"):
         yield attempt("Ray's folder", session.private_place, "set RAY_TMPDIR")
         yield shared_memory()
@@ -133,18 +134,26 @@ def _read(folder: Path, *names: str) -> int | None:
     return None
 
 
-def disk(folder: Path) -> Finding:
-    """The space where a run writes."""
-    free = shutil.disk_usage(folder).free
-    found = f"{_gib(free)} free in {folder}"
+def disk(*folders: Path) -> Finding:
+    """The space where a run writes: of its folders, that with the least."""
+    places = {_existing(folder): None for folder in folders}
+    for place in places:
+        if not os.access(place, os.W_OK | os.X_OK):
+            return Finding("fail", "disk", f"not allowed to write {place}", "check owner and mode")
+    free, place = min((shutil.disk_usage(place).free, place) for place in places)
+    found = f"{_gib(free)} free in {place}"
     cure = "free some, or link its folders artifacts/ and runs/ to a larger disk (make clean)"
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return Finding("fail", "disk", f"not allowed to write {folder}", "check owner and mode")
     if free < LEAST_DISK:
         return Finding("fail", "disk", found, cure)
     return (
         Finding("warn", "disk", found, cure) if free < ENOUGH_DISK else Finding("ok", "disk", found)
     )
+
+
+def _existing(folder: Path) -> Path:
+    """Where a folder lies or will lie, links followed."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK))
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:

@@ -87,6 +87,19 @@ def test_a_training_on_a_full_disk_does_not_begin(tmp_path, monkeypatch):
             checks.before_training()
 
 
+def test_a_small_disk_is_enough_if_what_runs_write_is_linked_to_a_larger_one(tmp_path, monkeypatch):
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    with small_disk(tmp_path / "disk", kilobytes=64):
+        monkeypatch.chdir(tmp_path / "disk")
+        for folder in ("artifacts", "runs"):
+            assert checks.disk(*checks.WRITTEN).found.endswith(f"free in {tmp_path}/disk")
+            Path(folder).symlink_to(larger)
+        assert checks.disk(*checks.WRITTEN).found.endswith(f"free in {larger}")
+        assert checks.disk(*checks.WRITTEN).status != "fail"
+        monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.fault("disk full")
 def test_a_small_shared_memory_is_a_warning_with_its_cure(tmp_path):
     with small_disk(tmp_path / "shm", kilobytes=64):
