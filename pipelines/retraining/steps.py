@@ -52,10 +52,11 @@ class Retraining:
         """The champion's images, if they are on this machine."""
         return preprocessed(self.work.folder.with_name(BEFORE))
 
-    def prepare(self, start: str = "") -> None:
+    def prepare(self, start: str = "", *, anew: bool = False) -> None:
         """The worktree at the commit, set to begin with these weights; the gate is ours.
 
-        What is near to the reference is not trained on, wherever its images are by now.
+        What is near to the reference is not trained on, wherever its images are by now. Unless
+        anew, what the steps before have left in dvc.lock stays.
         """
         training: dict[str, Any] = {"stop_on_collapse": True}
         if start:
@@ -67,12 +68,13 @@ class Retraining:
                 "preprocess": {"keep_out": reference.path_of_current()},
                 "training": training,
             },
+            anew=anew,
         )
 
 
 def fetch(retraining: Retraining) -> dict[str, Any]:
     """Read the source again."""
-    retraining.prepare()
+    retraining.prepare(anew=True)
     _keep_images_of_champion(retraining)
     retraining.work.dvc(
         "repro", "--force", "--single-item", "download", deadline=retraining.deadline

@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.base.files import project_folder
-from pipelines.jobs.job import run_dvc
+from pipelines.jobs.job import DVC_LOCK, run_dvc
 from pipelines.jobs.with_parent import END_SECONDS
 from pipelines.retraining.ledger import FOLDER
 
@@ -40,7 +40,7 @@ def last_commit() -> str:
     changed = [
         line[3:]
         for line in _git("status", "--porcelain", "--untracked-files=no").split("\n")
-        if line and line[3:] != "dvc.lock"
+        if line and line[3:] != str(DVC_LOCK)
     ]
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -58,12 +58,24 @@ class Workplace:
         self.project = project_folder()
         self.folder = self.project / WORK
 
-    def prepare(self, commit: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Its files as of a commit, with other values of some parameters, by section."""
+    def prepare(
+        self, commit: str, settings: Mapping[str, Mapping[str, Any]], *, anew: bool = True
+    ) -> None:
+        """Its files as of a commit, with other values of some parameters, by section.
+
+        Unless anew, dvc.lock stays what the steps before have left: with an older one DVC would put
+        the images that it names in the place of those that were fetched.
+        """
         if not (self.folder / ".git").exists():
             _git("worktree", "prune")
             _git("worktree", "add", "--quiet", "--force", "--detach", str(self.folder), commit)
-        _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
+        if anew:
+            _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
+        else:  # git never writes dvc.lock here, so that nothing is lost if we are killed
+            _git("checkout", "--quiet", "--detach", folder=self.folder)
+            _git("reset", "--quiet", "--soft", commit, folder=self.folder)
+            but_lock = ("--staged", "--worktree", "--", ".", f":(exclude){DVC_LOCK}")
+            _git("restore", "--quiet", f"--source={commit}", *but_lock, folder=self.folder)
         params.change(settings, self.folder / params.PARAMS_FILE, said_by="aegan retrain")
         config = _dvc_config(self.project)
         with (self.folder / ".dvc/config.local").open("w", encoding="utf-8") as file:
@@ -114,7 +126,7 @@ class Workplace:
         branch, tag = f"retrain/{name}", f"retrained/{name}"
         if _git("tag", "--list", tag):
             return _git("rev-parse", f"{tag}^{{commit}}")
-        _git("add", "--force", "dvc.lock", str(params.PARAMS_FILE), folder=self.folder)
+        _git("add", "--force", str(DVC_LOCK), str(params.PARAMS_FILE), folder=self.folder)
         if _git("diff", "--cached", "--name-only", folder=self.folder):
             _git("commit", "--quiet", "--no-verify", "--message", message, folder=self.folder)
         _git("branch", "--force", branch, "HEAD", folder=self.folder)

@@ -27,7 +27,7 @@ from pipelines.bucket import storage
 from pipelines.project import old_versions
 from pipelines.registry import mlflow_store
 from pipelines.retraining import lease, messages, steps, workplace
-from pipelines.retraining.ledger import Bucket, Folder, Ledger, Place, Step, new_entry
+from pipelines.retraining.ledger import Bucket, Entry, Folder, Ledger, Place, Step, new_entry
 from pipelines.retraining.look import files_seen, look
 from tests.compose import wait_until
 from tests.s3 import s3_server
@@ -495,25 +495,88 @@ def test_after_kill_9_what_dvc_runs_is_told_to_end_and_does(project: Path) -> No
     assert (work / "saved").exists()
 
 
+def retraining_of(entry: Entry) -> steps.Retraining:
+    """One of the project that is the working folder, at its last commit."""
+    return steps.Retraining(
+        entry=entry,
+        commit=workplace.last_commit(),
+        config=params.load(RetrainConfig),
+        registry=params.load(RegisterConfig),
+        work=workplace.Workplace(),
+        lease=lease.Lease(),
+        deadline=float("inf"),
+    )
+
+
+# Stages that count the files in the source, and write as many facts as the steps read.
+COUNTS = (
+    "import json, os, sys\n"
+    "stage, raw, shards = sys.argv[1], 'artifacts/raw', 'artifacts/shards'\n"
+    "out = raw if stage == 'download' else shards\n"
+    "os.makedirs(out, exist_ok=True)\n"
+    "files = (len(os.listdir('../../pictures')) if stage == 'download'\n"
+    "    else json.load(open(f'{raw}/manifest.json'))['files'])\n"
+    "facts = dict(files=files, source_sha256='', bytes=0, dataset_sha256=f'{files} images')\n"
+    "json.dump(facts, open(f'{out}/manifest.json', 'w'))\n"
+)
+
+
+@pytest.fixture
+def pictures(project: Path, code_of_ours: None) -> Path:
+    """The source of a project whose images are only counted; nothing of it is committed."""
+    run = f"{sys.executable} stage.py"
+    raw, shards = "artifacts/raw", "artifacts/shards"
+    stages = {
+        "download": {"cmd": f"{run} download", "outs": [raw]},
+        "preprocess": {"cmd": f"{run} preprocess", "deps": [raw], "outs": [shards]},
+    }
+    (project / "stage.py").write_text(COUNTS)
+    (project / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    with (project / ".gitignore").open("a") as file:
+        file.write("/pictures/\n/artifacts/\n")
+    git("add", "--all", folder=project)
+    git("commit", "--quiet", "--message=stages", folder=project)
+    (project / "pictures").mkdir()
+    for number in range(3):
+        (project / f"pictures/{number}").touch()
+    return project / "pictures"
+
+
+def test_what_was_fetched_is_what_is_checked_also_where_git_has_an_older_lock(
+    project: Path, pictures: Path
+) -> None:
+    first = retraining_of(new_entry(**FACTS))
+    assert steps.fetch(first)["files"] == 3
+    assert steps.check_images(first)["dataset_sha256"] == "3 images"
+    shutil.copy(first.work.folder / "dvc.lock", project)
+    git("add", "--force", "dvc.lock", folder=project)
+    git("commit", "--quiet", "--message=lock", folder=project)
+    (pictures / "3").touch()
+    second = retraining_of(new_entry(**{**FACTS, "seen": "more"}))
+    assert steps.fetch(second)["files"] == 4
+    (pictures / "4").touch()  # too late; and DVC, which knows one run of the stage or another
+    shutil.rmtree(project / ".dvc/cache/runs")  # with the same input, has to run it if it doubts
+    (project / "README").touch()
+    git("add", "README", folder=project)
+    git("commit", "--quiet", "--message=more", folder=project)
+    resumed = replace(second, commit=workplace.last_commit())  # with the same stages
+    assert steps.check_images(resumed)["dataset_sha256"] == "4 images"
+    assert (resumed.work.folder / "README").exists()
+    assert git("rev-parse", "HEAD", folder=resumed.work.folder) == resumed.commit
+    resumed.prepare(anew=True)
+    assert (resumed.work.folder / "dvc.lock").read_text() == (project / "dvc.lock").read_text()
+
+
 @pytest.mark.usefixtures("code_of_ours")
 def test_a_training_that_collapsed_is_refused_with_its_reason(project: Path) -> None:
     with_stage(project, f"raise SystemExit('error: {COLLAPSED}: all samples are alike')")
     entry = new_entry(**FACTS)
     entry.steps["decide"] = Step("", 0.0, "whole", result={"start": "models:/aegan/3"})
-    work = workplace.Workplace()
-    retraining = steps.Retraining(
-        entry=entry,
-        commit=workplace.last_commit(),
-        config=params.load(RetrainConfig),
-        registry=params.load(RegisterConfig),
-        work=work,
-        lease=lease.Lease(),
-        deadline=float("inf"),
-    )
+    retraining = retraining_of(entry)
     result = steps.train(retraining)
     assert result["outcome"] == "refused"
     assert result["reasons"] == [f"dvc repro failed: {COLLAPSED}: all samples are alike"]
-    training = params.read(work.folder / "params.yaml")["training"]
+    training = params.read(retraining.work.folder / "params.yaml")["training"]
     assert (training["stop_on_collapse"], training["start_from"]) == (True, "models:/aegan/3")
     with_stage(project, "raise SystemExit('error: the disk is full')")
     with pytest.raises(UserError, match="the disk is full"):
