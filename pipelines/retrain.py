@@ -5,6 +5,7 @@ that the same command goes on after a crash where it stopped, and does nothing w
 nothing to do. Exit codes: 0 promoted or nothing to do, 3 refused, 4 another is at work, 1 error.
 """
 
+import itertools
 import logging
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipelines.retraining.look import look
 from pipelines.retraining.steps import EXIT_CODES, OUTCOME, REASONS, STEPS, Retraining, cost
 
 BUSY = 4
+BEFORE_DECIDING = ("fetch", "check")  # steps that are the same whatever a person accepts
 IGNORED = ("compute", "evaluate", "interpolate", "tune")  # sections that change no weights
 
 log = logging.getLogger(__name__)
@@ -125,21 +127,37 @@ def _apply(options: Options, entry: Entry) -> None:
             entry.accepted = options.reason
             _take_back(entry, "decide")
     if options.force:
-        entry.reasons = [f"{options.force} was done again: {options.reason}"]
+        _check_is_reached(entry, options.force)
         _take_back(entry, options.force)
+        entry.reasons = [f"{options.force} was done again: {options.reason}"]
+
+
+def _check_is_reached(entry: Entry, step: str) -> None:
+    """UserError where the retraining has ended at an earlier step, which has nothing for this."""
+    for name in itertools.takewhile(lambda name: name != step, STEPS):
+        if name in entry.steps and (outcome := entry.steps[name].result.get(OUTCOME)):
+            raise UserError(
+                f"--force {step}: retraining {entry.id} ended at the step {name} ({outcome}) and "
+                f"has not come to {step}: `--force {name}` does that and what follows again"
+            )
 
 
 def _take_back(entry: Entry, step: str) -> None:
+    """Forget a step and all after it, and the end that they led to, if they did."""
     names = list(STEPS)
     for name in names[names.index(step) :]:
-        entry.steps.pop(name, None)
-    entry.outcome = ""
+        if gone := entry.steps.pop(name, None):
+            said = gone.result.get(REASONS, [])
+            entry.reasons = [reason for reason in entry.reasons if reason not in said]
+    entry.outcome = entry.champion_after = ""
+    entry.told = False  # of the end that is to come
 
 
 def _go_through(retraining: Retraining, ledger: Ledger, options: Options) -> int:
     entry, before = retraining.entry, retraining.entry.id
     for name, work in STEPS.items():
-        depends_on = sha256_of_json([name, before, entry.accepted])
+        accepted = "" if name in BEFORE_DECIDING else entry.accepted
+        depends_on = sha256_of_json([name, before, accepted])
         step = entry.steps.get(name)
         if step is None or not step.output or step.input != depends_on:
             step = entry.steps[name] = Step(depends_on, begun=time.time())

@@ -21,6 +21,7 @@ import pytest
 
 from aegan.config import DataConfig, RegisterConfig, RetrainConfig
 from aegan.training.loop import COLLAPSED
+from pipelines import retrain
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
@@ -522,7 +523,7 @@ COUNTS = (
 
 
 @pytest.fixture
-def pictures(project: Path, code_of_ours: None) -> Path:
+def pictures(project: Path, code_of_ours: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The source of a project whose images are only counted; nothing of it is committed."""
     run = f"{sys.executable} stage.py"
     raw, shards = "artifacts/raw", "artifacts/shards"
@@ -530,6 +531,7 @@ def pictures(project: Path, code_of_ours: None) -> Path:
         "download": {"cmd": f"{run} download", "outs": [raw]},
         "preprocess": {"cmd": f"{run} preprocess", "deps": [raw], "outs": [shards]},
     }
+    params.change({"data": {"source": "pictures"}}, said_by="test")
     (project / "stage.py").write_text(COUNTS)
     (project / "dvc.yaml").write_text(json.dumps({"stages": stages}))
     with (project / ".gitignore").open("a") as file:
@@ -537,6 +539,7 @@ def pictures(project: Path, code_of_ours: None) -> Path:
     git("add", "--all", folder=project)
     git("commit", "--quiet", "--message=stages", folder=project)
     (project / "pictures").mkdir()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for number in range(3):
         (project / f"pictures/{number}").touch()
     return project / "pictures"
@@ -565,6 +568,47 @@ def test_what_was_fetched_is_what_is_checked_also_where_git_has_an_older_lock(
     assert git("rev-parse", "HEAD", folder=resumed.work.folder) == resumed.commit
     resumed.prepare(anew=True)
     assert (resumed.work.folder / "dvc.lock").read_text() == (project / "dvc.lock").read_text()
+
+
+def retrain_until(step: str, **options: Any) -> Entry:
+    """What the ledger says after that step of `aegan retrain`, which has not ended then."""
+    facts, code = retrain.main(retrain.Options(until=step, **options))
+    assert (facts["outcome"], code) == ("", 0)
+    entry = Ledger(Folder(Path("retraining"))).find(facts["id"])
+    assert entry
+    return entry
+
+
+def ended(entry: Entry, step: str, outcome: str) -> Entry:
+    """Save it as one that has ended at a step, whose reasons everybody was told."""
+    kept = list(steps.STEPS)[: list(steps.STEPS).index(step) + 1]
+    entry.steps = {name: entry.steps[name] for name in kept}
+    entry.steps[step].result = {steps.OUTCOME: outcome, steps.REASONS: ["as it was found"]}
+    entry.outcome, entry.reasons, entry.told = outcome, ["as it was found"], True
+    Ledger(Folder(Path("retraining"))).save(entry)
+    return entry
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
+def test_who_accepts_a_drift_takes_back_the_question_alone_and_hears_of_the_end() -> None:
+    asking = ended(retrain_until("decide"), "decide", "asks")
+    accepted = retrain_until("decide", accept_drift=asking.id, reason="the new camera")
+    assert (accepted.accepted, accepted.reasons, accepted.told) == ("the new camera", [], False)
+    for step in ("fetch", "check"):
+        assert accepted.steps[step] == asking.steps[step]
+    assert accepted.steps["decide"].result == {"start": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
+def test_a_step_that_a_retraining_has_not_come_to_cannot_be_forced() -> None:
+    before = ended(retrain_until("check"), "check", "nothing new")
+    for step in ("decide", "train", "publish", "gate"):
+        expected = rf"--force {step}: .* ended at the step check .*`--force check`"
+        with pytest.raises(UserError, match=expected):
+            retrain.main(retrain.Options(force=step, reason="why not"))
+    assert Ledger(Folder(Path("retraining"))).entries() == [before]
 
 
 @pytest.mark.usefixtures("code_of_ours")
