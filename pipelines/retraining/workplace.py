@@ -6,6 +6,7 @@ the stages write stays in the worktree, so that the next retraining goes on from
 
 import configparser
 import os
+import re
 import signal
 import subprocess
 import time
@@ -28,6 +29,17 @@ ROBOT = {
     for role in ("AUTHOR", "COMMITTER")
     for key, value in (("NAME", "aegan retrain"), ("EMAIL", "aegan@localhost"))
 }
+DVC_PATHS = {  # section of DVC's settings => keys that hold a path, or an address
+    "cache": {"dir"},
+    "remote": {
+        *("url", "keyfile", "credentialpath", "configpath", "cert_path", "key_path"),
+        *("gdrive_user_credentials_file", "gdrive_service_account_json_file_path"),
+    },
+}
+DVC_ADDRESS = re.compile(r"\w+://")
+DVC_VALUE = re.compile(
+    r"""\s*(?:"([^"]*)"|'([^']*)'|([^#]*[^#\s]))"""
+)  # in quotes, before a comment
 
 
 class BudgetError(UserError):
@@ -147,8 +159,21 @@ def _dvc_config(project: Path) -> configparser.ConfigParser:
             config.add_section(section)
     config.set("core", "no_scm", "true")
     if not config.has_option("cache", "dir"):
-        config.set("cache", "dir", str(project / ".dvc/cache"))
+        config.set("cache", "dir", "cache")
+    for section in config.sections():
+        where = section.strip("\"'").partition(" ")[0]  # ['remote "NAME"'] => remote
+        for key in config[section].keys() & DVC_PATHS.get(where, ()):
+            config.set(section, key, _absolute(config[section][key], project / ".dvc"))
     return config
+
+
+def _absolute(written: str, folder: Path) -> str:
+    """A path in DVC's settings, relative to the file that holds it => one that holds anywhere."""
+    found = DVC_VALUE.match(written)
+    path = found[1] or found[2] or found[3] if found else ""
+    if not path or DVC_ADDRESS.match(path) or Path(path).expanduser().is_absolute():
+        return written
+    return f'"{os.path.abspath(folder / path)}"'  # noqa: PTH100 - as DVC does, along no links
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

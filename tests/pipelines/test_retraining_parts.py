@@ -18,6 +18,7 @@ from typing import Any
 import boto3
 import psutil
 import pytest
+from dvc.config import Config
 
 from aegan.config import DataConfig, RegisterConfig, RetrainConfig
 from aegan.training.loop import COLLAPSED
@@ -437,6 +438,27 @@ def test_a_retraining_is_committed_once_on_a_branch_of_its_own(project: Path) ->
     changed = git("show", "--name-only", "--format=", commit, folder=project).splitlines()
     assert changed == ["dvc.lock", "params.yaml"]
     assert git("log", "--oneline", "main", folder=project).count("\n") == 0
+
+
+def test_paths_in_dvcs_settings_mean_the_same_in_the_worktree(project: Path) -> None:
+    """Of the committed ones and the user's own, as DVC itself reads them."""
+    (project / ".dvc/config").write_text(
+        "[core]\n    remote = far\n    analytics = false\n"
+        "['remote \"far\"']\n    url = ../../nas # in the cellar\n"
+        '[\'remote "login"\']\n    url = ssh://host/path\n    keyfile = "../my key"\n'
+        "['remote \"bucket\"']\n    url = s3://bucket/path\n"
+        "    credentialpath = ~/secret\n    configpath = /etc/aws\n"
+    )
+    (project / ".dvc/config.local").write_text("[cache]\n    dir = ../../cache\n")
+    git("commit", "--quiet", "--all", "--message=settings", folder=project)
+    work = workplace.Workplace()
+    work.prepare(workplace.last_commit(), {})
+    seen = [Config(str(folder / ".dvc"), validate=False) for folder in (project, work.folder)]
+    for section in ("remote", "cache"):
+        assert seen[1][section] == seen[0][section]
+    assert seen[1]["remote"]["far"]["url"] == str(project.parent / "nas")
+    assert seen[1]["remote"]["login"]["keyfile"] == str(project / "my key")
+    assert seen[1]["cache"]["dir"] == str(project.parent / "cache")
 
 
 def with_stage(project: Path, script: str) -> None:
