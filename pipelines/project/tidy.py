@@ -178,22 +178,17 @@ def published_runs() -> set[str]:
 
 def named_runs() -> set[str]:
     """Those that this folder, its commits and experiments, and MLflow's runs and versions name."""
-    git = ["git", "rev-list", "--all", "--", "dvc.lock"]  # experiments are references, too
-    listed = subprocess.run(git, capture_output=True, text=True, check=False)  # none without git
     names = mlflow_leftovers.run_names() | published_runs()
-    locks_of_dvc = [_read_text(Path("dvc.lock"))]
-    for revision in listed.stdout.split():
-        show = ["git", "show", f"{revision}:./dvc.lock"]
-        done = subprocess.run(show, capture_output=True, text=True, check=False)
-        locks_of_dvc.append(done.stdout)
     facts = {
-        DVC_CACHE / "files/md5" / match[1] / match[2]
-        for text in locks_of_dvc
+        Path("files/md5") / match[1] / match[2]
+        for text in (_read_text(Path("dvc.lock")), *_committed_locks())
         for match in RUN_FACTS.finditer(text)
     }
+    cache = _cache() if facts else DVC_CACHE
     for file in facts:
-        if file.exists():
-            names |= {match[1].decode() for match in RUN_NAME.finditer(file.read_bytes())}
+        if (cache / file).exists():
+            content = (cache / file).read_bytes()
+            names |= {match[1].decode() for match in RUN_NAME.finditer(content)}
     return names
 
 
@@ -258,12 +253,8 @@ def unused_objects() -> list[Path]:
     """What `dvc gc` would remove from the cache."""
     if not DVC_CACHE.exists():
         return []
-    flags = USED_BY_GIT if _has_commits() else USED_BY_GIT[:1]
-    command = [sys.executable, "-m", "dvc", "gc", *flags, "--dry"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip().rpartition("\n")[2]
-        raise UserError(f"dvc gc does not say what the cache holds: {reason}")
+    flags = USED_BY_GIT if _commits("--max-count=1") else USED_BY_GIT[:1]
+    done = _dvc("gc", *flags, "--dry")
     lines = (done.stdout + done.stderr).splitlines()
     found = (line.removeprefix("Removing ") for line in lines if line.startswith("Removing "))
     # A cache elsewhere (`dvc config cache.dir`) may be shared by projects that we know nothing of.
@@ -281,9 +272,55 @@ def dangling_run_cache(gone: set[Path]) -> Iterator[Path]:
             yield record
 
 
-def _has_commits() -> bool:
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def _cache() -> Path:
+    """Where DVC keeps what a dvc.lock names: it may be told of another place (`cache.dir`)."""
+    return Path(_dvc("cache", "dir").stdout.strip()) if DVC_CACHE.parent.exists() else DVC_CACHE
+
+
+def _dvc(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise UserError(f"dvc {arguments[0]} does not say what the cache holds: {reason}")
+    return done
+
+
+# -- git ------------------------------------------------------------------------------------------
+
+
+def _committed_locks() -> Iterator[str]:
+    """What dvc.lock was in every commit and experiment."""
+    revisions = _commits("--full-history", "--", "dvc.lock")  # also those that a merge passed over
+    entries = {_git("ls-tree", revision, "--", "dvc.lock") for revision in revisions}
+    for entry in filter(None, entries):  # empty where a commit has deleted it
+        yield _git("cat-file", "blob", entry.split()[2])
+
+
+def _commits(*arguments: str) -> list[str]:
+    """Commits of all branches, tags and experiments; none outside of a repository.
+
+    UserError where git does not answer: nothing that a commit may name is taken for unnamed.
+    """
+    folders = (Path.cwd(), *Path.cwd().parents)
+    if "GIT_DIR" not in os.environ and not any(os.path.lexists(f / ".git") for f in folders):
+        return []
+    return _git("rev-list", "--all", *arguments).split()  # experiments are references, too
+
+
+def _git(*arguments: str) -> str:
+    unknown = "what the commits of this folder need is not known, so that nothing may go"
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError(f"git not found: {unknown}; install git") from None
+    if done.returncode != 0:
+        reason = done.stderr.strip().partition("\n")[0] or f"git {arguments[0]} failed"
+        raise UserError(
+            f"{reason}: {unknown}; `git log --all` must work here (a folder of another user's "
+            "needs `git config --global --add safe.directory FOLDER`)"
+        )
+    return done.stdout
 
 
 # -- MLflow and Ray -------------------------------------------------------------------------------

@@ -131,6 +131,65 @@ def test_what_no_dvc_lock_names_leaves_the_cache_with_its_records_and_the_rest_c
     assert Path("out").read_text() == "committed"
 
 
+@pytest.mark.fault("left behind")
+@pytest.mark.parametrize("refusal", ["another user's folder", "a damaged branch", "no git"])
+def test_while_git_does_not_answer_nothing_is_taken_for_unnamed(project, monkeypatch, refusal):
+    name_in_lock("aegan-0123456789ab", md5="0" * 32)
+    git("add", "--force", "dvc.lock")
+    git("commit", "--quiet", "--message", "one")
+    branch = project / ".git" / git("symbolic-ref", "HEAD").strip()
+    Path("dvc.lock").unlink()
+    run = make_run("aegan-0123456789ab")
+    if refusal == "another user's folder":
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to test it
+    elif refusal == "a damaged branch":
+        branch.write_text("")
+    else:
+        monkeypatch.setenv("PATH", str(project))
+
+    for folder in (run, project / "elsewhere"):  # with runs and without
+        with pytest.raises(UserError, match=r"not known.*; (`git log --all` must|install git)"):
+            tidy.main(yes=True)
+        assert (run / "run.json").exists()
+        if folder == run:
+            run = run.rename(project / "elsewhere")
+    assert len(contents_of_cache()) == 1
+
+
+@pytest.mark.fault("left behind")
+def test_without_a_repository_what_this_folder_names_stays(project):
+    name_in_lock("aegan-0123456789ab", md5="0" * 32)
+    (project / ".git").rename(project / "no repository")
+    Path(".dvc/config").write_text("[core]\n    no_scm = true\n")
+    named, unnamed = make_run("aegan-0123456789ab"), make_run("aegan-0123456789cd")
+    tidy.main(yes=True)
+    assert (named.exists(), unnamed.exists()) == (True, False)
+
+
+@pytest.mark.fault("left behind")
+def test_a_run_that_a_merge_passed_over_is_named_all_the_same(project):
+    for name, branch in (("aegan-0123456789ab", "one"), ("aegan-0123456789cd", "other")):
+        git("checkout", "--quiet", "--orphan", branch)
+        name_in_lock(name, md5=name[-2:] * 16)
+        git("add", "--force", "dvc.lock")
+        git("commit", "--quiet", "--message", branch)
+    git("merge", "--quiet", "--strategy=ours", "--allow-unrelated-histories", "one")
+    git("branch", "--quiet", "-D", "one")
+    run = make_run("aegan-0123456789ab")
+    tidy.main(yes=True)
+    assert run.exists()
+
+
+@pytest.mark.fault("left behind")
+def test_a_run_stays_that_is_named_in_a_cache_elsewhere(project):
+    name_in_lock("aegan-0123456789ab", md5="0" * 32)
+    Path(".dvc/cache").rename("elsewhere")
+    Path(".dvc/config").write_text("[cache]\n    dir = ../elsewhere\n")
+    run = make_run("aegan-0123456789ab")
+    tidy.main(yes=True)
+    assert (run / "run.json").exists()
+
+
 def contents_of_cache() -> set[str]:
     return {file.read_text() for file in Path(".dvc/cache/files").rglob("*") if file.is_file()}
 
