@@ -80,16 +80,23 @@ def read(path: Path = PARAMS_FILE) -> dict[str, dict[str, Any]]:
     """All sections as plain values; an unknown or missing section is a UserError."""
     if not path.exists():
         raise UserError(f"{path} not found: run from the project's root folder")
+    raw = _with_added_sections(_parsed(path, YAML(typ="safe")))
+    _check_keys(f"{path}: sections", raw, list(SECTIONS))
+    return raw
+
+
+def _parsed(path: Path, yaml: YAML) -> dict[str, Any]:
+    """What a YAML file of sections holds; raises UserError."""
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): expected a YAML file") from None
     except (YAMLError, ValueError) as error:  # also of a number with too many digits
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {reason}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
-    raw = _with_added_sections(raw)
-    _check_keys(f"{path}: sections", raw, list(SECTIONS))
-    return raw
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold sections, of {', '.join(SECTIONS)}")
+    return found
 
 
 def _with_added_sections(raw: dict[str, Any]) -> dict[str, Any]:
@@ -104,8 +111,7 @@ def _with_added_sections(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(name: str, values: Any, kind: type) -> Any:
     hints = get_type_hints(kind, include_extras=True)
-    if not isinstance(values, dict):
-        raise UserError(f"params.yaml: {name} must hold the keys {', '.join(hints)}")
+    _check_mapping(f"params.yaml: {name}", values, kind)
     renamed = [
         f"{name}.{key} is called {' and '.join(config.RENAMED[f'{name}.{key}'])} now"
         for key in values
@@ -116,6 +122,12 @@ def _parse(name: str, values: Any, kind: type) -> Any:
     values = {key: value for key, value in values.items() if not _is_gone(f"{name}.{key}", value)}
     _check_keys(f"params.yaml: keys of {name}", values, list(hints))
     return kind(**{key: _convert(f"{name}.{key}", values[key], hints[key]) for key in hints})
+
+
+def _check_mapping(where: str, values: Any, kind: type) -> None:
+    if not isinstance(values, Mapping):
+        keys = (field.name for field in dataclasses.fields(kind))
+        raise UserError(f"{where} must hold the keys {', '.join(keys)}")
 
 
 def _is_gone(key: str, value: Any) -> bool:
@@ -170,8 +182,7 @@ def apply_overlay(overlay: Path, path: Path = PARAMS_FILE) -> list[str]:
     if not overlay.exists():
         available = ", ".join(str(file) for file in sorted(Path("presets").glob("*.yaml")))
         raise UserError(f"{overlay} not found; available: {available}")
-    sections = YAML(typ="safe").load(overlay.read_text(encoding="utf-8"))
-    return change(sections, path, said_by=str(overlay))
+    return change(_parsed(overlay, YAML(typ="safe")), path, said_by=str(overlay))
 
 
 def change(
@@ -183,16 +194,19 @@ def change(
     """
     yaml = YAML()
     yaml.preserve_quotes = True
-    document = yaml.load(path.read_text(encoding="utf-8"))
+    read(path)  # refuses what is no file of parameters
+    document = _parsed(path, yaml)
     changed = []
     for name, values in sections.items():
         if name not in SECTIONS:
             raise UserError(f"{said_by}: unknown section {name}; valid: {', '.join(SECTIONS)}")
+        _check_mapping(f"{said_by}: {name}", values, SECTIONS[name])
+        section = document.setdefault(name, config.with_new_names(name, {}))
+        _check_mapping(f"{path}: {name}", section, SECTIONS[name])
         for key, value in values.items():
-            if document[name].get(key) != value:
-                before = written(document[name].get(key))
-                changed.append(f"{name}.{key}: {before} -> {written(value)}")
-                document[name][key] = value
+            if section.get(key) != value:
+                changed.append(f"{name}.{key}: {written(section.get(key))} -> {written(value)}")
+                section[key] = value
     text = StringIO()
     yaml.dump(document, text)
     result = _with_added_sections(YAML(typ="safe").load(text.getvalue()))

@@ -235,6 +235,57 @@ def test_an_overlay_with_a_mistake_changes_nothing(file, tmp_path):
     assert file.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("overlay", "own", "message"),
+    [
+        ("", None, "overlay.yaml must hold sections, of data, "),
+        ("- loss", None, "overlay.yaml must hold sections, of data, "),
+        ("loss: [", None, "overlay.yaml is not valid YAML: "),
+        ("\xff", None, "overlay.yaml is not valid YAML: "),
+        ("training: 5", None, "overlay.yaml: training must hold the keys arm, "),
+        ("training:", None, "overlay.yaml: training must hold the keys arm, "),
+        (None, None, r"overlay.yaml cannot be read \(Is a directory\)"),
+        ("loss: {gamma_image: 2.0}", "loss: [", "params.yaml is not valid YAML: "),
+        ("loss: {gamma_image: 2.0}", "", "params.yaml must hold sections, of data, "),
+        ("loss: {gamma_image: 2.0}", "loss: 5", "params.yaml: sections: missing: data, "),
+    ],
+)
+def test_what_is_no_overlay_or_no_file_of_parameters_is_one_line(
+    file, tmp_path, overlay, own, message
+):
+    path = tmp_path / "overlay.yaml"
+    path.mkdir() if overlay is None else path.write_text(overlay, encoding="latin-1")
+    if own is not None:
+        file.write_text(own)
+    before = file.read_text()
+    with pytest.raises(UserError, match=message) as error:
+        params.apply_overlay(path, file)
+    assert "\n" not in str(error.value)
+    assert file.read_text() == before
+
+
+def test_a_section_of_the_parameters_that_is_none_is_said_with_its_keys(file, tmp_path):
+    head, _, rest = file.read_text().partition("\nloss:")
+    file.write_text(f"{head}\nloss: 5\n" + rest[rest.index("\ntraining:") :])
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("loss:\n  gamma_image: 2.0\n")
+    for work in (
+        lambda: params.apply_overlay(overlay, file),
+        lambda: params.load(DataConfig, file),
+    ):
+        with pytest.raises(UserError, match=r"params.yaml: loss must hold the keys lambda"):
+            work()
+
+
+def test_an_overlay_may_set_what_is_new_in_a_file_of_an_earlier_version(file, tmp_path):
+    text = file.read_text()
+    file.write_text(text[: text.index("\nretrain:") + 1])
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("retrain:\n  start: anew\n")
+    params.apply_overlay(overlay, file)
+    assert params.load(RetrainConfig, file).start == "anew"
+
+
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_preset_fits_the_parameters(file, preset):
     params.apply_overlay(preset, file)
