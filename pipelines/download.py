@@ -23,7 +23,7 @@ from aegan.data import designed_faces
 from aegan.files import remove, sha256_of, write_json
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError, run_stage
-from pipelines.base.files import new_folder, project_folder
+from pipelines.base.files import clear_read_errors, new_folder, project_folder
 from pipelines.base.names import shown
 from pipelines.base.outputs import FOLDERS, LAST_RAW, PREPROCESS, RAW
 from pipelines.base.progress import progress
@@ -118,19 +118,25 @@ def _open_source(config: DataConfig, workspace: Path, earlier: Sequence[Path]) -
             told = _ask(address, name) if before else None
             fetch_file = partial(_fetch, address, name, fetched)
             yield _fetched_archive(name, told, fetch_file, fetched, before)
-        elif Path(address).is_dir():
-            yield Source(config.source, read_folder(Path(address)))
-        elif Path(address).is_file():
-            yield Source(config.source, read_archive(Path(address), config.source), Path(address))
         else:
-            raise UserError(
-                f"data.source {config.source} not found (a path counts from the project's folder): "
-                f"expected {source_address.EXPECTED}"
-            )
+            yield _local(config.source, Path(address))
         if before and before.taken:
             log.info("%d objects had been fetched before", before.taken)
     finally:
         fetched.unlink(missing_ok=True)
+
+
+def _local(name: str, path: Path) -> Source:
+    """A folder, or one archive, table or array, of this machine."""
+    with clear_read_errors(name):
+        if path.is_dir():
+            return Source(name, read_folder(path))
+        if path.is_file():
+            return Source(name, read_archive(path, name), path)
+    raise UserError(
+        f"data.source {name} not found (a path counts from the project's folder): "
+        f"expected {source_address.EXPECTED}"
+    )
 
 
 def _fetched_archive(

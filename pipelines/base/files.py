@@ -13,6 +13,7 @@ from typing import Any
 from aegan.files import sha256_of
 from pipelines.base import outputs
 from pipelines.base.errors import UserError
+from pipelines.base.names import shown
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -100,3 +101,14 @@ def clear_disk_errors(place: Path) -> Iterator[None]:
                 "not mounted read-only"
             ) from None
         raise
+
+
+@contextmanager
+def clear_read_errors(source: str) -> Iterator[None]:
+    """Turn what keeps a source from being opened into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{shown(source)} cannot be read ({error.strerror}): check its owner, mode and disk"
+        ) from None

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 
 from aegan.data.file_kinds import START_BYTES, is_image, kind_of
 from pipelines.base.errors import UserError
-from pipelines.base.files import clear_disk_errors
+from pipelines.base.files import clear_disk_errors, clear_read_errors
 from pipelines.base.names import UniqueNames, decoded, shown
 from pipelines.bucket import storage
 from pipelines.ingest import archives, arrays, tables
@@ -172,7 +172,9 @@ def _read_file(path: Path, name: str, *, is_linked: bool) -> RawFile | Skipped:
 
 def read_archive(file: Path, name: str) -> Iterator[Read]:
     """Every image of an archive, table or array; `name` is what errors call it."""
-    with file.open("rb") as content:
+    with clear_read_errors(name):
+        content = file.open("rb")
+    with content:
         yield from _unpacked(_look_into(content, name, None))
 
 

@@ -34,7 +34,7 @@ from aegan.operations import BATCH_SIZE
 from aegan.pictures import save_png
 from pipelines.base import outside
 from pipelines.base.errors import UserError
-from pipelines.base.files import clear_disk_errors, read_json
+from pipelines.base.files import clear_disk_errors, clear_read_errors, read_json
 from pipelines.base.names import UniqueNames, shown
 from pipelines.base.progress import progress
 from pipelines.bucket import storage
@@ -78,7 +78,8 @@ def main(operation: Operation, source: str, out: str, model: str) -> dict[str, A
     Raises UserError.
     """
     path = Path(source).expanduser()
-    is_one = path.is_file() and not is_many(path)
+    with clear_read_errors(source):
+        is_one = path.is_file() and not is_many(path)
     if not out and not (is_one and operation == "encode"):
         raise UserError("--out is missing: name a folder for the results")
     if is_one and out:
@@ -132,7 +133,8 @@ def run(operation: Operation, source: str, out: Path, served: Served) -> dict[st
 def _check_outside(out: Path, source: str) -> None:
     """UserError if the results would lie in the source: the next call would read them, too."""
     folder = Path(source).expanduser()
-    is_folder = not storage.is_s3(source) and folder.is_dir()
+    with clear_read_errors(source):
+        is_folder = not storage.is_s3(source) and folder.is_dir()
     if is_folder and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(
             f"--out {out} lies in the source, {shown(source)}, whose next call would take the "
@@ -268,11 +270,12 @@ def _open(source: str, downloads: Path) -> Entries:
             return list_bucket(source)
         path = downloads / source.rpartition("/")[2]
         storage.download_object(source, path)
-    if path.is_dir():
-        return read_folder(path)
-    if not path.is_file():
-        raise UserError(f"{shown(source)} not found: expected {EXPECTED}")
-    return read_archive(path, source) if is_many(path) else iter([_read(path)])
+    with clear_read_errors(source):
+        if path.is_dir():
+            return read_folder(path)
+        if path.is_file():
+            return read_archive(path, source) if is_many(path) else iter([_read(path)])
+    raise UserError(f"{shown(source)} not found: expected {EXPECTED}")
 
 
 def is_many(path: Path) -> bool:

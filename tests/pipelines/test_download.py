@@ -26,6 +26,7 @@ from pipelines.base.errors import UserError, run_stage
 from pipelines.download import download
 from pipelines.ingest.entries import Skipped
 from pipelines.ingest.sources import read_folder
+from pipelines.serving import batch
 from tests.pictures import blocks, encode, write_folder
 
 
@@ -321,6 +322,22 @@ def test_a_source_folder_or_file_without_permission_is_listed_and_the_rest_is_re
             list(read_folder(folder / "set"))
         (folder / "set").chmod(0o755)
         (folder / "set/sub").chmod(0o755)
+
+
+@pytest.mark.fault("damaged files")
+def test_a_source_archive_without_permission_is_said_to_be_unreadable():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / "set.zip").write_bytes(b"PK")
+        (folder / "set.zip").chmod(0)
+        (folder / "locked").mkdir(mode=0)
+        for source in (folder / "set.zip", folder / "locked/set.zip"):
+            message = rf"{source} cannot be read \(Permission denied\): check its owner"
+            with without_privileges(), pytest.raises(UserError, match=message):
+                download(config(str(source)), folder / "raw")
+            with without_privileges(), pytest.raises(UserError, match=message):
+                batch.main("encode", str(source), str(folder / "out"), "nowhere")
 
 
 def test_an_error_or_a_log_line_that_names_a_source_does_not_steer_the_terminal(monkeypatch):
