@@ -193,9 +193,10 @@ def _check_splits(
     kept = sum(counts[: len(SPLITS)])
     fractions = splits.fractions(config)
     held_out = {code: least for code, least in LEAST_HELD_OUT.items() if fractions[code] > 0}
+    lost = f" ({counts[KEPT_OUT]} more are in preprocess.keep_out)" if counts[KEPT_OUT] else ""
     if held_out and kept < LEAST_IMAGES:
         raise UserError(
-            f"{kept} of {len(verdict.fate)} files are different, usable images, "
+            f"{kept} of {len(verdict.fate)} files are different, usable images{lost}, "
             f"{LEAST_IMAGES} are needed: add images (to train without any held out: "
             "-S preprocess.validation_fraction=0 -S preprocess.test_fraction=0)"
         )
@@ -210,8 +211,8 @@ def _check_splits(
     training = counts[splits.TRAIN]
     if training < LEAST_TRAINING_IMAGES:
         raise UserError(
-            f"{training} training images are left and {LEAST_TRAINING_IMAGES} are needed: add "
-            "images, or lower preprocess.validation_fraction and preprocess.test_fraction"
+            f"{training} training images are left{lost} and {LEAST_TRAINING_IMAGES} are needed: "
+            "add images, or lower preprocess.validation_fraction and preprocess.test_fraction"
         )
     check_batch_size(batch_size, images=training)
 

@@ -78,6 +78,8 @@ def decide(
         fate[trained[near]] = KEPT_OUT
         stays = fate[images] != KEPT_OUT
         images, split = images[stays], split[stays]
+        if not len(images):
+            return Verdict(fate, twin, sources)
     drawn = tuple(np.bincount(split, minlength=len(SPLITS)).tolist())
     rival = keep_apart(search, images, split, waiting_times(turns[images], split, config))
     fate[images] = np.where(rival < 0, split, SET_ASIDE)

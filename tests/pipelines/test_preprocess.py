@@ -506,6 +506,18 @@ def test_what_is_near_to_the_reference_is_not_trained_on_and_is_listed(tmp_path,
     assert before["preprocess_sha256"] == after["preprocess_sha256"]
 
 
+@pytest.mark.parametrize("fraction", [0.0, 1e-9])
+def test_a_reference_of_all_images_is_said_to_leave_none(tmp_path, fraction):
+    images = blocks(12)
+    raw = snapshot(write_folder(tmp_path / "images", images), tmp_path)
+    file = reference_of(images, tmp_path / "reference.parquet")
+    config = dataclasses.replace(
+        CONFIG, keep_out=str(file), validation_fraction=fraction, test_fraction=fraction
+    )
+    with pytest.raises(UserError, match=r"^0 .* \(12 more are in preprocess.keep_out\)"):
+        run(raw, tmp_path / "out", config)
+
+
 @pytest.mark.parametrize("content", [None, b"no table", "gray"])
 def test_a_reference_that_does_not_fit_is_one_clear_error(faces, tmp_path, content):
     file = tmp_path / "reference.parquet"
