@@ -3,6 +3,7 @@
 `pipelines/serving/endpoint.py` is what listens, `served.py` what it serves (docs/serving.md).
 """
 
+import errno
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from pipelines.ingest.decode import available_cores
 from pipelines.registry import tracking
 
 MAX_CONNECTIONS = 256
+PASSIVE = socket.AI_PASSIVE  # without a host: all addresses
 END_SECONDS = 30  # that requests at work have when the server is asked to end
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ def main(
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=END_SECONDS,
         )
-        at = "{}:{}".format(*listener.getsockname()[:2])
+        number, bound = listener.getsockname()[:2]
+        at = f"[{number}]:{bound}" if ":" in number else f"{number}:{bound}"
         meant = f"{address} ({why})" if why else address
         log.info("%s answers at http://%s/invocations; Ctrl-C ends it", meant, at)
         ready({"address": f"http://{at}", "model": address, "version": first.about["model"]})
@@ -75,10 +78,21 @@ def main(
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens; raises UserError."""
     try:
-        return socket.create_server((host, port), backlog=MAX_CONNECTIONS)
+        kinds = [kind for kind, *_ in socket.getaddrinfo(host or None, port, flags=PASSIVE)]
+        family = socket.AF_INET if socket.AF_INET in kinds else kinds[0]
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(f"host {host}", error, "--host 127.0.0.1") from None
+    try:
+        return socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
     except OSError as error:
-        cure = "choose another: --port 5002, make serve PORT=5002"
-        raise UserError(f"port {port} of {host}: {error.strerror}; {cure}") from None
+        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        other = "--port 5002, make serve PORT=5002" if is_port else "--host 127.0.0.1"
+        raise _cannot_listen(f"port {port} of {host}", error, other) from None
+
+
+def _cannot_listen(where: str, error: Exception, other: str) -> UserError:
+    why = getattr(error, "strerror", None) or "no name of a machine"
+    return UserError(f"{where}: {why}; choose another: {other}")
 
 
 if __name__ == "__main__":

@@ -305,7 +305,8 @@ def check_sender(scope: Scope, names: frozenset[str]) -> None:
     """
     hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
     found = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
-    if not found or found[1].lower() not in names | {scope["server"][0]}:
+    reached = scope["server"][0]  # IPv6 stands in brackets
+    if not found or found[1].lower() not in names | {reached, f"[{reached}]"}:
         raise RefusalError(403, "FORBIDDEN", "this server answers to its own names only")
     origin, site = _header(scope, b"origin"), _header(scope, b"sec-fetch-site")
     if origin not in ("", f"http://{hosts[0]}") or site not in ("", "none", "same-origin"):

@@ -48,7 +48,7 @@ class Server:
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self._log = process, log
         give_up = time.monotonic() + START_SECONDS
-        while not (found := re.search(r"http://[\d.]+:(\d+)/invocations", self.log)):
+        while not (found := re.search(r"http://[\d.:\[\]]+:(\d+)/invocations", self.log)):
             assert process.poll() is None, self.log
             assert time.monotonic() < give_up, self.log
             time.sleep(0.1)
@@ -687,6 +687,35 @@ def test_its_own_number_and_the_names_it_was_told_are_answered(
         connection.request("GET", "/readyz")
         assert json.loads(connection.getresponse().read()) == ready
         connection.close()
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="a machine without IPv6")
+def test_it_listens_on_an_address_of_ipv6(folder: Path, tmp_path: Path) -> None:
+    with serving(folder, tmp_path, arguments=("--host", "::1")) as server:
+        assert f"http://[::1]:{server.port}/invocations" in server.log
+        connection = http.client.HTTPConnection("::1", server.port, timeout=60)
+        connection.request("GET", "/readyz")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_the_number_of_ipv6_that_a_request_came_by_is_a_name() -> None:
+    scope = {"headers": [(b"host", b"[fd00::1]:5001")], "server": ("fd00::1", 5001)}
+    endpoint.check_sender(scope, frozenset())
+    with pytest.raises(endpoint.RefusalError, match="its own names only"):
+        endpoint.check_sender(scope | {"server": ("fd00::2", 5001)}, frozenset())
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "n" * 70, "192.0.2.1"])
+def test_a_host_that_is_none_of_this_machine_is_one_line_with_the_cure(host: str) -> None:
+    words = run("--host", host, "--port", "0")
+    assert re.search(rf"{host}: .*; choose another: --host 127.0.0.1$", words)
 
 
 def run(*arguments: str, **environment: str) -> str:
