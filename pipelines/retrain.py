@@ -20,7 +20,15 @@ from pipelines.registry import decisions, mlflow_store
 from pipelines.retraining import history_page, lease, messages, workplace
 from pipelines.retraining.ledger import FOLDER, Entry, Ledger, Step, new_entry, place_of
 from pipelines.retraining.look import look
-from pipelines.retraining.steps import EXIT_CODES, OUTCOME, REASONS, STEPS, Retraining, cost
+from pipelines.retraining.steps import (
+    EXIT_CODES,
+    FETCHED,
+    OUTCOME,
+    REASONS,
+    STEPS,
+    Retraining,
+    cost,
+)
 
 BUSY = 4
 BEFORE_DECIDING = ("fetch", "check")  # steps that are the same whatever a person accepts
@@ -80,11 +88,13 @@ def _retrain(ledger: Ledger, held: lease.Lease, options: Options) -> tuple[dict[
         )
         facts = _facts(entry) | {"nothing_new": True}
         return facts, EXIT_CODES["asks"] if entry.outcome == "asks" else 0
+    work = workplace.Workplace()
+    _take_back_if_elsewhere(entry, work)
     if options.dry_run:
         return _facts(entry) | {"to_do": _show_plan(entry, earlier, config)}, 0
     retraining = Retraining(
         entry=entry, commit=commit, config=config, registry=registry,
-        work=workplace.Workplace(), lease=held, deadline=begun + config.max_hours * 3600,
+        work=work, lease=held, deadline=begun + config.max_hours * 3600,
     )  # fmt: skip
     code = _go_through(retraining, ledger, options)
     return _facts(entry), code
@@ -151,6 +161,18 @@ def _take_back(entry: Entry, step: str) -> None:
             entry.reasons = [reason for reason in entry.reasons if reason not in said]
     entry.outcome = entry.champion_after = ""
     entry.told = False  # of the end that is to come
+
+
+def _take_back_if_elsewhere(entry: Entry, work: workplace.Workplace) -> None:
+    """Of a retraining that goes on: the steps that have left their files in another worktree."""
+    fetched = entry.steps.get("fetch")
+    if fetched and fetched.output and not work.holds(fetched.result.get(FETCHED)):
+        log.info(
+            "what retraining %s has fetched is on another machine, or replaced by another's: "
+            "it is fetched and made again",
+            entry.id,
+        )
+        _take_back(entry, "fetch")
 
 
 def _go_through(retraining: Retraining, ledger: Ledger, options: Options) -> int:

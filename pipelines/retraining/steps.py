@@ -28,6 +28,7 @@ QUARANTINE = PREPROCESS / "quarantine.csv"
 REGISTRATION = Path("artifacts/register/registration.json")
 BEFORE = "before"  # a copy of the champion's images, beside the worktree
 
+FETCHED = "fetched"  # of what fetch has found: the mark that it has left in the worktree
 OUTCOME, REASONS = "outcome", "reasons"  # of a result that ends the retraining
 EXIT_CODES = {"promoted": 0, "nothing new": 0, "waits": 0, "refused": 3, "asks": 3}
 
@@ -76,11 +77,12 @@ def fetch(retraining: Retraining) -> dict[str, Any]:
     """Read the source again."""
     retraining.prepare(anew=True)
     _keep_images_of_champion(retraining)
+    mark = retraining.work.mark()
     retraining.work.dvc(
         "repro", "--force", "--single-item", "download", deadline=retraining.deadline
     )
     raw = read_json(retraining.work.folder / RAW / "manifest.json", stage="download")
-    return {key: raw[key] for key in ("source_sha256", "files", "bytes")}
+    return {key: raw[key] for key in ("source_sha256", "files", "bytes")} | {FETCHED: mark}
 
 
 def preprocessed(folder: Path) -> check.Preprocessed:

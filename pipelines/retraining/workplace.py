@@ -7,6 +7,7 @@ the stages write stays in the worktree, so that the next retraining goes on from
 import configparser
 import os
 import re
+import secrets
 import signal
 import subprocess
 import time
@@ -16,14 +17,16 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from aegan.files import write_text
 from pipelines.base import params
 from pipelines.base.errors import UserError
-from pipelines.base.files import project_folder
+from pipelines.base.files import clear_disk_errors, project_folder
 from pipelines.jobs.job import DVC_LOCK, run_dvc
 from pipelines.jobs.with_parent import END_SECONDS
 from pipelines.retraining.ledger import FOLDER
 
 WORK = Path(FOLDER) / "work"
+MARK = Path("artifacts/.fetched")  # which fetch the files there are of
 ROBOT = {
     f"GIT_{role}_{key}": value
     for role in ("AUTHOR", "COMMITTER")
@@ -92,6 +95,25 @@ class Workplace:
         config = _dvc_config(self.project)
         with (self.folder / ".dvc/config.local").open("w", encoding="utf-8") as file:
             config.write(file)
+
+    def mark(self) -> str:
+        """Say that what lies here will be of one fetch; returns the random mark that says which."""
+        mark = secrets.token_hex(8)
+        file = self.folder / MARK
+        with clear_disk_errors(file):
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, mark)
+        return mark
+
+    def holds(self, mark: str | None) -> bool:
+        """Whether what lies here is of that fetch; of one without a mark, if anything does.
+
+        It is not on another machine, nor where another retraining has fetched since.
+        """
+        if mark is None:  # by an earlier version
+            return self.folder.exists()
+        file = self.folder / MARK
+        return file.exists() and file.read_text(encoding="utf-8") == mark
 
     def has_remote(self) -> bool:
         """Whether the project has a DVC remote by default, where data is pushed to."""
@@ -190,16 +212,21 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 def _git(*arguments: str, folder: Path | None = None, cure: str = "") -> str:
     """What git prints; UserError with its reason."""
+    where = folder or project_folder()
     try:
         done = subprocess.run(
             ["git", *arguments],
-            cwd=folder or project_folder(),
+            cwd=where,
             env=os.environ | ROBOT,
             capture_output=True,
             text=True,
             check=False,
         )
     except FileNotFoundError:
+        if not where.exists():
+            raise UserError(
+                f"{where} not found: expected the worktree of a retraining: `aegan retrain` again"
+            ) from None
         raise UserError("git not found: a retraining runs what is committed; install git") from None
     if done.returncode != 0:
         reason = (done.stderr.strip() or done.stdout.strip() or "it did not say why").splitlines()

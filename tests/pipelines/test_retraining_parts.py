@@ -633,6 +633,45 @@ def test_a_step_that_a_retraining_has_not_come_to_cannot_be_forced() -> None:
     assert Ledger(Folder(Path("retraining"))).entries() == [before]
 
 
+@pytest.mark.slow
+def test_a_retraining_goes_on_with_what_it_has_fetched_itself_and_nothing_else(
+    project: Path, pictures: Path
+) -> None:
+    raw = project / "retraining/work/artifacts/raw/manifest.json"
+    first = retrain_until("fetch")
+    (pictures / "3").touch()
+    assert retrain_until("fetch").id != first.id
+    (pictures / "3").unlink()
+    again = retrain_until("fetch")  # in a worktree that another has fetched into
+    assert again.id == first.id
+    assert again.steps["fetch"].begun > first.steps["fetch"].begun
+    assert json.loads(raw.read_text())["files"] == 3
+    assert retrain_until("fetch").steps == again.steps
+    shutil.rmtree(project / "retraining/work")  # on another machine: its ledger is shared
+    elsewhere = retrain_until("fetch")
+    assert elsewhere.steps["fetch"].begun > again.steps["fetch"].begun
+    assert json.loads(raw.read_text())["files"] == 3
+
+
+def test_a_fetch_of_an_earlier_version_left_no_mark_and_lies_where_there_is_a_worktree(
+    project: Path,
+) -> None:
+    work = workplace.Workplace()
+    assert not work.holds(None)
+    work.prepare(workplace.last_commit(), {})
+    assert work.holds(None)
+    assert not work.holds("another")
+    mark = work.mark()
+    work.prepare(workplace.last_commit(), {})
+    assert work.holds(mark)
+
+
+@pytest.mark.usefixtures("project")
+def test_a_worktree_that_is_gone_is_named() -> None:
+    with pytest.raises(UserError, match=r"retraining/work not found"):
+        workplace.Workplace().commit("0123", "retraining 0123")
+
+
 @pytest.mark.usefixtures("code_of_ours")
 def test_a_training_that_collapsed_is_refused_with_its_reason(project: Path) -> None:
     with_stage(project, f"raise SystemExit('error: {COLLAPSED}: all samples are alike')")
