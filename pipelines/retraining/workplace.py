@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from aegan.files import write_text
+from aegan.files import remove, write_text
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors, project_folder
@@ -81,20 +81,51 @@ class Workplace:
         Unless anew, dvc.lock stays what the steps before have left: with an older one DVC would put
         the images that it names in the place of those that were fetched.
         """
-        if not (self.folder / ".git").exists():
-            _git("worktree", "prune")
-            _git("worktree", "add", "--quiet", "--force", "--detach", str(self.folder), commit)
+        if not self._is_worktree():
+            self._make_worktree(commit)
         if anew:
             _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
         else:  # git never writes dvc.lock here, so that nothing is lost if we are killed
-            _git("checkout", "--quiet", "--detach", folder=self.folder)
-            _git("reset", "--quiet", "--soft", commit, folder=self.folder)
+            _git("update-ref", "--no-deref", "HEAD", commit, folder=self.folder)
             but_lock = ("--staged", "--worktree", "--", ".", f":(exclude){DVC_LOCK}")
             _git("restore", "--quiet", f"--source={commit}", *but_lock, folder=self.folder)
         params.change(settings, self.folder / params.PARAMS_FILE, said_by="aegan retrain")
         config = _dvc_config(self.project)
         with (self.folder / ".dvc/config.local").open("w", encoding="utf-8") as file:
             config.write(file)
+
+    def _is_worktree(self) -> bool:
+        """Whether it is one of the project's own repository.
+
+        It is none if it is not there, nor in a project that was moved, and one of the original's in
+        a copy of a project. Git is not asked there: it would take the original's for moved.
+        """
+        file = self.folder / ".git"
+        if not file.is_file():
+            return False
+        known = self.folder / file.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        ours = self.project / _git("rev-parse", "--git-common-dir")
+        return known.is_dir() and known.resolve().parent == (ours / "worktrees").resolve()
+
+    def _make_worktree(self, commit: str) -> None:
+        """Files that lie there stay; what git knows is checked out later.
+
+        As `git worktree add` takes no folder with files, it is added beside it. (`git worktree
+        repair` would lead other copies' worktrees here.)
+        """
+        aside = self.folder.with_name(f"{self.folder.name}.new")
+        remove(aside)
+        _git("worktree", "prune")
+        _git(
+            *("worktree", "add", "--quiet", "--force", "--no-checkout", "--detach"),
+            *(str(aside), commit),
+        )
+        known = Path(_git("rev-parse", "--absolute-git-dir", folder=aside))
+        file = self.folder / ".git"
+        (known / "gitdir").write_text(f"{file}\n", encoding="utf-8")
+        self.folder.mkdir(exist_ok=True)
+        (aside / ".git").replace(file)
+        remove(aside)
 
     def mark(self) -> str:
         """Say that what lies here will be of one fetch; returns the random mark that says which."""
@@ -108,12 +139,13 @@ class Workplace:
     def holds(self, mark: str | None) -> bool:
         """Whether what lies here is of that fetch; of one without a mark, if anything does.
 
-        It is not on another machine, nor where another retraining has fetched since.
+        It is not on another machine, nor where another retraining has fetched since, nor where the
+        project was copied or moved since.
         """
         if mark is None:  # by an earlier version
-            return self.folder.exists()
+            return self._is_worktree()
         file = self.folder / MARK
-        return file.exists() and file.read_text(encoding="utf-8") == mark
+        return self._is_worktree() and file.exists() and file.read_text(encoding="utf-8") == mark
 
     def has_remote(self) -> bool:
         """Whether the project has a DVC remote by default, where data is pushed to."""

@@ -427,6 +427,38 @@ def test_the_worktree_has_the_commit_and_the_users_folder_stays_as_it_is(project
     assert git("rev-parse", "--abbrev-ref", "HEAD", folder=project) == "main"
 
 
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_project_that_was_copied_or_moved_works_in_a_worktree_of_its_own(
+    project: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, lock = workplace.last_commit(), "locked"
+    work = workplace.Workplace()
+    work.prepare(commit, {})
+    (work.folder / "dvc.lock").write_text(lock)
+    mark = work.mark()  # files that git does not know
+    other = project.with_name("other")
+    shutil.copytree(project, other) if how == "copied" else project.rename(other)
+    monkeypatch.chdir(other)
+    elsewhere = workplace.Workplace()
+    assert not elsewhere.holds(mark)  # it is fetched again, with what lies there
+    elsewhere.prepare(commit, {"training": {"start_from": "models:/aegan/3"}}, anew=False)
+    assert elsewhere.holds(mark)
+    assert (elsewhere.folder / "dvc.lock").read_text() == lock
+    assert git("status", "--porcelain", "params.yaml", folder=elsewhere.folder) == "M params.yaml"
+    made = elsewhere.commit("0123", "retraining 0123")
+    assert git("rev-parse", "retrain/0123", folder=other) == made
+    assert made in git("worktree", "list", "--porcelain", folder=other)
+    elsewhere.prepare(commit, {})
+    assert git("rev-parse", "HEAD", folder=elsewhere.folder) == commit
+    assert git("rev-parse", "--abbrev-ref", "HEAD", folder=other) == "main"
+    assert not list(other.glob("retraining/work?*"))
+    if how == "copied":
+        monkeypatch.chdir(project)
+        assert work.holds(mark)
+        assert git("rev-parse", "HEAD", folder=work.folder) == commit
+        assert git("tag", "--list", folder=project) == ""
+
+
 def test_a_retraining_is_committed_once_on_a_branch_of_its_own(project: Path) -> None:
     work = workplace.Workplace()
     work.prepare(workplace.last_commit(), {"training": {"start_from": "models:/aegan/3"}})
