@@ -40,9 +40,8 @@ DVC_PATHS = {  # section of DVC's settings => keys that hold a path, or an addre
     },
 }
 DVC_ADDRESS = re.compile(r"\w+://")
-DVC_VALUE = re.compile(
-    r"""\s*(?:"([^"]*)"|'([^']*)'|([^#]*[^#\s]))"""
-)  # in quotes, before a comment
+# In quotes or not, before a comment.
+DVC_VALUE = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^#]*[^#\s]))""")
 
 
 class BudgetError(UserError):
@@ -187,16 +186,19 @@ class Workplace:
     def commit(self, name: str, message: str) -> str:
         """A commit of dvc.lock and params.yaml on branch `retrain/NAME`, tagged `retrained/NAME`.
 
-        Returns its hash; of a name that is there already, that one's.
+        Returns its hash; where the same is there under that name already, that one's.
         """
         branch, tag = f"retrain/{name}", f"retrained/{name}"
+        files = (str(DVC_LOCK), str(params.PARAMS_FILE))
+        _git("add", "--force", *files, folder=self.folder)
         if _git("tag", "--list", tag):
-            return _git("rev-parse", f"{tag}^{{commit}}")
-        _git("add", "--force", str(DVC_LOCK), str(params.PARAMS_FILE), folder=self.folder)
+            different = ("diff", "--cached", "--name-only", tag, "--", *files)
+            if not _git(*different, folder=self.folder):
+                return _git("rev-parse", f"{tag}^{{commit}}")
         if _git("diff", "--cached", "--name-only", folder=self.folder):
             _git("commit", "--quiet", "--no-verify", "--message", message, folder=self.folder)
         _git("branch", "--force", branch, "HEAD", folder=self.folder)
-        _git("tag", "--annotate", tag, "--message", message, folder=self.folder)
+        _git("tag", "--force", "--annotate", tag, "--message", message, folder=self.folder)
         return _git("rev-parse", "HEAD", folder=self.folder)
 
 

@@ -470,6 +470,11 @@ def test_a_retraining_is_committed_once_on_a_branch_of_its_own(project: Path) ->
     changed = git("show", "--name-only", "--format=", commit, folder=project).splitlines()
     assert changed == ["dvc.lock", "params.yaml"]
     assert git("log", "--oneline", "main", folder=project).count("\n") == 0
+    work.prepare(workplace.last_commit(), {})  # done again, as somebody has told it to
+    (work.folder / "dvc.lock").write_text("another")
+    again = work.commit("0123", "retraining 0123")
+    assert git("show", "retrained/0123^{commit}:dvc.lock", folder=project) == "another"
+    assert git("rev-parse", "retrain/0123", folder=project) == again != commit
 
 
 def test_paths_in_dvcs_settings_mean_the_same_in_the_worktree(project: Path) -> None:
