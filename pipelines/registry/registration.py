@@ -28,6 +28,7 @@ from pipelines.registry.mlflow_runs import (
 )
 from pipelines.registry.mlflow_store import (
     alone,
+    check_place,
     open_store,
     quoted,
     readable_errors,
@@ -35,7 +36,7 @@ from pipelines.registry.mlflow_store import (
     unless_there,
 )
 from pipelines.registry.standing import MAX_DESCRIPTION
-from pipelines.registry.tracking import CARD, NETWORKS, PICTURES
+from pipelines.registry.tracking import CARD, NETWORKS, PICTURES, open_repository
 
 SERVING_SCRIPT = Path(__file__).with_name("model_from_code.py")
 MAX_DIGEST = 36  # characters of a data set's hash that MLflow keeps
@@ -87,7 +88,7 @@ def register(
         identity = {"content_sha256": record.content_sha256, REGISTERED: model_name}
         if mlflow_store.database_file():  # we are alone: whatever is unfinished was cut off
             _end_unfinished(client, experiment, {})
-        registered = _find_version(mlflow, client, model_name, record.content_sha256)
+        registered = _find_version(client, model_name, record.content_sha256)
         if not registered:
             registered = _create_version(
                 *(mlflow, client, record, experiment, model_name, identity), live_run=live_run
@@ -97,16 +98,16 @@ def register(
         return registered
 
 
-def _find_version(mlflow: Any, client: Any, model_name: str, content_sha256: str) -> Version | None:
+def _find_version(client: Any, model_name: str, content_sha256: str) -> Version | None:
     """The first version of that content whose files are still there.
 
     The first: numbers only grow, so that all who register one content at once agree on it.
+    UserError for one whose files are to lie elsewhere.
     """
     query = f"name = {quoted(model_name)} AND tags.content_sha256 = '{content_sha256}'"
     for found in client.search_model_versions(query, order_by=["version_number ASC"]):
-        uri = f"models:/{model_name}/{found.version}"
-        files = mlflow.artifacts.list_artifacts(artifact_uri=uri)
-        if any(file.path == "MLmodel" for file in files):
+        files, _ = open_repository(client, f"models:/{model_name}/{found.version}")
+        if any(file.path == "MLmodel" for file in files.list_artifacts()):
             return Version(number=str(found.version), run_id=found.run_id, reused=True)
     return None
 
@@ -149,12 +150,12 @@ def _create_version(
             client.set_terminated(run.info.run_id)
     except mlflow.MlflowException:
         # Who registered the same content first has taken our unfinished run away: theirs it is.
-        first = _find_version(mlflow, client, model_name, record.content_sha256)
+        first = _find_version(client, model_name, record.content_sha256)
         if not first or first.run_id == run.info.run_id:
             raise
         _delete_versions(client, model_name, run, keep=first)
         return first
-    first = _find_version(mlflow, client, model_name, record.content_sha256)
+    first = _find_version(client, model_name, record.content_sha256)
     if not first:
         raise UserError(
             f"{model_name}: the version that was just made is not there any more: another program "
@@ -173,6 +174,7 @@ def _adopt(
     """The run that the training has filled, marked as one that is being registered.
 
     None without one, or if it says something else than the record: MLflow changes no parameter.
+    UserError if its files are to lie elsewhere.
     """
     run = client.get_run(run_id) if run_id else None
     if (
@@ -182,6 +184,7 @@ def _adopt(
         or any(run.data.params.get(name, str(v)) != str(v) for name, v in record.params.items())
     ):
         return None
+    check_place(run.info.artifact_uri, f"the run {run_id}")
     client.update_run(run_id, "RUNNING")  # first: what is marked and not finished was cut off
     log_numbers(client, run_id, tags=tags)
     return run
@@ -256,12 +259,14 @@ def _log_model(mlflow: Any, client: Any, run: Any, record: Record) -> str:
 
     zeros = [0.0] * aegan.load(record.model_folder).latent_dim
     run_id = run.info.run_id
-    model_id: str = client.create_logged_model(
+    logged = client.create_logged_model(
         run.info.experiment_id,
         "model",
         source_run_id=run_id,
         params={name: str(value) for name, value in record.params.items()},
-    ).model_id
+    )
+    check_place(logged.artifact_location, f"a new model of the run {run_id}")
+    model_id: str = logged.model_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     with TemporaryDirectory() as folder:
         _write_package(record, Path(folder) / "model")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.registry.mlflow_runs import Point, log_numbers, make_experiment
-from pipelines.registry.mlflow_store import alone, open_store, quoted, readable_errors
+from pipelines.registry.mlflow_store import alone, check_place, open_store, quoted, readable_errors
 
 
 def log_search(
@@ -54,13 +54,13 @@ def log_trial(
 
 
 def _search_run(mlflow: Any, client: Any, search: str, experiment: str) -> str:
-    """The id of the run of that name, which is made where there is none."""
+    """The id of the run of that name, made where there is none; UserError if it lies elsewhere."""
     experiment_id = make_experiment(mlflow, experiment)
     found = client.search_runs([experiment_id], f"tags.search = {quoted(search)}")
     if found:
-        run_id: str = found[0].info.run_id
-        return run_id
-    made: str = client.create_run(
-        experiment_id, tags={"search": search}, run_name=search
-    ).info.run_id
-    return made
+        run = found[0]
+    else:
+        run = client.create_run(experiment_id, tags={"search": search}, run_name=search)
+    check_place(run.info.artifact_uri, f"the run of the search {search}")
+    run_id: str = run.info.run_id
+    return run_id

@@ -157,9 +157,15 @@ def add_signature(uri: str, folder: Path) -> None:
 
 
 def _open_repository(uri: str) -> tuple[Any, str | None]:
-    """Where the files of a model are, and the hash that its version was registered with."""
-    mlflow = open_store(writing=False)
-    place, recorded = _locate(mlflow.MlflowClient(), uri)
+    return open_repository(open_store(writing=False).MlflowClient(), uri)
+
+
+def open_repository(client: Any, uri: str) -> tuple[Any, str | None]:
+    """Where the files of a model are, and the hash that its version was registered with.
+
+    UserError for a place where none are looked for.
+    """
+    place, recorded = _locate(client, uri)
     check_place(place, uri)
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 

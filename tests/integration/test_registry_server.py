@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 
 from aegan.config import RegisterConfig
+from aegan.training.run_folder import RunFolder
 from pipelines import register
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.project import tidy
 from pipelines.registry import champions, decisions, mlflow_store, tracking
+from pipelines.registry.live_run import send_rest
 from pipelines.retraining.ledger import Ledger, Step, new_entry, place_of
 from tests.compose import wait_until
 from tests.registrations import Registrations, registrations
 from tests.servers import SQLiteServer
-from tests.trained import write_project
+from tests.trained import RUN_NAME, write_project
 
 pytestmark = [pytest.mark.integration, pytest.mark.fault("registry")]
 
@@ -137,6 +139,8 @@ def listener() -> Iterator[tuple[str, list[str]]]:
             heard.append(f"{self.path} {self.headers['Authorization']}")
             self.send_error(404)
 
+        do_PUT = do_POST = do_GET  # noqa: N815 # as http.server calls them
+
         def log_message(self, *_: Any) -> None:
             pass
 
@@ -217,6 +221,54 @@ def test_old_versions_go_with_their_files_and_what_anything_names_stays(
     client.set_terminated(runs["6"])
 
 
+OTHER_PLACES = {  # what the registry's database may say of what registering reads and writes
+    "a version of the same content": (
+        "UPDATE model_versions SET storage_location = '{place}' RETURNING 1"
+    ),
+    "the run of the training": "UPDATE runs SET artifact_uri = '{place}' RETURNING 1",
+    "a new model": (
+        "CREATE TRIGGER elsewhere AFTER INSERT ON logged_models BEGIN UPDATE logged_models"
+        " SET artifact_location = '{place}' WHERE model_id = NEW.model_id; END"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_PLACES)
+def test_registering_sends_no_password_to_another_server(
+    registering: Registrations,
+    server: Registry,
+    listener: tuple[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    host, heard = listener
+    seed = 30 + [*OTHER_PLACES].index(what)
+    tracked = what == "the run of the training"
+    project = write_project(tmp_path / "project", seed=seed, tracked=tracked)
+    environment = {
+        "MLFLOW_TRACKING_URI": server.address,
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": "s3cret",
+    }
+    if what == "a version of the same content":
+        [outcome] = registering.run(project, environment=environment)
+        assert outcome.code == 0, outcome
+    if tracked:
+        monkeypatch.chdir(project)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        assert send_rest(RunFolder(project / "runs" / RUN_NAME), "aegan")
+    place = f"http://{host}/api/2.0/mlflow-artifacts/artifacts/x"
+    server.column(OTHER_PLACES[what].format(place=place))
+    try:
+        [outcome] = registering.run(project, environment=environment)
+    finally:
+        server.column("DROP TRIGGER IF EXISTS elsewhere")
+    assert heard == []
+    assert outcome.code == 1
+    assert "none of the places of the registry" in outcome.errors
+
+
 def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
     registering: Registrations,
     server: Registry,
@@ -226,7 +278,7 @@ def test_a_registry_sends_us_to_no_other_server_and_into_no_folder(
     record_property: Any,
 ) -> None:
     host, heard = listener
-    project = write_project(tmp_path / "project", seed=3)
+    project = write_project(tmp_path / "project", seed=40)
     [outcome] = registering.run(project, environment={"MLFLOW_TRACKING_URI": server.address})
     assert outcome.code == 0, outcome
     monkeypatch.chdir(project)
