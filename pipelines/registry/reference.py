@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aegan.config import IMAGE_SIZES, Split
 from aegan.data import dataset
-from aegan.files import new_file, write_json
+from aegan.files import new_file, sha256_of, write_json
 from pipelines.base import locks
 from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors, project_folder, read_json
@@ -72,7 +72,7 @@ def current() -> Reference | None:
     sha256 = read_json(folder / CURRENT, stage="register").get("sha256")
     if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
         raise UserError(f"{folder / CURRENT} names no reference split; {_cure()}")
-    return _read(folder, sha256)
+    return _read(sha256)
 
 
 def current_or_first(shards: Path) -> Reference:
@@ -104,13 +104,14 @@ def cut(shards: Path, *, reason: str) -> Reference:
     }
     folder = _folder()
     with locks.hold(str(REFERENCE)), clear_disk_errors(folder):
-        if not file_of(sha256).exists():  # else its noise would be lost
+        if not _facts_of(sha256).exists():  # else its noise would be lost
+            write_json(_facts_of(sha256), facts)
+        if not file_of(sha256).exists() or sha256_of(file_of(sha256)) != sha256:
             with new_file(file_of(sha256)) as temporary:
                 temporary.write_bytes(content)
-            write_json(folder / f"{sha256}.json", facts)
         write_json(folder / CURRENT, {"sha256": sha256})
     _track()
-    reference = _read(folder, sha256)
+    reference = _read(sha256)
     log.info("reference split %s: %d %s images", sha256[:12], len(reference.images), split)
     return reference
 
@@ -133,7 +134,7 @@ def path_of_current() -> str:
 
 def keep_noise(reference: Reference, noise: dict[str, Any]) -> None:
     """Keep with a reference how figures on it scatter over training seeds; raises UserError."""
-    file = _folder() / f"{reference.sha256}.json"
+    file = _facts_of(reference.sha256)
     with clear_disk_errors(file):
         write_json(file, reference.facts | {"noise": noise})
     _track()
@@ -168,6 +169,10 @@ def _folder() -> Path:
     return folder
 
 
+def _facts_of(sha256: str) -> Path:
+    return file_of(sha256).with_suffix(".json")
+
+
 def _table(shards: Path, split: Split) -> bytes:
     """A Parquet file of a split's first images in the order of their hashes."""
     ids = dataset.load_columns(shards, split, ["image_id"])["image_id"]
@@ -189,7 +194,7 @@ def _table(shards: Path, split: Split) -> bytes:
     return file.getvalue()
 
 
-def _read(folder: Path, sha256: str) -> Reference:
+def _read(sha256: str) -> Reference:
     """A reference whose file is the one that its name says; raises UserError."""
     file = file_of(sha256)
     try:
@@ -207,7 +212,10 @@ def _read(folder: Path, sha256: str) -> Reference:
             raise ValueError(f"images of {sizes}")
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{file} holds no images ({shown(str(error))[:100]}): {_cure()}") from None
-    facts = read_json(folder / f"{sha256}.json", stage="register")
+    try:
+        facts = read_json(_facts_of(sha256), stage="register")
+    except UserError:  # which only says what stage writes it
+        raise UserError(f"{_facts_of(sha256)} is missing or damaged: {_cure()}") from None
     return Reference(sha256=sha256, images=torch.from_numpy(images), facts=facts)
 
 

@@ -64,6 +64,27 @@ def test_another_one_is_cut_for_a_reason_and_the_old_one_stays() -> None:
     assert again.noise["shares"] == {"x": 0.1}
 
 
+@pytest.mark.parametrize("missing", ["json", "parquet"])
+def test_one_that_was_cut_off_between_its_two_files_is_cut_again(missing: str) -> None:
+    first = reference.current_or_first(SHARDS)
+    reference.keep_noise(first, {"shares": {"x": 0.1}, "seeds": [1], "steps": 2})
+    Path(f"reference/{first.sha256}.{missing}").unlink()
+    with pytest.raises(UserError, match="reference new"):
+        reference.current()
+    Path("reference/current.json").unlink()
+    again = reference.current_or_first(SHARDS)
+    assert again.sha256 == first.sha256
+    assert again.facts["reason"] == reference.FIRST
+    assert bool(again.noise) == (missing == "parquet")
+
+
+def test_an_altered_one_is_put_right_by_cutting_it_again() -> None:
+    first = reference.current_or_first(SHARDS)
+    Path(f"reference/{first.sha256}.parquet").write_bytes(b"altered")
+    assert reference.cut(SHARDS, reason="again").sha256 == first.sha256
+    assert reference.current_or_first(SHARDS).facts == first.facts
+
+
 def test_it_does_not_depend_on_the_order_of_the_images() -> None:
     first = reference.cut(SHARDS, reason="one")
     images = dataset.load_images(SHARDS, "test")[::-1]
