@@ -20,9 +20,16 @@ LOCKS = Path("artifacts/.locks")
 PIPELINE = "pipeline"
 
 
+class HeldError(UserError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def hold(name: str) -> Iterator[None]:
-    """Hold the lock of a stage, or of the pipeline; UserError at once if another process does."""
+    """Hold the lock of a stage, or of the pipeline; HeldError at once if another process does.
+
+    UserError for a disk that cannot be written to.
+    """
     path = LOCKS / name
     with clear_disk_errors(path):
         LOCKS.mkdir(parents=True, exist_ok=True)
@@ -39,7 +46,7 @@ def hold(name: str) -> Iterator[None]:
 
 
 def check_stages() -> None:
-    """UserError if a stage is at work, perhaps one whose DVC was killed."""
+    """HeldError if a stage is at work, perhaps one whose DVC was killed."""
     for path in sorted(LOCKS.glob("*")):
         if path.name != PIPELINE:
             with path.open() as file:
@@ -51,7 +58,7 @@ def _acquire(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         what = "run" if path.name == PIPELINE else f"process of the stage {path.name}"
-        raise UserError(
+        raise HeldError(
             f"another {what} is at work in this folder: {_holder(path)}; wait for it or end it"
         ) from None
 

@@ -145,11 +145,14 @@ def _parse(content: bytes) -> _Terms | None:
 
 @contextmanager
 def hold(place: Folder | Bucket, *, seconds: float = SECONDS) -> Iterator[Lease]:
-    """Keep other retrainings of this project away; BusyError if one is at work."""
+    """Keep other retrainings of this project away; BusyError if one is at work.
+
+    UserError for a disk or bucket that cannot be written to.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(locks.hold("retrain"))
-        except UserError as error:
+        except locks.HeldError as error:
             raise BusyError(str(error)) from None
         lease = Lease()
         if isinstance(place, Bucket):

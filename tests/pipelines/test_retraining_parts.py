@@ -32,6 +32,7 @@ from pipelines.retraining import lease, messages, steps, workplace
 from pipelines.retraining.ledger import Bucket, Entry, Folder, Ledger, Place, Step, new_entry
 from pipelines.retraining.look import files_seen, look
 from tests.compose import wait_until
+from tests.disks import largest_file
 from tests.s3 import s3_server
 
 pytestmark = pytest.mark.integration
@@ -328,6 +329,19 @@ def test_two_on_one_machine_exclude_each_other_without_a_bucket(
         held.check()
         with pytest.raises(lease.BusyError), lease.hold(Folder(tmp_path)):
             pass
+
+
+def test_a_full_disk_is_not_taken_for_another_retraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(UserError, match="no space left") as error,
+        largest_file(0),
+        lease.hold(Folder(tmp_path)),
+    ):
+        pass
+    assert not isinstance(error.value, lease.BusyError)
 
 
 def test_runs_of_versions_that_go_leave_the_bucket_and_nothing_else_does(
