@@ -49,7 +49,7 @@ def check_stages() -> None:
     """HeldError if a stage is at work, perhaps one whose DVC was killed."""
     for path in sorted(LOCKS.glob("*")):
         if path.name != PIPELINE:
-            with path.open() as file:
+            with clear_disk_errors(path), path.open("r+") as file:  # NFS locks what may be written
                 _acquire(file.fileno(), path)
 
 

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -183,6 +185,22 @@ def test_a_second_run_is_refused_and_told_which_process_is_at_work_with_the_sour
         locks.hold(locks.PIPELINE),
     ):
         pass
+
+
+def test_locks_need_nothing_that_nfs_refuses(tmp_path, monkeypatch):
+    def as_on_nfs(descriptor: int, how: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # for an exclusive lock
+        local(descriptor, how)
+
+    local = fcntl.flock
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    with locks.hold("train"):
+        pass
+    locks.check_stages()
+    with locks.hold("train"), pytest.raises(locks.HeldError, match="stage train"):
+        locks.check_stages()
 
 
 @pytest.mark.fault("killed processes")
