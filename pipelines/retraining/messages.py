@@ -89,7 +89,11 @@ def _post(message: dict[str, Any]) -> bool:
         digest = hmac.new(secret.encode(), content, hashlib.sha256).hexdigest()
         headers[SIGNATURE] = f"sha256={digest}"
     again = Retry(
-        TRIES - 1, backoff_factor=0.5, status_forcelist=[429, 502, 503, 504], allowed_methods=None
+        TRIES - 1,
+        backoff_factor=0.5,
+        status_forcelist=[429, 502, 503, 504],
+        allowed_methods=None,
+        respect_retry_after_header=False,  # nobody waits for hours: it is told next time
     )
     with requests.Session() as session:
         for scheme in ("https://", "http://"):
@@ -98,7 +102,8 @@ def _post(message: dict[str, Any]) -> bool:
             answer = session.post(
                 url, data=content, headers=headers, timeout=TIMEOUT_SECONDS, allow_redirects=False
             )
-            reason = "" if answer.ok else f"{answer.status_code}"
+            taken = 200 <= answer.status_code < 300  # what redirects has not taken it
+            reason = "" if taken else f"{answer.status_code}"
         except requests.RequestException as error:
             reason = type(error).__name__
     if reason:

@@ -182,6 +182,9 @@ def server() -> Iterator[tuple[str, dict[str, Any]]]:
             state["heard"].append((dict(self.headers), content))
             status = state["status"]
             self.send_response(status.pop(0) if len(status) > 1 else status[0])
+            for name in ("Location", "Retry-After"):
+                if name in state:
+                    self.send_header(name, state[name])
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -224,6 +227,21 @@ def test_a_message_is_signed_sent_again_and_kept_for_later(
     assert not messages.send({"id": "1"})
     assert "500" in caplog.text
     assert "hidden" not in caplog.text
+
+
+def test_who_redirects_a_message_or_asks_for_patience_has_not_taken_it(
+    server: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    address, state = server
+    monkeypatch.setenv(messages.ADDRESS, f"{address}/hook")
+    state |= {"status": [302], "Location": f"{address}/elsewhere"}
+    assert not messages.send({"id": "1"})
+    assert "302" in caplog.text
+    assert len(state["heard"]) == 1
+    state |= {"status": [429], "Retry-After": "20"}
+    start = time.monotonic()
+    assert not messages.send({"id": "1"})
+    assert time.monotonic() - start < 15
 
 
 def test_a_message_goes_nowhere_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
