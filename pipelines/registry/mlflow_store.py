@@ -40,6 +40,7 @@ CHATTY = ("alembic", "urllib3", "mlflow.store.db.utils")  # which repeat every e
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 BUCKETS = ("s3", "gs")
 SQLITE_WAIT_SECONDS = 5
+CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/\s:@]*:(?!\d+/)[^\s@]*)@")
 FAILING = re.compile(r"too many (5\d\d) error responses")
 PATIENCE_SECONDS = 600  # with another registration in the same store
 AGAIN = "then run the same command again"
@@ -61,8 +62,11 @@ def tracking_uri() -> str:
 
 
 def without_credentials(text: str) -> str:
-    """`https://user:password@host/` => `https://host/`, wherever it stands in a text."""
-    return re.sub(r"://[^/\s@]*@", "://", text)
+    """`https://user:password@host/` => `https://host/`, wherever it stands in a text.
+
+    The password may hold `@`, or `/` as those of databases may.
+    """
+    return CREDENTIALS.sub("://", text)
 
 
 def database_file() -> Path | None:

@@ -214,6 +214,13 @@ def test_passwords_reach_neither_files_nor_messages(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("password", ["s3cret", "s3@cret", "@s3cret@", "s3/cret", ""])
+def test_no_part_of_a_password_is_left_in_an_address(password: str) -> None:
+    text = f"MLflow at https://admin:{password}@host:5000/x: models:/aegan@old, s3://a:1/b@c"
+    left = "MLflow at https://host:5000/x: models:/aegan@old, s3://a:1/b@c"
+    assert mlflow_store.without_credentials(text) == left
+
+
 def test_passwords_of_the_source_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
