@@ -16,6 +16,7 @@ import torch
 
 from aegan.training import checkpoint
 from aegan.training.run_folder import RunFolder, step_name
+from tests.compose import wait_until
 from tests.disks import small_disk
 from tests.project import finish, make_project, run_folder, start, train_workers
 from tests.tiny import tiny_shards
@@ -184,13 +185,21 @@ def test_a_full_disk_is_one_line_without_a_retry_and_the_same_command_a_resume(
         training__checkpoint_interval_steps=2,
         compute__num_workers=workers,
     )
-    with small_disk(project / "runs", 2_000):  # kilobytes: a checkpoint or two
-        output = finish(start(project), expected=1)
+    disk = project / "runs"
+
+    def resize(kilobytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(disk)], check=True)
+
+    with small_disk(disk, 400_000):
+        process = start(project)
+        wait_until(lambda: any(disk.glob("aegan-*")), seconds=60, what="the folder of the run")
+        resize(2_000)  # a checkpoint or two; before the start it would have been refused
+        output = finish(process, expected=1)
         assert re.search(r"^error: no space left for .*/runs/aegan-", output, re.MULTILINE), output
         assert "Traceback" not in output
         saved = checkpoint.steps(run_folder(project) / "checkpoints")
         assert saved
-        subprocess.run(["mount", "-o", "remount,size=40000k", str(project / "runs")], check=True)
+        resize(400_000)
         finish(start(project))
         assert checkpoint.steps(run_folder(project) / "checkpoints")[-1] == 8
 
