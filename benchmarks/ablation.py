@@ -22,7 +22,7 @@ from torch import Tensor
 from aegan.config import TrainConfig
 from aegan.networks.layers import ChannelNorm
 from benchmarks.rows import Results, Row, groups, mean_and_error, table
-from benchmarks.trainings import JUDGES, MS_SSIM, designed, shared_settings, train_and_judge
+from benchmarks.trainings import JUDGES, designed, judged_settings, train_and_judge
 from pipelines.base import params
 from pipelines.base.errors import run_stage
 
@@ -84,8 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     pictures, changes = designed(options.images + 2 * JUDGES, options.size), ways()
     stated = {key: vars(options)[key] for key in ("images", "size", "steps")}
-    stated |= {"ways": changes} | MS_SSIM | shared_settings()
-    results = Results(options.json, stated, keys=KEYS)
+    results = Results(options.json, stated | {"ways": changes} | judged_settings(), keys=KEYS)
     for seed, way in itertools.product(range(options.seeds), changes):
         of_training = {"way": way, "seed": seed}
         if results.find(**of_training):

@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Results, as_table
-from benchmarks.trainings import (
-    JUDGES,
-    MS_SSIM,
-    SCORES,
-    picture_sets,
-    shared_settings,
-    train_and_judge,
-)
+from benchmarks.trainings import JUDGES, SCORES, judged_settings, picture_sets, train_and_judge
 from pipelines.base.errors import run_stage
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -46,7 +39,7 @@ def main() -> None:
     sets = picture_sets(options.archive, count, options.size)
     each = options.steps // options.looks
     stated = {key: vars(options)[key] for key in ("size", "steps", "looks")}
-    results = Results(options.json, stated | {"ways": WAYS} | MS_SSIM | shared_settings())
+    results = Results(options.json, stated | {"ways": WAYS} | judged_settings())
     plan = itertools.product(range(options.seeds), sets, options.images, options.ways)
     for seed, name, images, way in plan:  # cut short, it leaves whole comparisons
         of_training = {"set": name, "images": images, "way": way, "seed": seed}

@@ -69,13 +69,14 @@ def picture_sets(archive: Path | None, count: int, size: int) -> dict[str, np.nd
     return sets
 
 
-# Stated in files of results, since it was taken of pixels from -1 to 1 before.
-MS_SSIM = {"ms_ssim_of_pixels": [0, 255]}
-
-
 def shared_settings() -> dict[str, Any]:
     """What `params.yaml` says of all trainings of a table; with other settings it is another."""
     return {"params": identity(params.load(TrainConfig))}
+
+
+def judged_settings() -> dict[str, Any]:
+    """The same of a table of `train_and_judge`, whose MS-SSIM was of pixels from -1 to 1 before."""
+    return {"ms_ssim_of_pixels": [0, 255]} | shared_settings()
 
 
 def with_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

@@ -13,14 +13,7 @@ from typing import Any
 from scipy.stats import ttest_rel
 
 from benchmarks.rows import Results, Row, as_table, table
-from benchmarks.trainings import (
-    JUDGES,
-    MS_SSIM,
-    SCORES,
-    picture_sets,
-    shared_settings,
-    train_and_judge,
-)
+from benchmarks.trainings import JUDGES, SCORES, judged_settings, picture_sets, train_and_judge
 
 ARMS = ("gan", "aegan")
 KEYS = ("set", "loss", "step", "arm")
@@ -52,8 +45,8 @@ def measure(options: argparse.Namespace) -> str:
     count = options.images + 2 * JUDGES
     sets = picture_sets(options.archive, count, options.size)
     stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
-    stated |= {"losses": LOSSES} | MS_SSIM
-    results = Results(options.json, stated | shared_settings(), keys=KEYS)
+    stated |= {"losses": LOSSES}
+    results = Results(options.json, stated | judged_settings(), keys=KEYS)
     plan = itertools.product(range(options.seeds), sets, options.loss, options.arm)
     for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
         of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def run(config: TrainConfig, shards: Path, folder: Path, **keywords):
     return train(config, shards=shards, run_folder=folder, device=CPU, **keywords)
 
 
+def published(run_folder: Path, shards: Path) -> dict[str, dict[str, Any]]:
+    """What is said of a finished run where it is published, by file."""
+    training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": False, "seed": 0}
+    facts = {"params": {"training": training}, "dataset_sha256": "0"}
+    (run_folder / "run.json").write_text(json.dumps(facts))
+    output = run_folder.with_name(f"{run_folder.name}-published")
+    publish(RunFolder(run_folder), output, shards=shards)
+    return {name: json.loads((output / name).read_text()) for name in ("run.json", "metrics.json")}
+
+
 def stop_at(step: int):
     """A `should_stop` that asks to end at the first look after `step` looks."""
     looks = iter(range(1, 1_000_000))
@@ -138,22 +149,14 @@ def test_without_a_validation_split_training_goes_on_to_the_last_checkpoint(tmp_
     assert not any(name.startswith("validation_") for row in rows for name in row)
     names = {file.name for file in (tmp_path / "cut/samples").iterdir()}
     assert names == {"step-00000004-samples.png", "step-00000008-samples.png"}
-    training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": True, "seed": 0}
-    facts = {"params": {"training": training}, "dataset_sha256": "0"}
-    (tmp_path / "cut/run.json").write_text(json.dumps(facts))
-    publish(RunFolder(tmp_path / "cut"), tmp_path / "published", shards=shards)
-    assert json.loads((tmp_path / "published/metrics.json").read_text())["chosen_step"] == 8
+    assert published(tmp_path / "cut", shards)["metrics.json"]["chosen_step"] == 8
 
 
 def test_one_validation_image_is_enough_to_train_and_publish_by(tmp_path):
     """As of ten images in all, of which one may be left for validation."""
     shards = write_shards(tmp_path / "shards", {"train": blocks(8), "validation": blocks(1)})
     assert run(tiny_config(), shards, tmp_path / "run").finished
-    training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": True, "seed": 0}
-    facts = {"params": {"training": training}, "dataset_sha256": "0"}
-    (tmp_path / "run/run.json").write_text(json.dumps(facts))
-    publish(RunFolder(tmp_path / "run"), tmp_path / "published", shards=shards)
-    scores = json.loads((tmp_path / "published/metrics.json").read_text())
+    scores = published(tmp_path / "run", shards)["metrics.json"]
     assert math.isfinite(scores["validation_frechet_distance"])
     assert "validation_kernel_distance" not in scores
 
@@ -319,13 +322,8 @@ def test_a_run_is_judged_to_its_end_in_the_features_that_it_began_with(
         score = judged_by(tmp_path / name, 8, features, shards)["validation_frechet_distance"]
         rows = {row["step"]: row for row in log_at(tmp_path / name, 8)}
         assert rows[8]["validation_frechet_distance"] == pytest.approx(score, rel=1e-4)
-        training = {"batch_size": 8, "arm": "aegan", "horizontal_flip": False, "seed": 0}
-        facts = {"params": {"training": training}, "dataset_sha256": "0"}
-        (tmp_path / name / "run.json").write_text(json.dumps(facts))
-        publish(RunFolder(tmp_path / name), tmp_path / "published" / name, shards=shards)
-        for file in ("run.json", "metrics.json"):
-            published = json.loads((tmp_path / "published" / name / file).read_text())
-            assert published["features"] == features
+        for facts in published(tmp_path / name, shards).values():
+            assert facts["features"] == features
     assert_same(tensors_at(tmp_path / "learned", 8), tensors_at(tmp_path / "random", 8))
 
 

@@ -196,12 +196,17 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
     check_latents(tmp_path / "out", pictures, loaded)
 
 
-@pytest.mark.fault("files")
-def test_a_file_that_crashes_the_decoder_is_left_out_by_name(
-    loaded: served.Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _faulty_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAULTY_DECODER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("_faulty_decoder")
+@pytest.mark.fault("files")
+def test_a_file_that_crashes_the_decoder_is_left_out_by_name(
+    loaded: served.Served, tmp_path: Path
+) -> None:
     folder = tmp_path / "faces"
     folder.mkdir()
     for number in range(4):
@@ -212,12 +217,11 @@ def test_a_file_that_crashes_the_decoder_is_left_out_by_name(
     assert [len(found[f"{number}.png"]) for number in (0, 1, 3)] == [8, 8, 8]
 
 
+@pytest.mark.usefixtures("_faulty_decoder")
 @pytest.mark.fault("files")
 def test_files_that_come_after_a_decoder_s_crash_are_decoded(
-    loaded: served.Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: served.Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FAULTY_DECODER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(decoding, "GROUP_FILES", 1)
 
     def files() -> Iterator[RawFile]:
