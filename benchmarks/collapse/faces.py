@@ -1,6 +1,6 @@
 """The author's claims on pictures: a plain GAN against AEGAN, the same G and D_x, several seeds.
 
-Designed faces, and with --archive the pictures of a .zip, too. Both arms with the author's form of
+Designed faces, or with --archive the pictures of a .zip. Both arms with the author's form of
 the loss (BCE without penalties, his lambdas) and with that of params.yaml; judged after 200 steps
 and on, in learned features, by samples of the prior. The last lines compare the arms seed by seed.
 """
@@ -13,7 +13,14 @@ from typing import Any
 from scipy.stats import ttest_rel
 
 from benchmarks.rows import Results, Row, as_table, table
-from benchmarks.trainings import JUDGES, SCORES, judged_settings, picture_sets, train_and_judge
+from benchmarks.trainings import (
+    JUDGES,
+    SCORES,
+    archived,
+    designed,
+    judged_settings,
+    train_and_judge,
+)
 
 ARMS = ("gan", "aegan")
 KEYS = ("set", "loss", "step", "arm")
@@ -31,7 +38,7 @@ COMPARED = ("frechet_distance", "recall", "coverage", "ms_ssim")
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--archive", type=Path, help="a .zip of other pictures")
+    command.add_argument("--archive", type=Path, help="a .zip of pictures, not designed faces")
     command.add_argument("--images", type=int, default=10_000)
     command.add_argument("--size", type=int, default=32, help="side in pixels")
     command.add_argument("--looks", type=int, nargs="+", default=[200, 600, 1_200, 2_400, 3_600])
@@ -43,17 +50,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> str:
     """Trains what is missing in the file of results; returns the table, and the arms compared."""
     count = options.images + 2 * JUDGES
-    sets = picture_sets(options.archive, count, options.size)
+    if options.archive:
+        name, pictures = options.archive.stem, archived(options.archive, count, options.size)
+    else:
+        name, pictures = "designed", designed(count, options.size)
     stated = {key: vars(options)[key] for key in ("images", "size", "looks")}
     stated |= {"losses": LOSSES}
     results = Results(options.json, stated | judged_settings(), keys=KEYS)
-    plan = itertools.product(range(options.seeds), sets, options.loss, options.arm)
-    for seed, name, loss, arm in plan:  # cut short, it leaves whole comparisons
+    plan = itertools.product(range(options.seeds), options.loss, options.arm)
+    for seed, loss, arm in plan:  # cut short, it leaves whole comparisons
         of_training = {"set": name, "loss": loss, "arm": arm, "seed": seed}
         if results.find(**of_training):
             continue
         found = train_and_judge(
-            *(sets[name], options.images, LOSSES[loss] | {"training.arm": arm}),
+            *(pictures, options.images, LOSSES[loss] | {"training.arm": arm}),
             seed=seed,
             looks=options.looks,
         )

@@ -153,9 +153,9 @@ class Faces:
         """
         images = frames.flatten(0, 1)
         readings = self.reader.read(images)
-        steps = shorter_way(np.diff(readings.reshape(len(frames), -1, len(FACTORS)), axis=1))
-        lengths = np.linalg.norm(steps, axis=2)
-        direct = np.linalg.norm(steps.sum(1), axis=1)
+        factors = readings.reshape(len(frames), -1, len(FACTORS))
+        lengths = np.linalg.norm(shorter_way(np.diff(factors, axis=1)), axis=2)
+        direct = np.linalg.norm(shorter_way(factors[:, -1] - factors[:, 0]), axis=1)
         return {
             "path_detour": float(np.median(lengths.sum(1) / direct)),
             "path_largest_step": float((lengths.max(1) / lengths.sum(1)).mean()),

@@ -94,6 +94,19 @@ def test_a_true_path_has_equal_steps_and_an_abrupt_switch_a_single_one(faces):
     assert rows["abrupt switch"]["path_detour"] == pytest.approx(1)
 
 
+def test_the_long_way_round_a_hue_is_a_detour(faces):
+    low, width = faces.ranges()
+    turns = np.full((manifold.NUM_FRAMES, len(manifold.FACTORS)), 0.5)
+    hue = next(place for place, factor in enumerate(manifold.FACTORS) if factor.circular)
+    detours = []
+    for end in (0.4, 0.9):  # from .1: the way straight there is the shorter one, and the longer
+        turns[:, hue] = np.linspace(0.1, end, manifold.NUM_FRAMES)
+        frames = manifold.designed_faces.render(low + turns * width, image_size=faces.size)
+        detours.append(faces.of_paths(torch.from_numpy(frames)[None])["path_detour"])
+    assert detours[0] < 1.5
+    assert detours[1] > 2.5
+
+
 def test_codes_that_are_the_factors_tell_them(faces):
     codes = [torch.from_numpy(values) for values in (faces.known, faces.factors)]
     straight = [factor for factor in manifold.FACTORS if not factor.circular]
