@@ -1,7 +1,7 @@
 """`aegan models`, `history`, `promote`, `rollback`: champions as people ask for them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ class Model:
     """A version of the registered model, as `aegan models` shows it."""
 
     version: str
+    run_id: str
     aliases: tuple[str, ...]
     time: float  # of its registration, seconds since 1970
     run_name: str
@@ -43,6 +44,7 @@ def models(model_name: str) -> list[Model]:
     return [
         Model(
             version=number,
+            run_id=version.run_id or "",
             aliases=tuple(sorted(name for name, at in aliases.items() if str(at) == number)),
             time=version.creation_timestamp / 1000,
             run_name=version.tags.get("run_name", ""),
@@ -68,7 +70,7 @@ def promote(model_name: str, number: str, *, force: bool, reason: str) -> str:
     model = next((found for found in models(model_name) if found.version == number), None)
     if not model:
         raise UserError(f"{model_name} has no version {number}: see `aegan models`")
-    if line and line[-1].to == number:
+    if line and line[-1].version == (number, model.run_id):
         return f"{model_name} version {number} is the champion already: {standing.words(line[-1])}"
     if force:
         why = "forced past the gate"
@@ -108,18 +110,20 @@ def rollback(model_name: str, *, to: str = "", reason: str = "") -> str:
     if not line:
         raise UserError(f"{model_name} has no champion yet: `aegan promote VERSION` makes one")
     champions = [made for made in entries if made.changes_champion]
-    former = [made for made in (champions if to else line) if made.to != line[-1].to]
+    former = [made for made in (champions if to else line) if made.version != line[-1].version]
     if to and to not in {made.to for made in champions}:
         raise UserError(
             f"{model_name} version {to} never was champion: `aegan promote {to}`, or see "
             "`aegan history`"
         )
-    if to == line[-1].to:
+    with readable_errors():
+        there = decisions.versions(open_store(writing=False).MlflowClient(), model_name)
+    if to == line[-1].to and standing.is_there(there, line[-1]):
         return f"{model_name} version {to} is the champion already: {standing.words(line[-1])}"
     wanted = [made for made in former if made.to == to] if to else former
-    target = _newest_whole(model_name, wanted)
+    target = _newest_whole(model_name, wanted, there)
     if not target:
-        other = _newest_whole(model_name, [made for made in former if made.to != to])
+        other = _newest_whole(model_name, [made for made in former if made.to != to], there)
         cure = f"`aegan rollback --to {other}` is whole" if other else "promote another version"
         what = f"version {to} is not there any more" if to else "no former champion is there"
         raise UserError(f"{model_name}: {what}; {cure}")
@@ -133,11 +137,9 @@ def rollback(model_name: str, *, to: str = "", reason: str = "") -> str:
     return f"{model_name}: {standing.words(decision)}"
 
 
-def _newest_whole(model_name: str, made: Sequence[Decision]) -> str:
+def _newest_whole(model_name: str, made: Sequence[Decision], there: Mapping[str, Any]) -> str:
     """Of versions that were champions the last whose files are what was registered, else empty."""
-    with readable_errors():
-        there = decisions.versions(open_store(writing=False).MlflowClient(), model_name)
-    for number, decision in {one.to: one for one in reversed(made)}.items():
+    for (number, _), decision in {one.version: one for one in reversed(made)}.items():
         if not standing.is_there(there, decision):
             log.warning("%s: version %s was deleted in MLflow", model_name, number)
             continue

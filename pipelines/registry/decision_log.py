@@ -28,11 +28,17 @@ class Decision:
     kind: Kind
     start: str | None  # the champion's version that it was decided against
     to: str  # the version that it is about
+    run_id: str  # that version's run: a model that is made again has other ones of that number
     by: str
     reasons: tuple[str, ...]
     reference: str  # hash of the reference split; empty where none was used
     time: float  # seconds since 1970, by the server's clock
     counts: bool
+
+    @property
+    def version(self) -> tuple[str, str]:
+        """What it is about, also where the model was made again since."""
+        return self.to, self.run_id
 
     @property
     def changes_champion(self) -> bool:
@@ -57,17 +63,17 @@ def fold(entries: Iterable[Decision]) -> list[Decision]:
     since that became champion.
     """
     folded: list[Decision] = []
-    champion = None
+    champion: tuple[str, str] | None = None
     for entry in sorted(entries, key=lambda entry: entry.number):
-        changes_nothing = entry.kind != "refusal" and entry.to == champion
+        changes_nothing = entry.kind != "refusal" and entry.version == champion
         counts = (
-            entry.start == champion
+            entry.start == (champion[0] if champion else None)
             and not changes_nothing
             and not any(entry.is_same_as(other) for other in since_change(folded))
         )
         folded.append(replace(entry, counts=counts))
         if folded[-1].changes_champion:
-            champion = entry.to
+            champion = entry.version
     return folded
 
 
@@ -86,7 +92,7 @@ def succession(folded: Iterable[Decision]) -> list[Decision]:
     for entry in folded:
         if not entry.changes_champion:
             continue
-        places = [place for place, made in enumerate(line) if made.to == entry.to]
+        places = [place for place, made in enumerate(line) if made.version == entry.version]
         if entry.kind == "rollback" and places:
             del line[places[-1] :]
         line.append(entry)
@@ -142,6 +148,7 @@ def _entry(version: Any) -> Decision | None:
             kind=kind,
             start=tags["from"] or None,
             to=tags["to"],
+            run_id=version.run_id or "",
             by=tags["by"],
             reasons=tuple(map(str, reasons)),
             reference=tags["reference"],

@@ -82,28 +82,27 @@ def decide(
     The files go to the run of that version. A decision that is in the log is not written again.
     Raises Outrun if there is another champion by now, UserError for what MLflow refuses.
     """
-    wanted = Decision(
-        number=0,
-        kind=kind,
-        start=start,
-        to=to,
-        by=by or this_person(),
-        reasons=tuple(reasons),
-        reference=reference,
-        time=0.0,
-        counts=False,
-    )
-    if kind != "refusal" and to == start:
-        raise UserError(f"{model_name}: version {to} is the champion already")
     with readable_errors(), alone():
         client = open_store().MlflowClient()
+        version = versions(client, model_name).get(to)
+        if version is None:
+            raise UserError(f"{model_name} has no version {to}: see `aegan models`")
+        wanted = Decision(
+            number=0,
+            kind=kind,
+            start=start,
+            to=to,
+            run_id=version.run_id or "",
+            by=by or this_person(),
+            reasons=tuple(reasons),
+            reference=reference,
+            time=0.0,
+            counts=False,
+        )
         decision = _find(client, model_name, wanted)
         if not decision:
-            version = versions(client, model_name).get(to)
-            if version is None:
-                raise UserError(f"{model_name} has no version {to}: see `aegan models`")
-            _keep_files(client, version.run_id, wanted, files)
-            decision = _append(client, model_name, version.run_id, wanted)
+            _keep_files(client, wanted, files)
+            decision = _append(client, model_name, wanted)
         _put_right(client, model_name, say=False)
     return decision
 
@@ -162,6 +161,8 @@ def _find(client: Any, model_name: str, wanted: Decision) -> Decision | None:
     line = succession(entries)
     now = line[-1].to if line else None
     if now == wanted.start:
+        if line and wanted.kind != "refusal" and line[-1].version == wanted.version:
+            raise UserError(f"{model_name}: version {now} is the champion already")
         return None
     changes = [entry for entry in entries if entry.changes_champion]
     before = [place for place, entry in enumerate(changes) if entry.to == wanted.start]
@@ -177,18 +178,18 @@ def _named(version: str | None) -> str:
     return f"version {version}" if version else "none"
 
 
-def _keep_files(client: Any, run_id: str, decision: Decision, files: Sequence[Path]) -> None:
+def _keep_files(client: Any, decision: Decision, files: Sequence[Path]) -> None:
     """Put what a decision was made by among the files of the version's run."""
     if not files:
         return
-    place = client.get_run(run_id).info.artifact_uri
+    place = client.get_run(decision.run_id).info.artifact_uri
     check_place(place, f"the run of version {decision.to}")
     folder = f"decisions/{sha256_of_json(decision_log.tags_of(decision))[:16]}"
     for file in files:
-        client.log_artifact(run_id, str(file), folder)
+        client.log_artifact(decision.run_id, str(file), folder)
 
 
-def _append(client: Any, model_name: str, run_id: str, wanted: Decision) -> Decision:
+def _append(client: Any, model_name: str, wanted: Decision) -> Decision:
     """Write a decision into the log and return it as it counts there; raises Outrun."""
     from mlflow.exceptions import RestException
 
@@ -201,7 +202,7 @@ def _append(client: Any, model_name: str, run_id: str, wanted: Decision) -> Deci
             client.create_model_version(
                 name,
                 f"models:/{model_name}/{wanted.to}",
-                run_id,
+                wanted.run_id or None,
                 tags=decision_log.tags_of(wanted),
                 description=standing.deed(wanted),
                 await_creation_for=0,

@@ -49,10 +49,10 @@ def moment(seconds: float) -> str:
 def is_there(versions: Mapping[str, Any], decision: Decision) -> bool:
     """Whether the version that was decided on still is.
 
-    One of that number that is younger belongs to a model that was deleted and made again.
+    A model that was deleted and is made again has versions of the same numbers.
     """
     version = versions.get(decision.to)
-    return version is not None and version.creation_timestamp <= round(decision.time * 1000)
+    return version is not None and (version.run_id or "") == decision.run_id
 
 
 def repairs(
@@ -80,9 +80,10 @@ def repairs(
             right = "no version that is there"
         was = f"was at version {found}" if found else "was missing"
         yield Repair(f"the alias {alias} of {model_name} {was}: put right, it is {right}", make)
-    for number in sorted({made.to for made in entries if made.counts and is_there(versions, made)}):
+    there = {made.version for made in entries if made.counts and is_there(versions, made)}
+    for number, run_id in sorted(there):
         found = versions[number].description or ""
-        if (text := _with(found, _about_version(number, entries))) != found:
+        if (text := _with(found, _about_version((number, run_id), entries))) != found:
             yield Repair("", partial(client.update_model_version, model_name, number, text))
     found = model.description or ""
     if (text := _with(found, _about_model(meant))) != found:
@@ -92,18 +93,19 @@ def repairs(
 def aliases(line: Sequence[Decision], versions: Mapping[str, Any]) -> dict[str, Decision | None]:
     """Which decision's version each alias means; of deleted ones the alias is deleted, too."""
     champion = line[-1] if is_there(versions, line[-1]) else None
-    before = [made for made in line[:-1] if made.to != line[-1].to and is_there(versions, made)]
+    others = [made for made in line if made.version != line[-1].version]
+    before = [made for made in others if is_there(versions, made)]
     return dict(zip(ALIASES, (champion, before[-1] if before else None), strict=True))
 
 
-def _about_version(number: str, entries: Sequence[Decision]) -> str:
+def _about_version(version: tuple[str, str], entries: Sequence[Decision]) -> str:
     changes = [entry for entry in entries if entry.changes_champion]
     state = "Never champion."
     for made, ended in zip(changes, [*changes[1:], None], strict=True):
-        if made.to == number:
+        if made.version == version:
             until = f" until {moment(ended.time)}, followed by version {ended.to}" if ended else ""
             state = f"Champion since {moment(made.time)}{until}."
-    about = [entry for entry in entries if entry.counts and entry.to == number]
+    about = [entry for entry in entries if entry.counts and entry.version == version]
     return "\n".join([state, "", *(f"- {_with_reasons(entry)}" for entry in reversed(about))])
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ ENTRIES = st.lists(
         kind=st.sampled_from(["promotion", "refusal", "rollback"]),
         start=st.none() | VERSIONS,
         to=VERSIONS,
+        run_id=st.sampled_from(["a", "b"]),  # of a model that was made again
         **{name: st.just(value) for name, value in WORDS.items()},  # type: ignore[arg-type]
     ),
     unique_by=lambda entry: entry.number,
@@ -46,12 +49,12 @@ def test_the_champions_are_one_chain_whatever_the_order_in_which_entries_are_rea
     champion = None
     for entry in folded:
         if entry.counts:
-            assert entry.start == champion
+            assert entry.start == (champion.to if champion else None)
         if entry.changes_champion:
-            assert entry.to != champion
-            champion = entry.to
+            assert not champion or entry.version != champion.version
+            champion = entry
     line = succession(folded)
-    assert (line[-1].to if line else None) == champion
+    assert (line[-1] if line else None) == champion
     random.shuffle(entries)
     assert fold(entries) == folded
 
@@ -78,7 +81,7 @@ def test_whatever_is_sent_twice_counts_once(entries: list[Decision]) -> None:
 def test_only_the_champion_of_the_time_can_be_replaced(entries: list[Decision]) -> None:
     for entry in (folded := fold(entries)):
         before = [one for one in folded if one.number < entry.number and one.changes_champion]
-        if entry.kind != "refusal" and entry.to != entry.start:
+        if entry.kind != "refusal" and (not before or entry.version != before[-1].version):
             assert entry.counts == (entry.start == (before[-1].to if before else None))
 
 
@@ -86,7 +89,7 @@ def test_rollbacks_go_back_one_by_one() -> None:
     made = [("promotion", None, "1"), ("promotion", "1", "2"), ("promotion", "2", "3")]
     made += [("rollback", "3", "2"), ("rollback", "2", "1")]
     entries = [
-        Decision(number=number, kind=kind, start=start, to=to, **WORDS)  # type: ignore[arg-type]
+        Decision(number=number, kind=kind, start=start, to=to, run_id=to, **WORDS)  # type: ignore[arg-type]
         for number, (kind, start, to) in enumerate(made, start=1)
     ]
     lines = [[one.to for one in succession(fold(entries[:end]))] for end in range(1, 6)]
@@ -264,6 +267,35 @@ def test_a_champion_that_was_deleted_is_one_line_that_offers_the_next(client: An
     with pytest.raises(UserError, match="deleted in MLflow; promote another"):
         decisions.champion("aegan")
     assert aliases(client) == {}
+
+
+@pytest.mark.fault("registry")
+def test_what_has_the_number_of_a_deleted_champion_can_be_promoted(client: Any) -> None:
+    promote(None, "3")
+    client.delete_registered_model("aegan")
+    deciding.make_versions(client, 3)
+    with pytest.raises(UserError, match="version 3 is not there any more"):
+        champions.rollback("aegan", to="3")
+    made = promote("3", "3")
+    assert decisions.champion("aegan") == "3"
+    assert aliases(client) == {"champion": "3"}
+    assert "Champion since" in client.get_model_version("aegan", "3").description
+    with pytest.raises(UserError, match="version 3 is the champion already"):
+        promote("3", "3", by="another")
+    assert [entry.number for entry in decisions.history("aegan") if entry.counts][-1] == made.number
+
+
+@pytest.mark.fault("registry")
+def test_who_is_champion_is_asked_of_no_clock(client: Any) -> None:
+    promote(None, "1")
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("UPDATE model_versions SET creation_time = creation_time + 90000")
+        database.execute(
+            "UPDATE model_versions SET creation_time = 0 WHERE name = 'aegan.decisions'"
+        )
+    assert decisions.champion("aegan") == "1"
+    promote("1", "2")
+    assert aliases(client) == {"champion": "2", "previous": "1"}
 
 
 @pytest.mark.fault("registry")
