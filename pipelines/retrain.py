@@ -236,8 +236,13 @@ def _facts(entry: Entry) -> dict[str, Any]:
 
 
 def _message(entry: Entry) -> dict[str, Any]:
-    own = {"id": f"{entry.id}-{entry.outcome}", "retraining": entry.id, "time": entry.begun}
-    return _facts(entry) | own
+    """What is told of a retraining's end; `id` stays when it is sent again.
+
+    It differs for another end of the same retraining (--force), whose last step began later.
+    """
+    last = max((step.begun for step in entry.steps.values()), default=entry.begun)
+    name = f"{entry.id}-{entry.outcome}-{last:.3f}"
+    return _facts(entry) | {"id": name, "retraining": entry.id, "time": entry.begun}
 
 
 def _tell(ledger: Ledger, entry: Entry) -> None:

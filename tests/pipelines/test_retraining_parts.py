@@ -244,6 +244,25 @@ def test_who_redirects_a_message_or_asks_for_patience_has_not_taken_it(
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.usefixtures("pictures")
+def test_the_id_of_a_message_stays_when_it_is_sent_again_and_differs_for_another_end(
+    server: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, state = server
+    monkeypatch.setenv(messages.ADDRESS, f"{address}/hook")
+    end = {steps.OUTCOME: "refused", steps.REASONS: ["as it was found"]}
+    monkeypatch.setitem(retrain.STEPS, "fetch", lambda retraining: dict(end))
+    state["status"] = [500, 200]
+    retrain.main(retrain.Options())  # of whose end nobody takes the message
+    retrain.main(retrain.Options())  # which sends it again
+    retrain.main(retrain.Options(force="fetch", reason="look again"))
+    first, again, other = [json.loads(content) for _, content in state["heard"]]
+    assert first == again
+    assert other["id"] != first["id"]
+    same = ("retraining", "outcome", "champion")
+    assert [other[key] for key in same] == [first[key] for key in same]
+
+
 def test_a_message_goes_nowhere_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert messages.send({"id": "1"})  # to nobody
     monkeypatch.setenv(messages.ADDRESS, "http://example.org/hook?token=hidden")
