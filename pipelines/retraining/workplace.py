@@ -148,7 +148,9 @@ class Workplace:
 
     def has_remote(self) -> bool:
         """Whether the project has a DVC remote by default, where data is pushed to."""
-        return _dvc_config(self.project).has_option("core", "remote")
+        if _dvc_config(self.project).has_option("core", "remote"):
+            return True
+        return "remote" in _outer_dvc_config()["core"]
 
     def dvc(self, *arguments: str, deadline: float = float("inf")) -> None:
         """Run DVC there; UserError with the failed stage's words.
@@ -203,7 +205,10 @@ class Workplace:
 
 
 def _dvc_config(project: Path) -> configparser.ConfigParser:
-    """The project's settings of DVC with its cache, and no git: DVC knows no worktrees."""
+    """The project's settings of DVC with its cache, and no git: DVC knows no worktrees.
+
+    Those of the user and the machine hold in the worktree as they are.
+    """
     config = configparser.ConfigParser(interpolation=None)
     try:
         config.read([project / ".dvc/config", project / ".dvc/config.local"])
@@ -214,12 +219,29 @@ def _dvc_config(project: Path) -> configparser.ConfigParser:
         if not config.has_section(section):
             config.add_section(section)
     config.set("core", "no_scm", "true")
-    if not config.has_option("cache", "dir"):
+    if not config.has_option("cache", "dir") and "dir" not in _outer_dvc_config()["cache"]:
         config.set("cache", "dir", "cache")
     for section in config.sections():
         where = section.strip("\"'").partition(" ")[0]  # ['remote "NAME"'] => remote
         for key in config[section].keys() & DVC_PATHS.get(where, ()):
             config.set(section, key, _absolute(config[section][key], project / ".dvc"))
+    return config
+
+
+def _outer_dvc_config() -> Mapping[str, Any]:
+    """DVC's settings of the user and the machine (`dvc config --global`, `--system`), by section.
+
+    A project's own go before them.
+    """
+    from dvc.config import Config, ConfigError  # here, since most commands never ask
+
+    try:
+        config: dict[str, Any] = Config(validate=False)
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"DVC's global settings: {reason}; `dvc config --global --list` must work"
+        ) from None
     return config
 
 

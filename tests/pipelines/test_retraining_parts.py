@@ -549,6 +549,36 @@ def test_paths_in_dvcs_settings_mean_the_same_in_the_worktree(project: Path) -> 
     assert seen[1]["cache"]["dir"] == str(project.parent / "cache")
 
 
+def test_cache_and_remote_of_dvcs_global_settings_are_those_of_the_worktree_too(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".dvc/config").write_text("")
+    git("commit", "--quiet", "--all", "--message=no settings", folder=project)
+    work = workplace.Workplace()
+    outer = project.parent / "settings"
+    outer.mkdir()
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(outer))
+    assert not work.has_remote()
+    (outer / "config").write_text(
+        "[core]\n    remote = far\n['remote \"far\"']\n    url = nas\n"
+        "[cache]\n    dir = shared cache\n"
+    )
+    work.prepare(workplace.last_commit(), {})
+    seen = [Config(str(folder / ".dvc"), validate=False) for folder in (project, work.folder)]
+    for section in ("remote", "cache"):
+        assert seen[1][section] == seen[0][section]
+    assert seen[1]["cache"]["dir"] == str(outer / "shared cache")
+    assert work.has_remote()
+    (project / ".dvc/config").write_text("[cache]\n    dir = own\n")  # goes before
+    git("commit", "--quiet", "--all", "--message=own cache", folder=project)
+    work.prepare(workplace.last_commit(), {})
+    seen = [Config(str(folder / ".dvc"), validate=False) for folder in (project, work.folder)]
+    assert seen[1]["cache"]["dir"] == seen[0]["cache"]["dir"] == str(project / ".dvc/own")
+    (outer / "config").write_text("[core]\n[core]\n")
+    with pytest.raises(UserError, match=r"DVC's global settings: .*`dvc config --global --list`"):
+        work.has_remote()
+
+
 def with_stage(project: Path, script: str) -> None:
     """A pipeline of one stage, which runs a script with what the tests run with."""
     stage = f"{sys.executable} stage.py"
