@@ -6,7 +6,6 @@ nor by what it says, nor through a link.
 
 import functools
 import hashlib
-import os
 import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.base.errors import UserError
+from pipelines.base.git import git
 from pipelines.base.names import shown
 from pipelines.base.outputs import fits
 from pipelines.jobs.job import DVC_LOCK
@@ -143,15 +143,12 @@ def unknown_files() -> list[str]:
 
 def _git_files(*which: str) -> set[str]:
     patterns = [f":(exclude){pattern}" for pattern in NOT_NEEDED]
-    command = ["git", "ls-files", "-z", *which, "--", ".", *patterns]
-    try:
-        done = subprocess.run(command, capture_output=True, check=True)
-    except FileNotFoundError:
-        raise UserError("git not found: a job is made of the files that git knows") from None
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.decode(errors="replace").strip()
-        raise UserError(f"git cannot list the files to ship: {reason}") from None
-    return set(os.fsdecode(done.stdout).split("\0")) - {""}
+    listed = git(
+        *("ls-files", "-z", *which, "--", ".", *patterns),
+        need="a job is made of the files that git knows",
+        cure="`git init` and `git add` first",
+    )
+    return set(listed.split("\0")) - {""}
 
 
 def hash_files(files: Mapping[str, bytes]) -> str:

@@ -25,6 +25,7 @@ from pipelines.base import locks, outputs
 from pipelines.base.command import run_command
 from pipelines.base.defaults import DAYS
 from pipelines.base.errors import UserError
+from pipelines.base.git import git
 from pipelines.base.names import shown
 from pipelines.bucket import shard_store
 from pipelines.cluster import session
@@ -309,18 +310,8 @@ def _commits(*arguments: str) -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    unknown = "what the commits of this folder need is not known, so that nothing may go"
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(f"git not found: {unknown}; install git") from None
-    if done.returncode != 0:
-        reason = done.stderr.strip().partition("\n")[0] or f"git {arguments[0]} failed"
-        raise UserError(
-            f"{reason}: {unknown}; `git log --all` must work here (a folder of another user's "
-            "needs `git config --global --add safe.directory FOLDER`)"
-        )
-    return done.stdout
+    need = "what the commits of this folder need is not known, so that nothing may go"
+    return git(*arguments, need=need, cure="`git log --all` must work here")
 
 
 # -- MLflow and Ray -------------------------------------------------------------------------------

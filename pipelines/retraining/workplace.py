@@ -21,6 +21,7 @@ from aegan.files import remove, write_text
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.base.files import clear_disk_errors, project_folder
+from pipelines.base.git import git
 from pipelines.jobs.job import DVC_LOCK, run_dvc
 from pipelines.jobs.with_parent import END_SECONDS
 from pipelines.retraining.ledger import FOLDER
@@ -50,7 +51,7 @@ class BudgetError(UserError):
 
 def last_commit() -> str:
     """Its hash; UserError where files that git knows differ from it."""
-    _git("rev-parse", "--git-dir", cure="a retraining runs what is committed: `git init` first")
+    _git("rev-parse", "--git-dir", cure="`git init` first")
     changed = [
         line[3:]
         for line in _git("status", "--porcelain", "--untracked-files=no").split("\n")
@@ -267,24 +268,11 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 
 def _git(*arguments: str, folder: Path | None = None, cure: str = "") -> str:
-    """What git prints; UserError with its reason."""
+    """What git prints in the project, or in the worktree; raises UserError."""
     where = folder or project_folder()
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=where,
-            env=os.environ | ROBOT,
-            capture_output=True,
-            text=True,
-            check=False,
+    if not where.exists():
+        raise UserError(
+            f"{where} not found: expected the worktree of a retraining: `aegan retrain` again"
         )
-    except FileNotFoundError:
-        if not where.exists():
-            raise UserError(
-                f"{where} not found: expected the worktree of a retraining: `aegan retrain` again"
-            ) from None
-        raise UserError("git not found: a retraining runs what is committed; install git") from None
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or done.stdout.strip() or "it did not say why").splitlines()
-        raise UserError(f"git {arguments[0]}: {reason[-1]}{f'; {cure}' if cure else ''}")
-    return done.stdout.strip("\n")
+    need = "a retraining runs what is committed"
+    return git(*arguments, need=need, cure=cure, folder=where, environment=ROBOT).strip("\n")

@@ -455,6 +455,16 @@ def test_a_folder_without_git_is_told_what_to_do(
         workplace.last_commit()
 
 
+def test_a_folder_of_another_users_is_told_why_git_refuses_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to test it
+    cure = f"`git config --global --add safe.directory {project}`"
+    with pytest.raises(UserError, match=rf"dubious ownership .*committed; .*{cure}") as error:
+        workplace.last_commit()
+    assert "git init" not in str(error.value)
+
+
 def test_settings_of_dvc_that_cannot_be_read_are_one_line(project: Path) -> None:
     with (project / ".dvc/config").open("a") as file:
         file.write("[core]\n[core]\n")

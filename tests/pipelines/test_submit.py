@@ -314,7 +314,9 @@ def test_too_much_to_ship_names_the_largest_file(project, monkeypatch):
 def test_a_folder_without_git_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(UserError, match=r"git cannot list the files to ship: .*not a git repo"):
+    with pytest.raises(
+        UserError, match=r"git ls-files: not a git repo.*: a job is made of .*`git init`"
+    ):
         shipment.shipped_files()
 
 
