@@ -21,7 +21,8 @@ GIB = 2**30
 LEAST_DISK, ENOUGH_DISK = GIB // 10, 5 * GIB  # for a few checkpoints; for data and cache too
 LEAST_MEMORY, ENOUGH_MEMORY = 1 * GIB, 2.5 * GIB  # the demo takes 2.2
 ENOUGH_SHARED_MEMORY = session.LOCAL_OBJECT_STORE_BYTES * 3 // 2
-WRITTEN = (Path("artifacts"), Path("runs"))  # perhaps links to a larger disk
+# Perhaps links to a larger disk. DVC keeps a copy of what is in artifacts/ in its cache.
+WRITTEN = (Path("artifacts"), Path("runs"), Path(".dvc/cache"))
 CGROUPS = Path("/sys/fs/cgroup")
 NO_LIMIT = 2**60  # version 1 of control groups says so with a number near 2**63
 
@@ -142,7 +143,8 @@ def disk(*folders: Path) -> Finding:
             return Finding("fail", "disk", f"not allowed to write {place}", "check owner and mode")
     free, place = min((shutil.disk_usage(place).free, place) for place in places)
     found = f"{_gib(free)} free in {place}"
-    cure = "free some, or link its folders artifacts/ and runs/ to a larger disk (make clean)"
+    linked = "artifacts/, runs/ and .dvc/cache"
+    cure = f"free some, or link its folders {linked} to a larger disk (make clean)"
     if free < LEAST_DISK:
         return Finding("fail", "disk", found, cure)
     return (
