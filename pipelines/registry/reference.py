@@ -80,6 +80,12 @@ def current_or_first(shards: Path) -> Reference:
     return current() or cut(shards, reason=FIRST)
 
 
+def is_to_be_pulled() -> bool:
+    """Whether this is a clone of a project that has a reference, which DVC has not brought yet."""
+    project = project_folder()
+    return (project / REFERENCE_DVC).exists() and not (project / REFERENCE / CURRENT).exists()
+
+
 def cut(shards: Path, *, reason: str) -> Reference:
     """Make a reference of held-out images the one that counts; the others stay. Raises UserError.
 
@@ -161,7 +167,7 @@ def said(reference: Reference | None) -> tuple[str, dict[str, Any]]:
 def _folder() -> Path:
     """Where references are kept; UserError in a clone that has not fetched them yet."""
     folder = project_folder() / REFERENCE
-    if (project_folder() / REFERENCE_DVC).exists() and not (folder / CURRENT).exists():
+    if is_to_be_pulled():
         raise UserError(
             f"{REFERENCE_DVC} names a reference split that is not here: run "
             f"`.venv/bin/dvc pull {REFERENCE_DVC}`"

@@ -1,5 +1,6 @@
 """The steps of a retraining, in their order; each returns what the ledger keeps of it."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import chdir
@@ -16,13 +17,13 @@ from aegan.training.loop import COLLAPSED
 from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.base.files import read_json
-from pipelines.base.outputs import PREPROCESS, RAW, SHARDS
+from pipelines.base.outputs import PREPROCESS, RAW, REFERENCE_DVC, SHARDS
 from pipelines.registry import decisions, gate, reference, tracking
 from pipelines.registry.decision_log import succession
 from pipelines.retraining import check, history_page
 from pipelines.retraining.lease import Lease
 from pipelines.retraining.ledger import Entry
-from pipelines.retraining.workplace import Workplace
+from pipelines.retraining.workplace import BudgetError, Workplace
 
 QUARANTINE = PREPROCESS / "quarantine.csv"
 REGISTRATION = Path("artifacts/register/registration.json")
@@ -31,6 +32,8 @@ BEFORE = "before"  # a copy of the champion's images, beside the worktree
 FETCHED = "fetched"  # of what fetch has found: the mark that it has left in the worktree
 OUTCOME, REASONS = "outcome", "reasons"  # of a result that ends the retraining
 EXIT_CODES = {"promoted": 0, "nothing new": 0, "waits": 0, "refused": 3, "asks": 3}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class Retraining:
 
 def fetch(retraining: Retraining) -> dict[str, Any]:
     """Read the source again."""
+    _pull_reference(retraining)
     retraining.prepare(anew=True)
     _keep_images_of_champion(retraining)
     mark = retraining.work.mark()
@@ -83,6 +87,24 @@ def fetch(retraining: Retraining) -> dict[str, Any]:
     )
     raw = read_json(retraining.work.folder / RAW / "manifest.json", stage="download")
     return {key: raw[key] for key in ("source_sha256", "files", "bytes")} | {FETCHED: mark}
+
+
+def _pull_reference(retraining: Retraining) -> None:
+    """In a new clone: what all steps keep out of training, and the gate compares on."""
+    if not reference.is_to_be_pulled():
+        return
+    log.info("the reference split is not here yet: `dvc pull %s`", REFERENCE_DVC)
+    work = retraining.work
+    try:  # also from a cache that clones share, where no remote is set
+        work.dvc("pull", str(REFERENCE_DVC), folder=work.project, deadline=retraining.deadline)
+    except BudgetError:
+        raise
+    except UserError as error:
+        reason = str(error).rstrip(":")  # before a list of DVC's
+        raise UserError(
+            f"{REFERENCE_DVC} names a reference split that is not here ({reason}): where it was "
+            f"cut, `.venv/bin/dvc push {REFERENCE_DVC}` to a remote that git knows (docs/dvc.md)"
+        ) from None
 
 
 def preprocessed(folder: Path) -> check.Preprocessed:

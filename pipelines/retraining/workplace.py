@@ -153,8 +153,10 @@ class Workplace:
             return True
         return "remote" in _outer_dvc_config()["core"]
 
-    def dvc(self, *arguments: str, deadline: float = float("inf")) -> None:
-        """Run DVC there; UserError with the failed stage's words.
+    def dvc(
+        self, *arguments: str, deadline: float = float("inf"), folder: Path | None = None
+    ) -> None:
+        """Run DVC there, or in another folder; UserError with the failed stage's words.
 
         At the deadline (seconds since 1970), or when we end, it gets a Ctrl-C, so that a training
         saves its checkpoint; then BudgetError.
@@ -177,7 +179,7 @@ class Workplace:
                 _end(process)
 
         try:
-            run_dvc(*arguments, folder=self.folder, within=watched)
+            run_dvc(*arguments, folder=folder or self.folder, within=watched)
         except UserError:
             if is_over.is_set():
                 raise BudgetError(

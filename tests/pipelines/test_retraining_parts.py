@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import psutil
 import pytest
 from dvc.config import Config
@@ -27,13 +28,14 @@ from pipelines.base import params
 from pipelines.base.errors import UserError
 from pipelines.bucket import storage
 from pipelines.project import old_versions
-from pipelines.registry import mlflow_store
+from pipelines.registry import mlflow_store, reference
 from pipelines.retraining import lease, messages, steps, workplace
 from pipelines.retraining.ledger import Bucket, Entry, Folder, Ledger, Place, Step, new_entry
 from pipelines.retraining.look import files_seen, look
 from tests.compose import wait_until
 from tests.disks import largest_file
 from tests.s3 import s3_server
+from tests.shards import write_shards
 
 pytestmark = pytest.mark.integration
 DATA = DataConfig(
@@ -718,6 +720,36 @@ def test_what_was_fetched_is_what_is_checked_also_where_git_has_an_older_lock(
     assert git("rev-parse", "HEAD", folder=resumed.work.folder) == resumed.commit
     resumed.prepare(anew=True)
     assert (resumed.work.folder / "dvc.lock").read_text() == (project / "dvc.lock").read_text()
+
+
+@pytest.mark.slow
+def test_a_new_clone_fetches_the_reference_by_itself_or_says_why_it_cannot(
+    project: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = project.parent / "remote"
+    settings = f"[core]\n    remote = far\n['remote \"far\"']\n    url = {remote}\n"
+    (project / ".dvc/config").write_text(settings)
+    (project / ".dvc/.gitignore").write_text("/cache\n/tmp\n")
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    shards = write_shards(project / "artifacts/shards", {"test": images})
+    frozen = reference.cut(shards, reason="the first one")
+    git("add", "--all", folder=project)
+    git("commit", "--quiet", "--message=reference", folder=project)
+    clone = project.with_name("clone")
+    git("clone", "--quiet", str(project), str(clone), folder=project)
+    shutil.copytree(pictures, clone / "pictures")
+    monkeypatch.chdir(clone)
+    cure = (
+        r"^reference\.dvc names .* not here \(dvc pull failed: .*`.venv/bin/dvc push reference.dvc`"
+    )
+    with pytest.raises(UserError, match=cure):
+        steps.fetch(retraining_of(new_entry(**FACTS)))
+    subprocess.run([sys.executable, "-m", "dvc", "push", "--quiet"], cwd=project, check=True)
+    assert steps.fetch(retraining_of(new_entry(**FACTS)))["files"] == 3
+    assert reference.current_or_first(shards).sha256 == frozen.sha256
+    keep_out = params.read(clone / "retraining/work/params.yaml")["preprocess"]["keep_out"]
+    assert keep_out == f"reference/{frozen.sha256}.parquet"
+    assert git("status", "--porcelain", "--untracked-files=no", folder=clone) == ""
 
 
 def retrain_until(step: str, **options: Any) -> Entry:
