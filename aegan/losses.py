@@ -315,12 +315,21 @@ def single_kind_loss(
     """
     losses = []
     images = None if images is None else packed(images, weights)
-    for kind, logits in zip("xz", discriminate(images, latents), strict=True):
+    shares = shares_in_turn(turn, objective, weights)
+    for share, logits in zip(shares, discriminate(images, latents), strict=True):
         if logits is not None:
-            judged = [name for name in (f"{kind}_hat", f"{kind}_tilde") if getattr(objective, name)]
-            share = shares_of(judged, weights).get(f"{kind}_{turn}", 1.0)
             losses.append(share * class_loss(_wide(logits), weights, real=turn == "real"))
     return torch.stack(losses).sum()
+
+
+def shares_in_turn(turn: Turn, objective: Objective, weights: LossConfig) -> tuple[float, float]:
+    """What the images and the latents of one turn of the author's rule weigh."""
+
+    def share_of(kind: str) -> float:
+        judged = [name for name in (f"{kind}_hat", f"{kind}_tilde") if getattr(objective, name)]
+        return shares_of(judged, weights).get(f"{kind}_{turn}", 1.0)
+
+    return share_of("x"), share_of("z")
 
 
 def class_loss(logits: Tensor, weights: LossConfig, *, real: bool) -> Tensor:

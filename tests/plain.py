@@ -122,11 +122,16 @@ class PlainUpdates:
             latents = {"real": lambda: z, "hat": lambda: E(x), "tilde": lambda: E(G(z))}[kind]()
         target = self.weights.real_target if kind == "real" else self.weights.fake_target
         on_images, on_latents = (2 * shares.get(kind, 0.5) for shares in self._shares())
-        on_images = on_images * bce(self.model.image_discriminator(images), target)
-        self._step(self.image_discriminator, on_images)
-        on_latents = on_latents * bce(self.model.latent_discriminator(latents), target)
-        self._step(self.latent_discriminator, on_latents)
-        return {f"discriminators_{kind}": (on_images + on_latents).detach()}
+        loss = torch.zeros((), dtype=x.dtype)
+        for weight, network, optimizer, shown in (
+            (on_images, self.model.image_discriminator, self.image_discriminator, images),
+            (on_latents, self.model.latent_discriminator, self.latent_discriminator, latents),
+        ):
+            if weight > 0:
+                on_one = weight * bce(network(shown), target)
+                self._step(optimizer, on_one)
+                loss = loss + on_one.detach()
+        return {f"discriminators_{kind}": loss}
 
     def of_encoder_generator(self, x: Tensor, z: Tensor) -> Terms:
         """Encoder and generator against the discriminators as they are now."""

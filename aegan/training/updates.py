@@ -1,6 +1,6 @@
 """The optimiser steps of one training step, under either update rule."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import repeat
@@ -21,6 +21,7 @@ from aegan.losses import (
     discriminator_loss,
     encoder_generator_loss,
     make_fakes,
+    shares_in_turn,
     shown_in_turn,
     single_kind_loss,
 )
@@ -133,7 +134,12 @@ class Updates:
             return loss, terms | (self._overfitting(discriminate, len(x)) if turn == "real" else {})
 
         looks = None if draws is None else draws[:, 0]
-        values = self._descend("discriminators", self.discriminators, loss_in_turn, x, z, looks)
+        judges = (self.model.image_discriminator, self.model.latent_discriminator)
+        shares = shares_in_turn(turn, self.objective, self.weights)
+        values = self._descend(
+            *("discriminators", self.discriminators, loss_in_turn, x, z, looks),
+            resting=[judge for judge, share in zip(judges, shares, strict=True) if share == 0],
+        )
         return values | self._observed(values, len(x))
 
     def of_encoder_generator(
@@ -185,8 +191,14 @@ class Updates:
         x: Tensor,
         z: Tensor,
         looks: Tensor | None,
+        *,
+        resting: Iterable[nn.Module | None] = (),
     ) -> Terms:
-        """One step of an optimiser down the mean loss of the global batch."""
+        """One step of an optimiser down the mean loss of the global batch.
+
+        `resting` networks stay as they are: what they see weighs nothing, and on gradients of 0
+        Adam would still move them, by its momentum.
+        """
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         totals: Terms = {}
@@ -203,6 +215,9 @@ class Updates:
                 (weight * share * loss).backward()
             for key, value in values.items():
                 totals[key] = totals[key] + share * value if key in totals else share * value
+        for network in resting:
+            if network is not None:
+                network.zero_grad(set_to_none=True)
         _clip(optimizer, self.options.max_gradient_norm)
         optimizer.step()
         return totals

@@ -104,6 +104,24 @@ def test_losses_of_the_fast_and_the_plain_step_agree_to_1e_8_over_50_float64_ste
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-8)
 
 
+def test_what_weighs_nothing_in_a_turn_of_the_authors_rule_moves_no_network() -> None:
+    """Not by Adam's momentum either."""
+    weights = {"lambda_x_tilde_adversarial": 0.0, "lambda_z_tilde_adversarial": 0.5}
+    config = gentle_config(update_rule="reference", loss=weights)
+    updates = fast(config, torch.float64)
+    judges = [updates.model.image_discriminator, updates.model.latent_discriminator]
+    read = batches(config, torch.float64)
+    updates.of_discriminators("hat", *read(0))
+    before = [[p.clone() for p in judge.parameters()] for judge in judges]
+    updates.of_discriminators("tilde", *read(1))
+    for judge, old, moves in zip(judges, before, (False, True), strict=True):
+        moved = [not torch.equal(*pair) for pair in zip(judge.parameters(), old, strict=True)]
+        assert moved == [moves] * len(moved)
+    ours = losses(fast(config, torch.float64), config, 10, torch.float64)
+    reference = losses(plain(config, torch.float64), config, 10, torch.float64)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("architecture", ["demo", pytest.param("paper", marks=pytest.mark.slow)])
 def test_float32_losses_of_the_fast_step_are_as_near_the_truth_as_those_of_the_plain_step(
     architecture: str,
