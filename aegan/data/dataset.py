@@ -27,7 +27,9 @@ def load_images(folder: Path, split: Split, *, limit: int | None = None) -> np.n
     images = np.empty((len(rows), *shape), np.uint8)
     start = 0
     for file, group, own in _by_row_group(folder, manifest, split, rows):
-        images[start : start + len(own)] = read_row_group(file, group, shape)[own]
+        place = images[start : start + len(own)]
+        # Straight there: NumPy takes a copy first if it shall also find rows that are not there.
+        np.take(read_row_group(file, group, shape), own, axis=0, out=place, mode="clip")
         start += len(own)
     return images
 

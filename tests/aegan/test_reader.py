@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,15 @@ def test_a_limit_takes_images_from_all_over_a_split_and_always_the_same_ones(sha
     assert of_quarters.min() > 10  # of folders in the order of their classes: of every class
     assert numbers_of(torch.from_numpy(load_images(shards, "train", limit=100))) == few
     assert load_images(shards, "train", limit=0).shape == (0, 2, 2, 3)
+
+
+def test_a_split_is_loaded_without_a_copy_of_its_row_groups(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 256, 256, 3), np.uint8)
+    shards = write_shards(tmp_path, {"train": images})
+    row_group = images[:16].nbytes
+    tracemalloc.start()
+    loaded = load_images(shards, "train")
+    _, peak = tracemalloc.get_traced_memory()  # of NumPy's arrays, not of Arrow's buffers
+    tracemalloc.stop()
+    assert np.array_equal(loaded, images)
+    assert peak < loaded.nbytes + row_group / 2
