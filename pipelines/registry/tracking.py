@@ -4,7 +4,7 @@ import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -138,13 +138,13 @@ def fetch_package(uri: str, folder: Path, keys: package.TrustedKeys) -> Path:
         model = _fetch(repository, recorded, uri, folder)
         stored = {entry.path.rpartition("/")[2] for entry in repository.list_artifacts(MODEL_FILES)}
         for name in stored & {package.SUMS, package.SIGNATURE}:
-            _download(repository, name, model)
+            _download(repository, name, model, uri)
         if keys:
             package.check_signature(model, keys, called=uri)
         if package.SUMS in stored:
             for name in package.read_sums(model, called=uri):
                 if not (model / name).exists():
-                    _download(repository, name, model)
+                    _download(repository, name, model, uri)
         return model
 
 
@@ -175,11 +175,11 @@ def open_repository(client: Any, uri: str) -> tuple[Any, str | None]:
 def _fetch(repository: Any, recorded: str | None, uri: str, folder: Path) -> Path:
     model = folder / "model"
     model.mkdir()
-    _download(repository, model_folder.CONFIG, model)
+    _download(repository, model_folder.CONFIG, model, uri)
     description = model_folder.read_description(model / model_folder.CONFIG)
     for name in model_folder.files_of(description):
         if name != model_folder.CONFIG:
-            _download(repository, name, model)
+            _download(repository, name, model, uri)
     if recorded and hash_files([model]) != recorded:
         raise UnsoundModelError(
             f"{uri}: its files are not those that were registered (model_sha256 is {recorded}): "
@@ -188,10 +188,23 @@ def _fetch(repository: Any, recorded: str | None, uri: str, folder: Path) -> Pat
     return model
 
 
-def _download(repository: Any, name: str, model: Path) -> None:
-    """One file, as it is called here: a listing would be the store's to write."""
+def _download(repository: Any, name: str, model: Path, uri: str) -> None:
+    """One file, as it is called here: a listing would be the store's to write.
+
+    UnsoundModelError where the store answers, and has no such file of the model at `uri`.
+    """
     (model / name).parent.mkdir(parents=True, exist_ok=True)
-    repository._download_file(f"{MODEL_FILES}/{name}", str(model / name))
+    stored = PurePosixPath(MODEL_FILES, name)
+    try:
+        repository._download_file(str(stored), str(model / name))
+    except Exception:  # each kind of store has its own for a file that is not there
+        listed = repository.list_artifacts(str(stored.parent))
+        if stored.name in {PurePosixPath(entry.path).name for entry in listed}:
+            raise
+        raise UnsoundModelError(
+            f"{uri}: its file {shown(name)} is not in the store any more; name another version, "
+            "or register the model again"
+        ) from None
 
 
 def check_files(model_name: str, version: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -424,6 +425,18 @@ def test_a_person_promotes_and_rolls_back_what_is_whole(
     rows = champions.table_of_decisions(decisions.history("aegan")).splitlines()
     assert [row.split()[0] for row in rows] == ["no.", "1", "2", "3", "4", "5"]
     assert rows[3].endswith("forced past the gate; looks better")
+
+
+def test_a_former_champion_without_files_is_passed_over_by_a_line_that_names_it(
+    project: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for version in ("1", "2", "3"):
+        champions.promote("aegan", version, force=True, reason="as it comes")
+    [config] = Path("mlruns").glob(f"1/models/{model_id(project, '2')}/**/config.json")
+    config.unlink()
+    assert "rollback to version 1 from version 3" in champions.rollback("aegan")
+    [said] = [line for line in caplog.messages if "config.json" in line]
+    assert re.fullmatch(r"models:/aegan/2: its file config\.json is not .*; .*", said)
 
 
 def model_id(client: Any, version: str) -> str:
