@@ -9,7 +9,7 @@ from pipelines.base.errors import UserError
 from pipelines.base.names import shown
 from pipelines.registry import decisions, standing, tracking
 from pipelines.registry.decision_log import Decision, succession
-from pipelines.registry.mlflow_store import open_store, readable_errors
+from pipelines.registry.mlflow_store import StoreError, open_store, readable_errors
 
 log = logging.getLogger(__name__)
 
@@ -138,13 +138,18 @@ def rollback(model_name: str, *, to: str = "", reason: str = "") -> str:
 
 
 def _newest_whole(model_name: str, made: Sequence[Decision], there: Mapping[str, Any]) -> str:
-    """Of versions that were champions the last whose files are what was registered, else empty."""
+    """Of versions that were champions the last whose files are what was registered, else empty.
+
+    Raises StoreError: one whose files cannot be asked for now may be whole.
+    """
     for (number, _), decision in {one.version: one for one in reversed(made)}.items():
         if not standing.is_there(there, decision):
             log.warning("%s: version %s was deleted in MLflow", model_name, number)
             continue
         try:
             tracking.load_model(f"models:/{model_name}/{number}")
+        except StoreError:
+            raise
         except UserError as error:
             log.warning("%s", error)
             continue

@@ -50,6 +50,10 @@ class UnsoundModelError(UserError):
     """A model's files are not those that were registered, or none that a model can have."""
 
 
+class StoreError(UserError):
+    """MLflow, or where it keeps files, does not answer as it should; it may later."""
+
+
 def set_environment() -> None:
     """Switch MLflow's telemetry and chatter off; has to come before anything imports it."""
     for name, value in ENVIRONMENT.items():
@@ -187,7 +191,7 @@ def readable_errors() -> Iterator[None]:
             raise
         where = without_credentials(tracking_uri())
         reason = _reason(error)
-        raise UserError(f"MLflow at {where}: {shown(reason)}; {_cure(reason)}") from error
+        raise StoreError(f"MLflow at {where}: {shown(reason)}; {_cure(reason)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -29,8 +29,9 @@ from aegan.training.state import export_model
 from pipelines import register
 from pipelines.base.errors import UserError
 from pipelines.base.files import hash_files
-from pipelines.registry import decisions, gate, mlflow_files, reference
+from pipelines.registry import champions, decisions, gate, mlflow_files, reference
 from pipelines.registry.comparison import CACHE, compare, compare_on_new
+from pipelines.registry.mlflow_store import StoreError
 from tests.disks import largest_file
 from tests.s3 import s3_server
 from tests.shards import write_shards
@@ -450,6 +451,29 @@ def test_a_bucket_that_is_gone_is_one_line_and_decides_nothing(
             judge("bucket", version)
     assert "\n" not in str(said.value)
     assert decisions.history("bucket") == []
+
+
+@pytest.mark.integration
+@pytest.mark.fault("bucket")
+def test_a_rollback_passes_over_no_version_because_the_bucket_does_not_answer(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(project, tmp_path / "copy"))
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    versions = [add(project / "sound", "silent") for _ in range(2)]
+    promote("silent", versions[0])
+    decisions.decide(
+        "silent", kind="promotion", start=versions[0], to=versions[1], reasons=["better"]
+    )
+    mlflow_files.move(Path.cwd() / "mlflow.db", "s3://models/mlruns")
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(StoreError) as said:  # that server has ended
+        champions.rollback("silent")
+    assert "\n" not in str(said.value)
+    assert decisions.champion("silent") == versions[1]
 
 
 def test_a_model_answers_alone_and_one_that_needs_the_network_does_not(
