@@ -26,7 +26,7 @@ from pipelines.bucket.finished_run import publish
 from pipelines.bucket.run_store import RunStore, Uploader, take_over
 from tests.tiny import PARAMS, tiny_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 CONFIG = tiny_config(checkpoint_interval_steps=2, sample_interval_steps=4)
 WRITES = ("PUT", "POST", "DELETE")
