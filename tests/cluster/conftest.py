@@ -17,14 +17,19 @@ def s3() -> Iterator[str]:
         yield address
 
 
+def reach(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Let this process, and what it starts, find an S3 server at this address."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    storage._client.cache_clear()
+
+
 @pytest.fixture
 def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """What this process, and what it starts, reaches the S3 server through."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     proxy = FaultyProxy(s3)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    storage._client.cache_clear()
+    reach(monkeypatch, proxy.endpoint)
     yield proxy
     storage._client.cache_clear()
     proxy.close()

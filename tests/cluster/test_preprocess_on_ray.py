@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -16,12 +17,18 @@ from ruamel.yaml import YAML
 from aegan.config import DataConfig
 from pipelines import download as download_stage
 from pipelines.download import download
+from tests.cluster.conftest import reach
 from tests.cluster.nodes import RayCluster, two_nodes
 from tests.faulty_decoder import FAULTY_DECODER
 from tests.pictures import blocks, encode
 from tests.project import ROOT, finish, start
 
-pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("proxy"),
+]
 PREPROCESS = {
     "image_size": 16,
     "max_pixels": 10_000,
@@ -32,8 +39,17 @@ PREPROCESS = {
 }
 
 
-@pytest.fixture
-def images(bucket: str, s3: str) -> str:
+def client(s3: str) -> Any:
+    return boto3.client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=s3,
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+
+
+def put_images(s3: str, bucket: str) -> str:
     """s3://bucket/faces with 60 sound images of several sizes and formats, and some others."""
     files = {f"{row:04d}.png": encode(image) for row, image in enumerate(blocks(40))}
     files |= {
@@ -48,10 +64,16 @@ def images(bucket: str, s3: str) -> str:
         "text.png": b"no image",
         ".hidden.png": files["0000.png"],
     }
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
     for name, content in files.items():
-        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"faces/{name}", Body=content)
-    return f"{bucket}/faces"
+        client(s3).put_object(Bucket=bucket, Key=f"faces/{name}", Body=content)
+    return f"s3://{bucket}/faces"
+
+
+@pytest.fixture(scope="module")
+def images(s3: str) -> str:
+    """Those that no test changes."""
+    client(s3).create_bucket(Bucket="images-in-place")
+    return put_images(s3, "images-in-place")
 
 
 def snapshot(project: Path, source: str, *, in_place: bool) -> Path:
@@ -88,11 +110,13 @@ def statistics(project: Path) -> dict:
     return json.loads((project / "artifacts/preprocess/statistics.json").read_text())
 
 
-@pytest.fixture
-def stored(images: str, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stored(images: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project whose snapshot holds the files, preprocessed on this machine."""
-    project = snapshot(tmp_path / "stored", images, in_place=False)
-    finish(start(project, "preprocess"))
+    with pytest.MonkeyPatch.context() as patch:
+        reach(patch, s3)
+        project = snapshot(tmp_path_factory.mktemp("local") / "stored", images, in_place=False)
+        finish(start(project, "preprocess"))
     return project
 
 
@@ -101,8 +125,9 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
+    """The tests that use it are the last ones: no other Ray runs beside it."""
     with two_nodes() as cluster:
         yield cluster
 
@@ -144,22 +169,15 @@ def test_images_left_in_place_give_the_bytes_of_the_local_path(images, stored, t
     assert all(line.startswith("warning: ") for line in others)  # and nothing of Ray's own
 
 
-def test_nodes_that_know_nothing_of_our_code_give_them_too(cluster, images, stored, tmp_path):
-    project = snapshot(tmp_path / "in-place", images, in_place=True)
-    finish(start(project, "preprocess", **cluster.environment))
-    assert_same_dataset(project, stored)
-
-
 @pytest.mark.parametrize("change", ["written anew", "deleted"])
-def test_an_object_changed_since_the_listing_is_one_clear_error(images, s3, tmp_path, change):
+def test_an_object_changed_since_the_listing_is_one_clear_error(bucket, s3, tmp_path, change):
+    place = {"Bucket": bucket.removeprefix("s3://"), "Key": "faces/0033.png"}
+    images = put_images(s3, place["Bucket"])
     project = snapshot(tmp_path / "in-place", images, in_place=True)
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
-    bucket, _, prefix = images.removeprefix("s3://").partition("/")
-    key = f"{prefix}/0033.png"
     if change == "deleted":
-        client.delete_object(Bucket=bucket, Key=key)
+        client(s3).delete_object(**place)
     else:
-        client.put_object(Bucket=bucket, Key=key, Body=encode(blocks(1, seed=5)[0]))
+        client(s3).put_object(**place, Body=encode(blocks(1, seed=5)[0]))
     assert without_progress(finish(start(project, "preprocess"), expected=1)) == (
         f"error: {images}/0033.png is not the object that was listed: run `make refresh`\n"
     )
@@ -194,23 +212,10 @@ def test_a_bucket_that_answers_with_errors_for_a_while_is_asked_again(
     assert_same_dataset(project, stored)
 
 
-def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, proxy, tmp_path):
-    project = snapshot(tmp_path / "in-place", images, in_place=True)
-    proxy.fault = lambda method, path: 1.0 if "/large/" in path else None
-    driver = start(project, "preprocess", **cluster.environment)
-    while not proxy.delayed:
-        assert driver.poll() is None, driver.communicate()
-        time.sleep(0.02)
-    cluster.nodes[0].lose()
-    finish(driver)
-    assert_same_dataset(project, stored)
-
-
 def test_a_task_that_a_file_crashes_ends_the_run_in_one_line_with_the_cure(bucket, s3, tmp_path):
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3)
     for row, image in enumerate([*blocks(10), np.zeros((19, 17, 3), np.uint8)]):
         name, content = f"faces/{row:04d}.png", encode(image)
-        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=name, Body=content)
+        client(s3).put_object(Bucket=bucket.removeprefix("s3://"), Key=name, Body=content)
     project = snapshot(tmp_path / "in-place", f"{bucket}/faces", in_place=True)
     (tmp_path / "sitecustomize.py").write_text(FAULTY_DECODER)
     output = finish(start(project, "preprocess", PYTHONPATH=f"{tmp_path}:{ROOT}"), expected=1)
@@ -229,3 +234,24 @@ def test_interrupted_by_the_user_it_ends_quietly(images, proxy, tmp_path):
         time.sleep(0.02)
     driver.send_signal(signal.SIGINT)
     assert without_progress(finish(driver, expected=130)) == ""
+
+
+def test_nodes_that_know_nothing_of_our_code_give_them_too(cluster, images, stored, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    finish(start(project, "preprocess", **cluster.environment))
+    assert_same_dataset(project, stored)
+
+
+def test_the_tasks_of_a_lost_node_run_again_on_another(cluster, images, stored, proxy, tmp_path):
+    project = snapshot(tmp_path / "in-place", images, in_place=True)
+    proxy.fault = lambda method, path: 1.0 if "/large/" in path else None
+    driver = start(project, "preprocess", **cluster.environment)
+    while not proxy.delayed:
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.02)
+    cluster.nodes.pop(0).lose()
+    try:
+        finish(driver)
+    finally:
+        cluster.add_node()
+    assert_same_dataset(project, stored)
