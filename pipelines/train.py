@@ -55,6 +55,7 @@ from pipelines.registry.sender import sending
 from pipelines.registry.start_from import read_start
 
 RUNS = Path("runs")
+LOOK_SECONDS = 0.5  # between two looks of Ray Train at its workers
 WORKER_HANGS_SECONDS = 120  # how long a worker may not answer before it is replaced
 WORKER_ENVIRONMENT = {  # keep large tensors' memory instead of mapping it anew each time (glibc)
     "MALLOC_ARENA_MAX": "1",  # Ray trains in a thread, whose own arena holds no more than 64 MiB
@@ -283,6 +284,9 @@ def _run(
     folder.outcome.unlink(missing_ok=True)
     driver = take_over(store) if store else ""
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(WORKER_HANGS_SECONDS))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_SECONDS))
+    # None of a private Ray's before they are wanted: a trainer's have an environment of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     results: list[Any] = []
     ended = threading.Event()
     with (
@@ -293,6 +297,7 @@ def _run(
         from ray.train.torch import TorchTrainer
 
         from pipelines.cluster.process_group import ClusterTorchConfig, LoopbackTorchConfig
+        from pipelines.cluster.ray_private import local_trainer
         from pipelines.cluster.worker import Assignment, train_worker
 
         assignment = Assignment(
@@ -305,7 +310,7 @@ def _run(
             driver=driver,
             compute=compute,
         )
-        trainer = TorchTrainer(
+        trainer = (local_trainer() if local else TorchTrainer)(
             train_worker,
             train_loop_config={"assignment": assignment},
             torch_config=LoopbackTorchConfig(folder=str(folder.path))

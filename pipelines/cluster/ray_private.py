@@ -28,3 +28,24 @@ def preemption() -> Any:
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info
+
+
+def local_trainer() -> Any:
+    """Ray Train's TorchTrainer where Ray ends with the driver, with two processes less.
+
+    One would free what a dead controller holds, one would deal out Ray's own data sets, which we do
+    not have. Workers wait for the first, and each takes seconds of a core to start.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class LocalTrainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if not isinstance(callback, unused)]
+
+    return LocalTrainer

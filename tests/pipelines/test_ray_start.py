@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.context import TrainContext
 
 from pipelines.base.errors import UserError
@@ -139,6 +140,12 @@ def test_what_is_used_of_ray_beside_its_public_names_is_there():
     with pytest.raises(RuntimeError, match="TrainContext has not been initialized"):
         ray_private.preemption()
     assert "preemption_context" in {field.name for field in fields(TrainContext)}
+    whole, local = (
+        {type(callback).__name__ for callback in trainer(print)._create_default_callbacks()}
+        for trainer in (TorchTrainer, ray_private.local_trainer())
+    )
+    assert whole - local == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert local < whole
 
 
 @pytest.mark.fault("ray addresses")
