@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.retraining import lease
 from tests.trained import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -33,12 +34,16 @@ def start(
     *arguments: str,
     moment: Moment = "beginning",
     output: str = os.devnull,
+    lease_seconds: float = lease.SECONDS,
 ) -> BaseProcess:
     """A retraining of a project, interrupted when a step begins, or when its work is done.
 
-    At its end the ledger does not know yet that it is.
+    At its end the ledger does not know yet that it is. A short lease is soon another's.
     """
-    work = (folder, dict(environment), step, interruption, arguments, moment, output)
+    work = (
+        *(folder, dict(environment), step, interruption, arguments, moment, output),
+        lease_seconds,
+    )
     process = CONTEXT.Process(target=_retrain, args=work)
     with chdir(ROOT):  # where that process finds our modules
         process.start()
@@ -72,6 +77,7 @@ def _retrain(
     arguments: Sequence[str],
     moment: Moment,
     output: str,
+    lease_seconds: float,
 ) -> None:
     from pipelines import cli
     from pipelines.retraining.steps import STEPS
@@ -83,6 +89,7 @@ def _retrain(
     for name in ("PYTHONPATH", "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
     os.environ.update(environment)
+    lease.SECONDS = lease_seconds
     work = STEPS[step]
 
     def interrupted(retraining: Any) -> Any:

@@ -144,10 +144,10 @@ def _parse(content: bytes) -> _Terms | None:
 
 
 @contextmanager
-def hold(place: Folder | Bucket, *, seconds: float = SECONDS) -> Iterator[Lease]:
+def hold(place: Folder | Bucket, *, seconds: float | None = None) -> Iterator[Lease]:
     """Keep other retrainings of this project away; BusyError if one is at work.
 
-    UserError for a disk or bucket that cannot be written to.
+    `seconds` stands in for SECONDS. UserError for a disk or bucket that cannot be written to.
     """
     with ExitStack() as stack:
         try:
@@ -156,6 +156,6 @@ def hold(place: Folder | Bucket, *, seconds: float = SECONDS) -> Iterator[Lease]
             raise BusyError(str(error)) from None
         lease = Lease()
         if isinstance(place, Bucket):
-            lease = _BucketLease(place.url, seconds)
+            lease = _BucketLease(place.url, SECONDS if seconds is None else seconds)
             stack.callback(lease.release)
         yield lease

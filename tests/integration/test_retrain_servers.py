@@ -186,7 +186,9 @@ def test_one_that_was_paused_until_another_had_the_lease_publishes_nothing(
     log = tmp_path / "log"
     pause = partial(interrupted_retraining.end_by, signal.SIGSTOP)
     paused = interrupted_retraining.start(
-        *(world.project.folder, world.project.environment, "publish", pause), output=str(log)
+        *(world.project.folder, world.project.environment, "publish", pause),
+        output=str(log),
+        lease_seconds=10.0,
     )
     process = psutil.Process(paused.pid)
     wait_until(lambda: process.status() == "stopped", seconds=120, what="a pause")
