@@ -114,6 +114,7 @@ ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
 endif
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11 to 3.13 is needed, this is {}; name one: make PYTHON=python3.11".format(sys.version.split()[0]))'
+	@echo "installing into .venv: about 3 GB, a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pipelines.project.environment

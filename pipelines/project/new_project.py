@@ -22,6 +22,7 @@ from aegan.training.state import TrainingState
 from aegan.training.updates import Updates
 from pipelines.base import locks, params
 from pipelines.base.errors import UserError
+from pipelines.ingest import source_address
 from pipelines.ingest.entries import RawFile
 from pipelines.ingest.sources import read_folder
 
@@ -55,6 +56,8 @@ def init(folder: Path, *, minutes: float, image_size: int | None) -> tuple[str, 
             f"--size is {image_size}; expected one of {', '.join(map(str, IMAGE_SIZES))}"
         )
     training, splits = params.load(TrainConfig), params.load(PreprocessConfig)
+    if folder.is_dir():
+        source_address.resolve(str(folder.resolve()))  # refused by `make run`, before it is read
     found = look(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = image_size or _size_for(min(found.side, LARGEST[device.type]))

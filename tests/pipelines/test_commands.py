@@ -326,6 +326,15 @@ def test_init_says_what_is_missing_and_changes_nothing(tmp_path, monkeypatch, ar
     assert Path("params.yaml").read_bytes() == PARAMS.read_bytes()
 
 
+@pytest.mark.parametrize("place", [".", "artifacts"])
+def test_init_refuses_what_make_run_would_before_it_reads_it(tmp_path, monkeypatch, place):
+    shutil.copy(PARAMS, tmp_path)
+    write_folder(tmp_path / "artifacts", blocks(12, size=16))
+    monkeypatch.chdir(tmp_path)
+    assert "of their own (data/faces, say)" in refusal("init", place)
+    assert Path("params.yaml").read_bytes() == PARAMS.read_bytes()
+
+
 # -- the command itself ---------------------------------------------------------------------------
 
 
