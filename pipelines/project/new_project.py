@@ -56,8 +56,6 @@ def init(folder: Path, *, minutes: float, image_size: int | None) -> tuple[str, 
             f"--size is {image_size}; expected one of {', '.join(map(str, IMAGE_SIZES))}"
         )
     training, splits = params.load(TrainConfig), params.load(PreprocessConfig)
-    if folder.is_dir():
-        source_address.resolve(str(folder.resolve()))  # refused by `make run`, before it is read
     found = look(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = image_size or _size_for(min(found.side, LARGEST[device.type]))
@@ -96,6 +94,7 @@ def look(folder: Path) -> Found:
     """Count the images in a folder and look into some of them; raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: expected one with images")
+    source_address.resolve(str(folder.resolve()))  # what `make run` refuses is not read for long
     count, coloured = 0, False
     sides: list[int] = []
     refusals: list[str] = []

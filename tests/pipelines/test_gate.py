@@ -433,20 +433,27 @@ def test_a_full_disk_is_one_line_and_promotes_nothing(project: Path) -> None:
     assert decisions.champion("full") is None
 
 
+@pytest.fixture
+def copy(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the project, entered, with what an S3 server asks for."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    folder = shutil.copytree(project, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.mark.integration
 @pytest.mark.fault("bucket")
 def test_a_bucket_that_is_gone_is_one_line_and_decides_nothing(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(shutil.copytree(project, tmp_path / "copy"))
     with s3_server() as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(f"AWS_{name}", "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        version = add(project / "sound", "bucket")
+        version = add(copy / "sound", "bucket")
         boto3.resource("s3").create_bucket(Bucket="other")
-        mlflow_files.move(Path.cwd() / "mlflow.db", "s3://gone/mlruns")
+        mlflow_files.move(copy / "mlflow.db", "s3://gone/mlruns")
         with pytest.raises(UserError, match="bucket") as said:
             judge("bucket", version)
     assert "\n" not in str(said.value)
@@ -456,18 +463,14 @@ def test_a_bucket_that_is_gone_is_one_line_and_decides_nothing(
 @pytest.mark.integration
 @pytest.mark.fault("bucket")
 def test_a_rollback_passes_over_no_version_because_the_bucket_does_not_answer(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(shutil.copytree(project, tmp_path / "copy"))
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"AWS_{name}", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    versions = [add(project / "sound", "silent") for _ in range(2)]
+    versions = [add(copy / "sound", "silent") for _ in range(2)]
     promote("silent", versions[0])
     decisions.decide(
         "silent", kind="promotion", start=versions[0], to=versions[1], reasons=["better"]
     )
-    mlflow_files.move(Path.cwd() / "mlflow.db", "s3://models/mlruns")
+    mlflow_files.move(copy / "mlflow.db", "s3://models/mlruns")
     with s3_server() as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     with pytest.raises(StoreError) as said:  # that server has ended
